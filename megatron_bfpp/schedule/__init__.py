@@ -1,0 +1,22 @@
+"""What runs where and when. Standard library only: usable without torch and without Megatron."""
+
+from .check import check
+from .ir import Action, Op, PipelineShape, Schedule
+from .lower import lower
+from .orders import breadth_first, forward_only, interleaved_1f1b
+from .simulate import ScheduleError, Timeline, simulate
+
+__all__ = [
+    "Action",
+    "Op",
+    "PipelineShape",
+    "Schedule",
+    "ScheduleError",
+    "Timeline",
+    "breadth_first",
+    "check",
+    "forward_only",
+    "interleaved_1f1b",
+    "lower",
+    "simulate",
+]

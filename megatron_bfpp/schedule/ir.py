@@ -1,0 +1,95 @@
+"""Schedule IR: the ordered actions of every pipeline rank. Standard library only; no torch, no Megatron.
+
+An action prints as PyTorch prints it (`2F0` = forward of microbatch 0 on stage 2), so that a schedule saved by
+`formats.dump_csv` also loads in torch.distributed.pipelining.
+
+Index conventions, used everywhere in this package:
+    pp_rank     0 <= pp_rank    < pp_size               rank in the pipeline-parallel group
+    chunk       0 <= chunk      < num_chunks            model chunk held by a rank (Megatron's vp_stage)
+    stage       0 <= stage      < pp_size * num_chunks  position in the whole model, stage 0 = embedding
+    microbatch  0 <= microbatch < num_microbatches      slice of the batch of one data-parallel replica
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class Op(str, Enum):
+    """What an action does, named as in torch.distributed.pipelining."""
+
+    F = "F"  # forward of a microbatch through a stage
+    B = "B"  # backward, of weights and input together
+    SEND_F = "SEND_F"  # launch the send of a stage's output to the next stage
+    RECV_F = "RECV_F"  # post the receive of a stage's input; the F that needs it waits for it
+    SEND_B = "SEND_B"  # launch the send of the gradient of a stage's input to the previous stage
+    RECV_B = "RECV_B"  # post the receive of the gradient of a stage's output; the B that needs it waits for it
+    UNSHARD = "UNSHARD"  # launch the all-gather of a chunk's parameters
+    REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
+
+    __str__ = str.__str__
+
+
+COMPUTE = frozenset({Op.F, Op.B})
+SENDS = frozenset({Op.SEND_F, Op.SEND_B})
+RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
+CHUNK_OPS = frozenset({Op.UNSHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
+
+_PATTERN = re.compile(r"(\d+)(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")(\d*)")
+
+
+class Action(NamedTuple):
+    """One step of one rank. The stage is always the one the rank holds: `3SEND_F1` sends stage 3's output."""
+
+    stage: int
+    op: Op
+    microbatch: int | None = None  # None for the ops in CHUNK_OPS
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op.value}{'' if self.microbatch is None else self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action that prints as `text`; raises ValueError for any other text."""
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not an action; expected for example 2F0, 3SEND_B1 or 2REDUCE_GRAD")
+        op = Op(match[2])
+        if (op in CHUNK_OPS) != (match[3] == ""):
+            raise ValueError(f"{text!r}: {op.value} takes {'no' if op in CHUNK_OPS else 'a'} microbatch")
+        return cls(int(match[1]), op, int(match[3]) if match[3] else None)
+
+
+Schedule = list[list[Action]]  # [pp_rank][position]; with F and B only: an order; lowered: a plan
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """Sizes of a pipeline with looping placement: stage s is chunk s // pp_size of pp_rank s % pp_size."""
+
+    pp_size: int  # P >= 2
+    num_chunks: int  # V >= 1
+    num_microbatches: int  # M >= 1
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("pp_size", self.pp_size, 2), ("num_chunks", self.num_chunks, 1),
+                                   ("num_microbatches", self.num_microbatches, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp_size * self.num_chunks
+
+    def rank_of(self, stage: int) -> int:
+        return stage % self.pp_size
+
+    def chunk_of(self, stage: int) -> int:
+        return stage // self.pp_size
+
+    def stages_on(self, pp_rank: int) -> range:
+        """The stages of a rank, first chunk first."""
+        return range(pp_rank, self.num_stages, self.pp_size)

@@ -1,0 +1,88 @@
+"""Orders: which forward and backward every rank runs, and when. Compute only; `lower` adds the communication.
+
+Every order here keeps microbatches 0..M-1 in order within a stage, forward and backward. Gradients are then
+accumulated in the order of Megatron's default schedule, which is what makes the losses bit-identical to it.
+"""
+
+from __future__ import annotations
+
+from .ir import Action, Op, PipelineShape, Schedule
+
+
+def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward: bool = True) -> Schedule:
+    """All microbatches of a group through one chunk before the next chunk; backward with the chunks reversed.
+
+    group: microbatches per group, 1 <= group <= M; None for all of them (the paper's schedule). Groups follow each
+        other without a flush of the pipeline. If M is no multiple of it, groups are made even.
+    eager_backward: on the last chunk a backward starts as soon as its loss gradient can be there. Same step time,
+        at most min(M V, (V-1) M + 2 (P-r-1) + 1) live activations on rank r instead of M V (group None).
+        False: a whole group of forwards first; with all microbatches in it, the paper's plain order.
+
+    Source: Lamy-Poirier 2022, "Breadth-First Pipeline Parallelism", arXiv:2211.05953. Backwards keep the order
+    0..M-1, unlike torch.distributed.pipelining's LoopedBFS, which reverses them.
+    """
+    size = shape.num_microbatches if group is None else group
+    if not 1 <= size <= shape.num_microbatches:
+        raise ValueError(f"group is {size}; it must lie between 1 and the {shape.num_microbatches} microbatches")
+    groups = _groups(shape, size)
+    longest = max(map(len, groups))
+
+    def warmup(pp_rank: int) -> int:
+        # The loss gradient needs P-r-1 hops to the last rank and back. The lead over the last rank is bounded by
+        # two groups: with fewer microbatches than ranks in a group, a longer lead would have rank 0 wait for a
+        # backward that itself waits for a forward of rank 0.
+        lead = 2 * min(shape.pp_size - pp_rank - 1, min(map(len, groups)))
+        return (shape.num_chunks - eager_backward) * longest + lead
+
+    return [_alternate(shape, rank, groups, warmup(rank)) for rank in range(shape.pp_size)]
+
+
+def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule:
+    """Megatron's interleaved 1F1B, from which every comparison starts.
+
+    group: contiguous microbatches per chunk, Megatron's --microbatch-group-size-per-virtual-pipeline-stage;
+        None for Megatron's default, the pipeline size.
+
+    Source: megatron.core.pipeline_parallel.schedules, get_schedule_table and get_pp_rank_microbatches.
+    Raises ValueError for the shapes that Megatron refuses: a group outside [P, M], or a last group shorter than P.
+    """
+    size = shape.pp_size if group is None else group
+    if not shape.pp_size <= size <= shape.num_microbatches:
+        raise ValueError(f"group is {size}; Megatron takes {shape.pp_size} (ranks) to {shape.num_microbatches} (M)")
+    rest = shape.num_microbatches % size
+    if 0 < rest < shape.pp_size:
+        raise ValueError(f"the last group has {rest} microbatches; Megatron needs 0 or at least {shape.pp_size}")
+    starts = range(0, shape.num_microbatches, size)
+    groups = [range(start, min(start + size, shape.num_microbatches)) for start in starts]
+    return [
+        _alternate(shape, rank, groups, 2 * (shape.pp_size - rank - 1) + (shape.num_chunks - 1) * size)
+        for rank in range(shape.pp_size)
+    ]
+
+
+def forward_only(shape: PipelineShape) -> Schedule:
+    """The forward half of `breadth_first`, for evaluation."""
+    return [
+        [Action(stage, Op.F, mb) for stage in shape.stages_on(rank) for mb in range(shape.num_microbatches)]
+        for rank in range(shape.pp_size)
+    ]
+
+
+def _groups(shape: PipelineShape, size: int) -> list[range]:
+    """Even groups of at most `size`; fewer and longer ones where a short group could not fill the pipeline."""
+    total = shape.num_microbatches
+    count = -(-total // size)
+    if total // count < min(size, shape.pp_size):
+        count = total // size
+    bounds = [index * total // count for index in range(count + 1)]
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+
+def _alternate(shape: PipelineShape, pp_rank: int, groups: list[range], warmup: int) -> list[Action]:
+    """`warmup` forwards, then one forward and one backward in turn, then the remaining backwards."""
+    stages = shape.stages_on(pp_rank)
+    forwards = [Action(stage, Op.F, mb) for group in groups for stage in stages for mb in group]
+    backwards = [Action(stage, Op.B, mb) for group in groups for stage in reversed(stages) for mb in group]
+    warmup = min(warmup, len(forwards))
+    steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]
+    return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
