@@ -1,0 +1,85 @@
+"""When data-parallel communication may run, chunk by chunk, for replicated and ZeRO-1 parameters.
+
+The callbacks are those that Megatron's DistributedDataParallel offers and that its training loop puts into the config
+(no_sync_func, grad_sync_func, param_sync_func). This module knows only when to call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+
+from torch.nn import Parameter
+
+NoSync = Callable[[], AbstractContextManager[object]]
+Sync = Callable[[list[Parameter]], None]
+
+
+class DataParallel:
+    """A context around one step: within it, gradients are reduced only where the plan says so.
+
+    no_sync: one per chunk, a single one for all chunks, or None.
+    grad_sync: per chunk, launches its reduction explicitly. None: leaving no_sync before the last backward lets
+        Megatron's hooks launch it, bucket by bucket, while that backward runs.
+    param_sync: per chunk, launches the gather of its parameters. None: whoever needs them gathers them.
+    parameters: per chunk, what the two are called with.
+    """
+
+    def __init__(
+        self,
+        no_sync: list[NoSync] | NoSync | None,
+        grad_sync: list[Sync] | None,
+        param_sync: list[Sync] | None,
+        parameters: list[list[Parameter]],
+    ):
+        self._no_sync = no_sync
+        self._grad_sync, self._param_sync = grad_sync, param_sync
+        self._parameters = parameters
+        self._closed: dict[int, ExitStack] = {}  # chunk -> its entered no_sync; key 0 stands for all with a single one
+        self._unreduced = set(range(len(parameters)))
+
+    def __enter__(self) -> DataParallel:
+        for chunk in range(len(self._no_sync) if isinstance(self._no_sync, list) else 1):
+            self._close(chunk)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for chunk in list(self._closed):
+            self._open(chunk)
+
+    def before_last_backward(self, chunk: int) -> None:
+        """The chunk's next backward is its last of the step."""
+        if self._grad_sync is None:
+            self._open(chunk)
+
+    def reduce_grad(self, chunk: int) -> None:
+        """All backwards of the chunk are done: its reduction is launched now, if the hooks have not done so."""
+        self._unreduced.discard(chunk)
+        self._open(chunk)
+        if self._grad_sync is not None:
+            self._grad_sync[chunk](self._parameters[chunk])
+        if not isinstance(self._no_sync, list) and self._unreduced:
+            self._close(chunk)  # one no_sync for all chunks: the others still accumulate
+
+    def unshard(self, chunk: int) -> None:
+        """Launch the gather of the chunk's parameters."""
+        if self._param_sync is not None:
+            self._param_sync[chunk](self._parameters[chunk])
+
+    def _key(self, chunk: int) -> int:
+        return chunk if isinstance(self._no_sync, list) else 0
+
+    def _close(self, chunk: int) -> None:
+        if self._no_sync is not None:
+            stack = ExitStack()
+            no_sync = self._no_sync[chunk] if isinstance(self._no_sync, list) else self._no_sync
+            stack.enter_context(no_sync())
+            self._closed[self._key(chunk)] = stack
+
+    def _open(self, chunk: int) -> None:
+        stack = self._closed.pop(self._key(chunk), None)
+        if stack is not None:
+            stack.close()

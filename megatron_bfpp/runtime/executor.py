@@ -1,0 +1,113 @@
+"""Run the plan of one rank: for each action, its handler. What an action means is in the handlers, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..schedule.ir import Action, Op, PipelineShape
+from .data_parallel import DataParallel
+from .p2p import Messages
+
+Tensor = torch.Tensor
+
+
+class Compute(Protocol):
+    """What the model's framework does in an action."""
+
+    def forward(self, chunk: int, microbatch: int, received: Tensor | None) -> Tensor:
+        """The output of a chunk, or the loss on the last stage. received: None on the first stage."""
+
+    def backward(self, received: Tensor | None, output: Tensor, grad: Tensor | None) -> Tensor | None:
+        """The gradient of `received`. grad: of `output`; None on the last stage, whose output is the loss."""
+
+    def release(self, output: Tensor) -> None:
+        """Free the data of a sent output; its graph stays."""
+
+
+@dataclass
+class Executor:
+    """One step of one rank. One object per step."""
+
+    shape: PipelineShape
+    compute: Compute
+    messages: Messages
+    data_parallel: DataParallel
+    forward_only: bool = False
+    span: Callable[[Action], AbstractContextManager[object]] = lambda action: nullcontext()
+    _inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # (stage, microbatch) ->
+    _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _input_grads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def run(self, actions: list[Action]) -> None:
+        """Run `actions` in order. An error in one of them carries a note that names it."""
+        handlers: dict[Op, Callable[[Action], None]] = {
+            Op.F: self._forward,
+            Op.B: self._backward,
+            Op.SEND_F: self._send_forward,
+            Op.SEND_B: self._send_backward,
+            Op.RECV_F: self.messages.post_receive,
+            Op.RECV_B: self.messages.post_receive,
+            Op.UNSHARD: self._unshard,
+            Op.REDUCE_GRAD: self._reduce_grad,
+        }
+        for action in actions:
+            try:
+                with self.span(action):
+                    handlers[action.op](action)
+            except Exception as error:
+                error.add_note(f"megatron_bfpp: pp_rank {self.shape.rank_of(action.stage)} was running {action}")
+                raise
+        self.messages.assert_finished()
+        assert not self._inputs and not self._outputs and not self._input_grads, "a tensor was never used"
+
+    def _forward(self, action: Action) -> None:
+        self.messages.before_compute()
+        stage, _, microbatch = action
+        assert microbatch is not None, "a forward has a microbatch"
+        received = self.messages.receive(Action(stage, Op.RECV_F, microbatch)) if stage > 0 else None
+        output = self.compute.forward(self.shape.chunk_of(stage), microbatch, received)
+        is_last = stage == self.shape.num_stages - 1
+        if not self.forward_only:
+            self._inputs[stage, microbatch] = received
+        if not (self.forward_only and is_last):
+            self._outputs[stage, microbatch] = output
+
+    def _backward(self, action: Action) -> None:
+        self.messages.before_compute()
+        stage, _, microbatch = action
+        assert microbatch is not None, "a backward has a microbatch"
+        grad = None
+        if stage < self.shape.num_stages - 1:
+            grad = self.messages.receive(Action(stage, Op.RECV_B, microbatch))
+            # The gradient's arrival shows that the output arrived, so this does not wait. Megatron's backward expects
+            # a freed output, and a short plan can come here within the send's window.
+            self.messages.finish_send(Action(stage, Op.SEND_F, microbatch))
+        if microbatch == self.shape.num_microbatches - 1:
+            self.data_parallel.before_last_backward(self.shape.chunk_of(stage))
+        key = stage, microbatch
+        input_grad = self.compute.backward(self._inputs.pop(key), self._outputs.pop(key), grad)
+        if stage > 0:
+            if input_grad is None:
+                raise RuntimeError(f"{action} gave no gradient for its input, which the rank before waits for")
+            self._input_grads[key] = input_grad
+
+    def _send_forward(self, action: Action) -> None:
+        assert action.microbatch is not None, "a send has a microbatch"
+        key = action.stage, action.microbatch
+        output = self._outputs.pop(key) if self.forward_only else self._outputs[key]
+        self.messages.send(action, output, release=lambda: self.compute.release(output))
+
+    def _send_backward(self, action: Action) -> None:
+        assert action.microbatch is not None, "a send has a microbatch"
+        self.messages.send(action, self._input_grads.pop((action.stage, action.microbatch)))
+
+    def _unshard(self, action: Action) -> None:
+        self.data_parallel.unshard(self.shape.chunk_of(action.stage))
+
+    def _reduce_grad(self, action: Action) -> None:
+        self.data_parallel.reduce_grad(self.shape.chunk_of(action.stage))
