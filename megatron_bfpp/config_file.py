@@ -34,7 +34,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}. The file holds two maps: {' and '.join(SECTIONS)}.")
     for section in SECTIONS:
         if not isinstance(content.get(section) or {}, dict):
-            raise UserError(f"{path}: {section} is a {_kind(content[section])}; it must be a map, one `key: value` a line.")
+            raise UserError(
+                f"{path}: {section} is a {_kind(content[section])}; it must be a map, one `key: value` a line."
+            )
     environment = {}
     for name, value in (content.get("ENV_VARS") or {}).items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):

@@ -45,7 +45,7 @@ OTHER_MODELS: dict[str, Any] = {
 def main() -> None:
     """Train as sys.argv says. Everything of Megatron is imported here, after the launcher has prepared the process."""
     program_start = time.time()
-    if int(os.environ.get("RANK", 0)) != 0:  # one rank's warnings are enough
+    if int(os.environ.get("RANK", "0")) != 0:  # one rank's warnings are enough
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps

@@ -29,7 +29,9 @@ __all__ = ["datasets", "embedding_ranks", "forward_step", "loss_func", "micro_ba
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # Only of packed sequences, which this entry point refuses; the helpers of 0.18 and 0.19 look for the keys.
 PACKED_FIELDS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
-SPIKY_LOSS_FACTOR = 10.0  # --check-for-spiky-loss: a loss above this multiple of the largest so far, as in Megatron's script
+SPIKY_LOSS_FACTOR = (
+    10.0  # --check-for-spiky-loss: a loss above this multiple of the largest so far, as in Megatron's script
+)
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
@@ -49,7 +51,9 @@ def forward_step(data_iterator: Iterator[Any], model: Any, return_schedule_plan:
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """The sum of the unmasked losses of one micro-batch, the number of them, and both for the log.
 
     Args:
@@ -75,7 +79,7 @@ def _check_loss(loss: torch.Tensor) -> None:
         rerun.validate_result(result=loss, rejection_func=rejection, message="Spiky loss", tolerance=0.0, fatal=False)
 
 
-def micro_batch(data_iterator: Iterator[Any], config: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def micro_batch(data_iterator: Iterator[Any], config: Any, vp_stage: int | None) -> dict[str, Any]:
     """The next micro-batch as far as this model chunk needs it: FIELDS, None where a stage has no use for one."""
     with_mtp = _holds_mtp(config, vp_stage)
     if not (is_first_or_last_pipeline_stage(vp_stage) or with_mtp):

@@ -64,4 +64,6 @@ def _specs(args: Any, config: Any, vp_stage: int | None) -> tuple[Any, Any]:
         layer_spec = model_layers[-1]
     if args.mtp_num_layers is None:
         return layer_spec, None
-    return layer_spec, get_gpt_mtp_block_spec(config, model_layers[-1], use_transformer_engine=use_te, vp_stage=vp_stage)
+    return layer_spec, get_gpt_mtp_block_spec(
+        config, model_layers[-1], use_transformer_engine=use_te, vp_stage=vp_stage
+    )
