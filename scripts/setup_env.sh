@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# bash scripts/setup_env.sh [--extras test]
+#
+# Makes .venv at the root of the repository with the versions in constraints.txt and this package, editable.
+# A second run with nothing changed does nothing. scripts/quickstart.sh and scripts/test.sh call it.
+#
+#   PYTHON=/path/to/python   the interpreter to build with; default: 3.12 or newer from PATH, then from pyenv
+#   VENV=/path/to/venv       where to build; default: .venv
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${VENV:-${root}/.venv}"
+extras=""
+while (($#)); do
+    case "$1" in
+        --extras)
+            extras="${2:?--extras needs a value: test}"
+            shift 2
+            ;;
+        *)
+            echo "setup_env: unknown option $1; usage: bash scripts/setup_env.sh [--extras test]" >&2
+            exit 2
+            ;;
+    esac
+done
+
+packages=(setuptools torch megatron-core numpy PyYAML einops psutil)
+case "${extras}" in
+    "") ;;
+    test) packages+=(pytest hypothesis ruff mypy matplotlib) ;;
+    *)
+        echo "setup_env: --extras ${extras} does not exist; the only extras are: test" >&2
+        exit 2
+        ;;
+esac
+
+# A name on PATH is not enough: pyenv's shims are there for versions that they then refuse to run.
+serves() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+}
+
+find_python() {
+    if [[ -n "${PYTHON:-}" ]]; then
+        serves "${PYTHON}" && command -v -- "${PYTHON}" && return
+        echo "setup_env: PYTHON=${PYTHON} is not a Python >= 3.12 that can import venv and ensurepip." >&2
+        return 1
+    fi
+    local candidate pyenv_versions="${PYENV_ROOT:-${HOME}/.pyenv}/versions"
+    local candidates=(python3.12) # first choice: the version that constraints.txt was resolved with
+    for candidate in "${pyenv_versions}"/3.12.*/bin/python; do candidates+=("${candidate}"); done
+    candidates+=(python3.13 python3.14 python3)
+    for candidate in "${pyenv_versions}"/3.1[3-9]*/bin/python; do candidates+=("${candidate}"); done
+    for candidate in "${candidates[@]}"; do
+        serves "${candidate}" && command -v -- "${candidate}" && return
+    done
+    echo "setup_env: no Python >= 3.12 with venv and ensurepip among python3.12, python3.13, python3.14, python3 on PATH" \
+        "and ${pyenv_versions}/*; name one: PYTHON=/path/to/python" >&2
+    return 1
+}
+
+# step "what it does" command...: one line with the time it took; the command's output only when it fails.
+step() {
+    local what="$1" started="${SECONDS}" log="${venv}/setup.log"
+    shift
+    printf 'setup_env: %s ... ' "${what}"
+    if "$@" >"${log}" 2>&1; then
+        printf '%d s\n' "$((SECONDS - started))"
+    else
+        printf 'FAILED\n' && tail --lines=20 -- "${log}" >&2
+        echo "setup_env: the whole output is in ${log}" >&2
+        return 1
+    fi
+}
+
+python="$(find_python)"
+version="$("${python}" -c 'import platform; print(platform.python_version())')"
+stamp="${venv}/.setup_env"
+
+# The stamp is the last thing written, so an interrupted set-up has none. The smaller package list is a part of the
+# larger one: an environment with extras serves a run without.
+stamp_of() {
+    printf '%s\n' "${version}" "${root}" "$1" | cat - "${root}/constraints.txt" "${root}/pyproject.toml" | sha256sum | cut --delimiter=' ' --fields=1
+}
+if [[ -f "${stamp}" && -x "${venv}/bin/python" ]]; then
+    recorded="$(cat -- "${stamp}")"
+    if [[ "${recorded}" == "$(stamp_of "${extras}")" || "${recorded}" == "$(stamp_of test)" ]]; then
+        echo "setup_env: ${venv} is ready (Python ${version})"
+        exit 0
+    fi
+fi
+
+pip_install() {
+    # --upgrade-strategy is left at its default: what is installed at the pinned version already is not touched.
+    "${venv}/bin/python" -m pip install --disable-pip-version-check --no-input --constraint "${root}/constraints.txt" "$@"
+}
+
+# A venv whose interpreter does not start or is another version, or one that was broken off before pip came, is made new.
+rm --force -- "${stamp}"
+if ! [[ "$("${venv}/bin/python" -c 'import pip, platform; print(platform.python_version())' 2>/dev/null)" == "${version}" ]]; then
+    if [[ -e "${venv}" && ! -f "${venv}/pyvenv.cfg" && -n "$(ls --almost-all -- "${venv}")" && ! -f "${venv}/setup.log" ]]; then
+        echo "setup_env: ${venv} exists and is not a Python environment; remove it, or name another place: VENV=/path" >&2
+        exit 1
+    fi
+    rm --recursive --force -- "${venv}"
+    mkdir --parents -- "${venv}"
+    step "new environment ${venv} with Python ${version}" "${python}" -m venv "${venv}"
+fi
+step "installing ${#packages[@]} pinned packages (torch brings CUDA libraries: about 5.5 GB)" pip_install "${packages[@]}"
+# No build isolation: it would download setuptools once more, in a version nobody pinned.
+step "installing megatron_bfpp, editable" pip_install --no-deps --no-build-isolation --editable "${root}"
+stamp_of "${extras}" >"${stamp}.new"
+mv -- "${stamp}.new" "${stamp}"
