@@ -1,3 +1,27 @@
 """Breadth-first pipeline parallelism (Lamy-Poirier, arXiv 2211.05953) for Megatron-LM and Megatron-Core."""
 
+__all__ = ["__version__", "disable", "enable"]
+
 __version__ = "0.1.0"
+
+
+def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
+    """Add breadth-first to Megatron, in a script before Megatron parses its arguments. Idempotent.
+
+    pipeline_schedule: None lets the flag --pipeline-schedule decide. "breadth-first" or "1f1b" decides here, for code
+        that uses Megatron-Core without megatron.training: get_forward_backward_func then returns the breadth-first
+        function wherever it would return the interleaved one.
+    device: "auto" is CUDA where every rank of the node has a GPU of its own, else the CPU; "cuda"; "cpu".
+
+    Returns "cuda" or "cpu". Raises UserError for what the user must change.
+    """
+    from .integration.activation import enable
+
+    return enable(pipeline_schedule, device)
+
+
+def disable() -> None:
+    """Undo everything that `enable` did."""
+    from .integration.activation import disable
+
+    disable()

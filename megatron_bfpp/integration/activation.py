@@ -1,0 +1,122 @@
+"""enable and disable: which seams are applied, and the dispatch at the schedule's seam."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import UserError
+from . import seams, step_log
+from .arguments import validating
+from .seams import Seam
+from .settings import SCHEDULES, Settings, add_flags, settings_of
+
+SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
+
+SCHEDULE = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "forward_backward_pipelining_with_interleaving",
+    ("forward_step_func", "data_iterator", "model", "num_microbatches", "seq_length", "micro_batch_size",
+     "decoder_seq_length", "forward_only", "collect_non_loss_data", "first_val_step", "adjust_tensor_shapes_fn",
+     "p2p_communicator", "pg_collection", "force_all_reduce"),
+)  # fmt: skip
+ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",))
+VALIDATE_ARGS = Seam("megatron.training.arguments", "validate_args", ("args", "defaults"))
+VALIDATE_YAML = Seam("megatron.training.yaml_arguments", "validate_yaml", ("args", "defaults"))
+
+
+def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
+    """Apply the seams; the device in use, "cuda" or "cpu". Idempotent. See megatron_bfpp.enable."""
+    if pipeline_schedule is not None and pipeline_schedule not in SCHEDULES:
+        raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
+    check_version()
+    from .cpu import choose_device, enable_cpu, skip_compile_without_makefile
+
+    device, reason = choose_device(device)
+    if device == "cpu":
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron_bfpp: running on CPU over gloo: {reason}", flush=True)
+        enable_cpu()
+    skip_compile_without_makefile()
+    if pipeline_schedule != "1f1b":
+        seams.apply(SCHEDULE, _dispatching(pipeline_schedule))
+    # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
+    if pipeline_schedule is None or "megatron.training" in sys.modules:
+        if importlib.util.find_spec("megatron.training") is not None:
+            _apply_to_training(pipeline_schedule, device)
+    return device
+
+
+def _apply_to_training(explicit: str | None, device: str) -> None:
+    import megatron.training.training  # noqa: F401  # binds by name what is replaced here
+
+    def with_flags(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            parser = add_arguments(parser, *args, **kwargs)
+            add_flags(parser, default=explicit or "1f1b")
+            return parser
+
+        return wrapper
+
+    def validated(validate: Callable[..., Any]) -> Callable[..., Any]:
+        return validating(validate, explicit, device, on_1f1b=lambda: seams.undo(SCHEDULE))
+
+    seams.apply(ADD_ARGUMENTS, with_flags)
+    seams.apply(VALIDATE_ARGS, validated)
+    seams.apply(VALIDATE_YAML, validated)
+    path = os.environ.get("BFPP_STEP_LOG")
+    if path:
+        seams.apply(step_log.SEAM, step_log.logging_steps(path))
+
+
+def disable() -> None:
+    """Undo every seam and the CPU mode."""
+    seams.undo_all()
+    if "megatron_bfpp.integration.cpu" in sys.modules:
+        from .cpu import disable_cpu
+
+        disable_cpu()
+
+
+def check_version() -> None:
+    """Refuse a Megatron outside the tested releases, in one sentence."""
+    if importlib.util.find_spec("megatron.core") is None:
+        raise UserError("megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout.")
+    from megatron.core.package_info import __version__ as version
+
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if not SUPPORTED[0] <= release <= SUPPORTED[1]:
+        first, last = (".".join(map(str, end)) for end in SUPPORTED)
+        raise UserError(f"megatron-core {version} is not supported: megatron_bfpp works with {first} to {last}.")
+
+
+def _dispatching(explicit: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_backward_pipelining_with_interleaving(**call: Any) -> Any:
+            from . import forward_backward
+
+            settings = _settings(explicit)
+            if settings.schedule == "1f1b":
+                return original(**call)
+            if settings.engine == "megatron":
+                return forward_backward.run_megatron(settings, original, **call)
+            return forward_backward.run(settings, **call)
+
+        # Tools that look at the schedule see Megatron's signature.
+        forward_backward_pipelining_with_interleaving.__wrapped__ = original  # type: ignore[attr-defined]
+        return forward_backward_pipelining_with_interleaving
+
+    return replace
+
+
+def _settings(explicit: str | None) -> Settings:
+    """enable()'s explicit choice, else the command line's. Looked up per call: it costs nothing beside a step."""
+    variables = sys.modules.get("megatron.training.global_vars")
+    args = None if variables is None else variables._GLOBAL_ARGS
+    if args is None:
+        return Settings(schedule=explicit or "1f1b")
+    settings = settings_of(args)
+    return settings if explicit is None else Settings(explicit, settings.backward, settings.group_size, settings.engine)

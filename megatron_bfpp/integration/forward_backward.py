@@ -1,0 +1,316 @@
+"""The breadth-first schedule behind Megatron's forward_backward_pipelining_with_interleaving: same call, same result.
+
+Every step goes through `run`: it checks the call, looks up the checked plan of its shape (the number of micro-batches
+comes from the call and may change from step to step), and has an `Executor` run this rank's part of it with Megatron's
+own forward_step and backward_step. The function keeps nothing between calls and restores what it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
+
+from .. import __version__
+from ..runtime.data_parallel import DataParallel
+from ..runtime.executor import Executor
+from ..runtime.p2p import ChannelGroups, Messages
+from ..schedule import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
+from ..schedule.formats import digest
+from .settings import Settings
+
+_groups: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan of all ranks and what is told about it."""
+
+    actions: Schedule
+    digest: str
+    bubble_fraction: float
+    peak_live_activations: list[int]
+
+
+@lru_cache(maxsize=64)
+def plan_of(shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool) -> Plan:
+    """Made and checked once per shape; ScheduleError if it were unsound."""
+    group = None if group_size is None else min(group_size, shape.num_microbatches)
+    order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
+    timeline = simulate(order, shape)
+    actions = lower(order, shape)
+    check(actions, shape, forward_only=evaluation)
+    return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
+
+
+@dataclass
+class MegatronCompute:
+    """Megatron's forward and backward of one micro-batch, for the executor. One object per step."""
+
+    call: dict[str, Any]  # what the schedule was called with
+    config: Any
+    shape: PipelineShape
+    pp_rank: int
+    cp_size: int
+    total_num_tokens: torch.Tensor
+    max_outstanding: int
+    store: list[Any]  # what the loss function reports, on the last stage
+    _forwards: int = 0
+
+    def forward(self, chunk: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+        call, stage = self.call, chunk * self.shape.pp_size + self.pp_rank
+        is_first = schedules.check_first_val_step(call["first_val_step"], call["forward_only"], microbatch == 0)
+        output, num_tokens = schedules.forward_step(
+            call["forward_step_func"],
+            call["data_iterator"][chunk],
+            call["model"][chunk],
+            call["num_microbatches"],
+            received,
+            self.store,
+            self.config,
+            cp_group_size=self.cp_size,
+            collect_non_loss_data=call["collect_non_loss_data"],
+            checkpoint_activations_microbatch=self._checkpoints_all_layers(),
+            is_first_microbatch=is_first,
+            current_microbatch=microbatch,
+            vp_stage=chunk,
+            is_last_stage=stage == self.shape.num_stages - 1,
+        )
+        self.total_num_tokens += num_tokens
+        self._forwards += 1
+        return output
+
+    def backward(
+        self, received: torch.Tensor | None, output: torch.Tensor, grad: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return schedules.backward_step(received, output, grad, self.config)
+
+    def release(self, output: torch.Tensor) -> None:
+        schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+
+    def _checkpoints_all_layers(self) -> bool | None:
+        """Megatron's window of partial activation checkpointing (arXiv 2205.05198, appendix C), None without it."""
+        partial = self.config.num_microbatches_with_partial_activation_checkpoints
+        return None if partial is None else self._forwards % self.max_outstanding >= partial
+
+
+def run(
+    settings: Settings,
+    *,
+    forward_step_func: Callable[..., Any],
+    data_iterator: list[Any],
+    model: list[torch.nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+    adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+    p2p_communicator: P2PCommunicator | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    force_all_reduce: bool = False,
+) -> list[Any]:
+    """One breadth-first step; parameters and result as Megatron's interleaved schedule (schedules.py, 0.19)."""
+    call = {name: value for name, value in locals().items() if name != "settings"}
+    check_call(call)
+    config = get_model_config(model[0])
+    check_config(config)
+    pp_group, groups = _process_groups(p2p_communicator, pg_collection, config)
+    shape = PipelineShape(pp_group.size(), len(model), num_microbatches)
+    plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only)
+    pp_rank, device = pp_group.rank(), _device()
+    _announce(settings, shape, plan, forward_only)
+
+    _reset_stash(config, forward_only)
+    finalize = None if forward_only else config.finalize_model_grads_func
+    is_last_rank = pp_rank == shape.pp_size - 1
+    if finalize is not None:
+        embedding = schedules.clear_embedding_activation_buffer(config, model, is_last_rank)
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+
+    compute = MegatronCompute(
+        call, config, shape, pp_rank, groups.cp.size(), torch.zeros([], dtype=torch.int, device=device),
+        plan.peak_live_activations[pp_rank], [],
+    )  # fmt: skip
+    data_parallel = _data_parallel(config, model, forward_only)
+    messages = Messages(
+        _channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
+        variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
+    )  # fmt: skip
+    with data_parallel if data_parallel is not None else nullcontext(DataParallel(None, None, None, [])) as gates:
+        Executor(shape, compute, messages, gates, forward_only, _nvtx_span).run(plan.actions[pp_rank])
+
+    if finalize is not None:
+        schedules.finish_embedding_wgrad_compute(config, embedding, is_last_rank, groups.tp)
+        tokens = compute.total_num_tokens if config.calculate_per_token_loss else None
+        finalize(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    return compute.store
+
+
+def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call: Any) -> list[Any]:
+    """The other engine: Megatron's own loop, its group size set to all micro-batches of this call."""
+    check_call({"adjust_tensor_shapes_fn": None, **call})
+    config, microbatches = get_model_config(call["model"][0]), call["num_microbatches"]
+    check_config(config)
+    shape = PipelineShape(config.pipeline_model_parallel_size, len(call["model"]), microbatches)
+    plan = plan_of(shape, None, settings.backward == "eager", call.get("forward_only", False))
+    _announce(settings, shape, plan, call.get("forward_only", False))
+    changes: dict[str, Any] = {"microbatch_group_size_per_vp_stage": microbatches}
+    if config.overlap_p2p_comm:  # nearly all of the step is warm-up and cool-down, which block without it
+        changes["overlap_p2p_comm_warmup_flush"] = True
+    with _changed(config, **changes):
+        if settings.backward == "eager":
+            return original(**call)
+        total = microbatches * len(call["model"])
+        with _changed(schedules, get_pp_rank_microbatches=lambda *_, **__: (total, True, total, 0)):
+            return original(**call)
+
+
+def check_call(call: dict[str, Any]) -> None:
+    """What would leave other ranks waiting is found before any rank waits."""
+    model, iterators = call["model"], call["data_iterator"]
+    if not isinstance(model, list) or not all(isinstance(chunk, torch.nn.Module) for chunk in model):
+        raise ValueError("model must be a list with the model chunks of this rank")
+    if not isinstance(iterators, list) or len(iterators) != len(model):
+        given = len(iterators) if isinstance(iterators, list) else f"a {type(iterators).__name__}"
+        raise ValueError(f"data_iterator must be a list with one per model chunk: {len(model)} chunks, but {given} given")
+    if call["adjust_tensor_shapes_fn"] is not None:
+        raise ValueError("adjust_tensor_shapes_fn does not work with model chunks: Megatron has it for 1F1B only")
+
+
+def check_config(config: Any) -> None:
+    """The same refusals as on the command line, for configurations that did not come from one."""
+    if config.overlap_moe_expert_parallel_comm:
+        raise ValueError("overlap_moe_expert_parallel_comm does not work with breadth-first: it is a 1F1B schedule")
+    if getattr(config, "cuda_graph_impl", "none") not in ("none", None):
+        raise ValueError(f"cuda_graph_impl={config.cuda_graph_impl} does not work with breadth-first: set it to none")
+    if getattr(config, "fine_grained_activation_offloading", False):
+        raise ValueError("fine_grained_activation_offloading has not been tested with breadth-first: switch it off")
+
+
+def _process_groups(
+    p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None, config: Any
+) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
+    """The pipeline group and the collection that finalize_model_grads gets: the caller's, or Megatron's global ones."""
+    if (p2p is None) != (groups is None):
+        raise ValueError("p2p_communicator and pg_collection must be given together, or neither")
+    if p2p is not None and groups is not None:
+        return p2p.pp_group, groups
+    if hasattr(schedules, "_build_default_pg_collection"):  # 0.19
+        groups = schedules._build_default_pg_collection()
+        return groups.pp, groups
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups.pp, groups
+
+
+def _channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
+    if pp_group not in _groups:
+        _groups[pp_group] = ChannelGroups(pp_group, device, _timeout())
+    return _groups[pp_group]
+
+
+def _timeout() -> timedelta | None:
+    """--distributed-timeout-minutes, where there is a command line."""
+    args = _megatron_args()
+    return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)
+
+
+def _megatron_args() -> Any:
+    import sys
+
+    variables = sys.modules.get("megatron.training.global_vars")
+    return None if variables is None else variables._GLOBAL_ARGS
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollection) -> tuple[int, int, int]:
+    """[sequence / cp (/ tp with sequence parallelism), micro-batch, hidden]: what passes between stages."""
+    sequence = call["seq_length"] // groups.cp.size()
+    if config.sequence_parallel:
+        sequence //= groups.tp.size()
+    return sequence, call["micro_batch_size"], config.hidden_size
+
+
+def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel | None:
+    if evaluation:
+        return None
+    grad_sync, param_sync = (
+        [function] * len(model) if function is not None and not isinstance(function, list) else function
+        for function in (config.grad_sync_func, config.param_sync_func)
+    )
+    parameters = [list(chunk.parameters()) for chunk in model]
+    return DataParallel(config.no_sync_func, grad_sync, param_sync, parameters)
+
+
+def _reset_stash(config: Any, evaluation: bool) -> None:
+    if getattr(config, "moe_paged_stash", False):  # 0.18 and later
+        schedules.paged_stash_reset(enabled=not evaluation, config=config)
+
+
+@contextmanager
+def _nvtx(action: Action) -> Iterator[None]:
+    nvtx_range_push(f"PP:{action}")
+    try:
+        yield
+    finally:
+        nvtx_range_pop(f"PP:{action}")
+
+
+def _nvtx_span(action: Action) -> AbstractContextManager[object]:
+    """A range named as the action, under Megatron's --nvtx-ranges (or --profile); the functions do nothing else."""
+    return _nvtx(action) if action.op in (Op.F, Op.B) else nullcontext()
+
+
+@contextmanager
+def _changed(owner: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@lru_cache(maxsize=64)
+def _announce_once(line: str) -> None:
+    print(line, flush=True)
+
+
+def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool) -> None:
+    """One greppable line per shape, on the first rank: what runs, and the plan's hash to compare with other jobs."""
+    if torch.distributed.get_rank() == 0:
+        group = "" if settings.group_size is None else f", groups of {settings.group_size}"
+        what = "evaluation" if evaluation else f"{settings.backward} backward{group}"
+        _announce_once(
+            f"megatron_bfpp {__version__}: breadth-first, PP {shape.pp_size} x {shape.num_chunks} chunks = "
+            f"{shape.num_stages} stages, {shape.num_microbatches} micro-batches, {what}, engine {settings.engine}, "
+            f"predicted bubble {plan.bubble_fraction:.1%}, plan {plan.digest}"
+        )

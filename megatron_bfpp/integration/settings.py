@@ -1,0 +1,70 @@
+"""What the user chose: the flags, their defaults, and where the choice is looked up. No import of Megatron."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+
+SCHEDULES = ("1f1b", "breadth-first")
+BACKWARDS = ("eager", "late")
+ENGINES = ("plan", "megatron")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choice for one job; the defaults are those of the flags."""
+
+    schedule: str = "1f1b"
+    backward: str = "eager"
+    group_size: int | None = None  # microbatches per group; None for all of a step
+    engine: str = "plan"
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (
+            ("--pipeline-schedule", self.schedule, SCHEDULES),
+            ("--breadth-first-backward", self.backward, BACKWARDS),
+            ("--breadth-first-engine", self.engine, ENGINES),
+        ):
+            if value not in choices:
+                raise UserError(f"{flag} {value} does not exist.\n  Use {flag} {' or '.join(choices)}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(
+                f"--breadth-first-group-size is {self.group_size}; it counts micro-batches.\n"
+                "  Use 1 or more (the number of pipeline ranks or more keeps the pipeline full), or leave it out for all."
+            )
+
+
+def add_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the plugin's flags. Values are checked by Settings: argparse would answer with Megatron's whole usage."""
+    group = parser.add_argument_group("breadth-first pipeline parallelism (megatron_bfpp)")
+    group.add_argument(
+        "--pipeline-schedule", default=default, metavar="{1f1b,breadth-first}",
+        help="1f1b is Megatron's own schedule, untouched. breadth-first runs all micro-batches of a model chunk "
+        "before the next chunk (Lamy-Poirier, arXiv 2211.05953).",
+    )  # fmt: skip
+    group.add_argument(
+        "--breadth-first-backward", default="eager", metavar="{eager,late}",
+        help="eager: backwards of the last chunk start as soon as they can; fewer live activations at the same step "
+        "time. late: after all forwards, the paper's plain order.",
+    )  # fmt: skip
+    group.add_argument(
+        "--breadth-first-group-size", type=int, default=None, metavar="N",
+        help="Run the micro-batches in groups of N: less memory, less overlap. Default: all micro-batches of the step.",
+    )  # fmt: skip
+    group.add_argument(
+        "--breadth-first-engine", default="plan", metavar="{plan,megatron}",
+        help="plan: the plugin's executor of a checked plan. megatron: Megatron's own loop in breadth-first order.",
+    )  # fmt: skip
+
+
+def settings_of(args: Any) -> Settings:
+    """The choice on a parsed command line, or in a YAML file that holds some of the names."""
+    return Settings(
+        schedule=getattr(args, "pipeline_schedule", None) or "1f1b",
+        backward=getattr(args, "breadth_first_backward", None) or "eager",
+        group_size=getattr(args, "breadth_first_group_size", None),
+        engine=getattr(args, "breadth_first_engine", None) or "plan",
+    )
