@@ -1,0 +1,150 @@
+"""bfpp: look at a schedule and prove a plan, without torch and without Megatron.
+
+    bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
+    bfpp check plan.csv
+
+Exit codes: 0 good, 1 found wrong, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+from . import __version__
+from .errors import UserError
+from .files import write_whole
+from .report.grid import grid, summary
+from .report.picture import svg
+from .schedule import (
+    PipelineShape,
+    Schedule,
+    ScheduleError,
+    breadth_first,
+    check,
+    formats,
+    interleaved_1f1b,
+    lower,
+    simulate,
+)
+from .schedule.ir import COMPUTE
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (UserError, ValueError) as error:
+        # The schedule package, which users can call without us, raises ValueError for a shape that cannot be.
+        print(f"bfpp {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `bfpp show | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check}")
+
+    show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
+    show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
+    show.add_argument("--chunks", type=int, required=True, help="model chunks (virtual pipeline stages) per rank")
+    show.add_argument("--microbatches", type=int, required=True, help="micro-batches per step and replica")
+    show.add_argument("--order", action="append", choices=("breadth-first", "1f1b"),
+                      help="may be given twice: both on one time axis. Default: breadth-first")  # fmt: skip
+    show.add_argument("--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (1f1b)")
+    show.add_argument("--backward", choices=("eager", "late"), default="eager", help="of breadth-first")
+    show.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
+    show.add_argument("--hop", type=float, default=0.0, help="time of a message between ranks, in forwards; default 0")
+    show.add_argument("--svg", metavar="PATH", help="write the picture")
+    show.add_argument("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
+    show.add_argument("--plan", action="store_true", help="with sends and receives, in --csv and --text")
+    show.add_argument("--text", action="store_true", help="print the actions of each rank instead of the grid")
+    show.add_argument("--wide", action="store_true", help="do not cut the grid at the terminal's width")
+    show.set_defaults(run=_show)
+
+    prove = commands.add_parser("check", help="prove a plan complete, in order and free of deadlock")
+    prove.add_argument("file", help="CSV or text of a plan, as `bfpp show --plan` writes it; - for standard input")
+    prove.set_defaults(run=_check)
+    return parser
+
+
+def _show(args: argparse.Namespace) -> int:
+    if args.backward_time <= 0 or args.hop < 0:
+        raise UserError("--backward-time must be above 0 and --hop at least 0.")
+    shape = PipelineShape(args.pp, args.chunks, args.microbatches)
+    names = list(dict.fromkeys(args.order or ["breadth-first"]))
+    if args.csv and len(names) > 1:
+        raise UserError("--csv holds one schedule, but --order was given twice.\n  Leave out one --order.")
+    orders = {name: _order(name, shape, args) for name in names}
+    timelines = [(name, simulate(orders[name], shape, 1.0, args.backward_time, args.hop)) for name in names]
+    width = None if args.wide or not sys.stdout.isatty() else shutil.get_terminal_size().columns
+    for name, timeline in timelines:
+        if args.text:
+            print(formats.to_text(_lowered(orders[name], shape, args)), end="")
+        else:
+            print(f"{name}:" if len(names) > 1 else "", end="\n" if len(names) > 1 else "")
+            print(grid(timeline, width=width))
+            print(summary(timeline))
+    if args.csv:
+        write_whole(args.csv, formats.to_csv(_lowered(orders[names[0]], shape, args)), "--csv")
+        print(f"wrote {args.csv}")
+    if args.svg:
+        write_whole(args.svg, svg(timelines), "--svg")
+        print(f"wrote {args.svg}")
+    return 0
+
+
+def _order(name: str, shape: PipelineShape, args: argparse.Namespace) -> Schedule:
+    if name == "1f1b":
+        return interleaved_1f1b(shape, args.group)
+    return breadth_first(shape, args.group, eager_backward=args.backward == "eager")
+
+
+def _lowered(order: Schedule, shape: PipelineShape, args: argparse.Namespace) -> Schedule:
+    return lower(order, shape) if args.plan else order
+
+
+def _check(args: argparse.Namespace) -> int:
+    plan = _read(args.file)
+    actions = [action for rank in plan for action in rank if action.op in COMPUTE]
+    if not actions:
+        raise UserError(f"{args.file} holds no forward or backward.\n  Write one with: bfpp show ... --plan --csv FILE")
+    stages = 1 + max(action.stage for action in actions)
+    microbatches = 1 + max(action.microbatch or 0 for action in actions)
+    if stages % len(plan):
+        raise UserError(f"{args.file}: {stages} stages do not divide among {len(plan)} ranks.")
+    shape = PipelineShape(len(plan), stages // len(plan), microbatches)
+    try:
+        check(plan, shape, forward_only=all(action.op.value == "F" for action in actions))
+    except ScheduleError as error:
+        print(f"unsound: {error}")
+        return 1
+    print(
+        f"sound: PP {shape.pp_size} x {shape.num_chunks} chunks, {microbatches} micro-batches, "
+        f"{sum(map(len, plan))} actions, plan {formats.digest(plan)}"
+    )
+    return 0
+
+
+def _read(path: str) -> Schedule:
+    try:
+        if path == "-":
+            text = sys.stdin.read()
+        else:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from None
+    try:
+        return (formats.from_csv if "," in text else formats.from_text)(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
