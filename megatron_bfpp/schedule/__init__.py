@@ -4,7 +4,7 @@ from .check import check
 from .ir import Action, Op, PipelineShape, Schedule
 from .lower import lower
 from .orders import breadth_first, forward_only, interleaved_1f1b
-from .simulate import ScheduleError, Timeline, simulate
+from .simulate import ScheduleError, Span, Timeline, simulate
 
 __all__ = [
     "Action",
@@ -12,6 +12,7 @@ __all__ = [
     "PipelineShape",
     "Schedule",
     "ScheduleError",
+    "Span",
     "Timeline",
     "breadth_first",
     "check",
