@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
+
 from .seams import Seam
 
 SEAM = Seam("megatron.training.training", "training_log", ("loss_dict", "iteration", "grad_norm"))
@@ -28,7 +30,7 @@ def logging_steps(path: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             given = signature.bind(*args, **kwargs).arguments
             now, before = time.perf_counter(), previous[0]
             previous[0] = now  # type: ignore[call-overload]
-            if given["loss_dict"]:  # the last stage's rank has one
+            if dist.get_rank() == dist.get_world_size() - 1:
                 entry = _entry(given, None if before is None else now - before)
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")  # one write per line: a killed run leaves whole lines
