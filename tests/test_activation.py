@@ -1,0 +1,88 @@
+"""enable() and disable(): every seam applied where the function is bound, once, and undone."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+
+
+def run(code: str) -> str:
+    """In a process of its own: seams are process-wide."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_enable_twice_and_disable_leave_megatron_as_it_was():
+    run(
+        """
+import megatron_bfpp
+from megatron.core.pipeline_parallel import schedules
+from megatron.training import arguments, yaml_arguments, training, initialize
+names = [(schedules, "forward_backward_pipelining_with_interleaving"), (arguments, "add_megatron_arguments"),
+         (arguments, "validate_args"), (yaml_arguments, "validate_yaml")]
+before = [getattr(*name) for name in names]
+megatron_bfpp.enable(device="cpu")
+first = [getattr(*name) for name in names]
+megatron_bfpp.enable(device="cpu")
+assert [getattr(*name) for name in names] == first
+assert not any(a is b for a, b in zip(before, first))
+import inspect
+for a, b in zip(before[:1], first[:1]):
+    assert inspect.signature(a) == inspect.signature(b)
+megatron_bfpp.disable()
+assert all(getattr(*name) is a for name, a in zip(names, before))
+"""
+    )
+
+
+def test_megatrons_chooser_returns_the_breadth_first_function_for_code_without_megatron_training():
+    run(
+        """
+import sys, megatron_bfpp
+megatron_bfpp.enable("breadth-first", device="cpu")
+assert not any(name.startswith("megatron.training") for name in sys.modules)
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
+ours = get_forward_backward_func(pp_size=4, vp_size=2)
+assert ours is schedules.forward_backward_pipelining_with_interleaving and hasattr(ours, "__wrapped__")
+assert get_forward_backward_func(pp_size=4, vp_size=None) is schedules.forward_backward_pipelining_without_interleaving
+megatron_bfpp.disable()
+assert get_forward_backward_func(pp_size=4, vp_size=2) is ours.__wrapped__
+"""
+    )
+
+
+def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
+    from megatron_bfpp.integration.seams import Seam, SeamError
+
+    with pytest.raises(SeamError, match="schedules.get_fwd_bwd does not exist in this Megatron"):
+        Seam("megatron.core.pipeline_parallel.schedules", "get_fwd_bwd", ()).current()
+    with pytest.raises(SeamError, match="has no parameter beam"):
+        Seam("megatron.core.pipeline_parallel.schedules", "forward_step", ("model", "beam")).current()
+
+
+def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
+    import megatron.core.package_info as info
+
+    from megatron_bfpp.errors import UserError
+    from megatron_bfpp.integration.activation import check_version
+
+    check_version()
+    for version in ("0.16.1", "0.20.0", "1.0.0"):
+        monkeypatch.setattr(info, "__version__", version)
+        with pytest.raises(UserError, match=rf"megatron-core {version} is not supported: .* 0.17 to 0.19"):
+            check_version()
+
+
+def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
+    import torch
+
+    from megatron_bfpp.integration.forward_backward import check_call
+
+    call = {"model": [torch.nn.Linear(1, 1)] * 2, "adjust_tensor_shapes_fn": None}
+    with pytest.raises(ValueError, match="2 chunks, but 1 given"):
+        check_call({**call, "data_iterator": [None]})
+    with pytest.raises(ValueError, match="2 chunks, but a NoneType given"):
+        check_call({**call, "data_iterator": None})
