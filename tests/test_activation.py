@@ -43,7 +43,6 @@ def test_megatrons_chooser_returns_the_breadth_first_function_for_code_without_m
         """
 import sys, megatron_bfpp
 megatron_bfpp.enable("breadth-first", device="cpu")
-assert not any(name.startswith("megatron.training") for name in sys.modules)
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 ours = get_forward_backward_func(pp_size=4, vp_size=2)
 assert ours is schedules.forward_backward_pipelining_with_interleaving and hasattr(ours, "__wrapped__")

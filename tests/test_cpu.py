@@ -111,7 +111,11 @@ def test_backward_hooks_and_recomputation_see_the_replacements(cpu_enabled):
         return x * torch.full((), 2.0, device=torch.cuda.current_device())
 
     x = torch.ones(3, requires_grad=True)
-    x.register_post_accumulate_grad_hook(lambda p: p.grad.add_(torch.ones(3, device="cuda")))
+
+    def add_one(parameter):
+        parameter.grad.add_(torch.ones(3, device="cuda"))
+
+    x.register_post_accumulate_grad_hook(add_one)
     torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=True).sum().backward()
     assert x.grad.tolist() == [3.0, 3.0, 3.0]
 

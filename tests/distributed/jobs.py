@@ -5,10 +5,12 @@ process that has imported it once, so every job still starts from a fresh, unuse
 import json
 import multiprocessing
 import os
-import socket
 import sys
+import time
 import traceback
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 TIMEOUT_S = 240  # a job of 4 ranks takes about 5 s on 2 cores; this is for a hang
 MODEL = (
@@ -33,26 +35,41 @@ def run_job(target, ranks: int, folder: Path, *args) -> list[str]:
 
     Raises JobError with the output of the first rank that failed.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    codes, outputs = run_ranks(target, ranks, folder, *args)
+    for rank, code in enumerate(codes):
+        if code != 0:
+            how = "hung" if code is None else f"ended with {code}"
+            raise JobError(f"rank {rank} {how}:\n" + outputs[rank][-4000:])
+    return outputs
+
+
+def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None], list[str]]:
+    """As run_job, for jobs that are meant to fail: every rank's exit code, None for a hang, and its output.
+
+    A rank that ends with another code than 0 takes those along that then wait for it.
+    """
+    # The ranks meet at a store of this process, as under torchrun: rank 0 need not win a race for a free port.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes = [
-        _context.Process(target=_rank, args=(target, rank, ranks, port, str(logs[rank]), args)) for rank in range(ranks)
+        _context.Process(target=_rank, args=(target, rank, ranks, store.port, str(logs[rank]), args)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+    codes: list[int | None] = [None] * ranks
     try:
-        for rank, process in enumerate(processes):
-            process.join(TIMEOUT_S)
-            if process.exitcode != 0:
-                how = "hung" if process.exitcode is None else f"ended with {process.exitcode}"
-                raise JobError(f"rank {rank} {how}:\n" + logs[rank].read_text()[-4000:])
+        deadline = time.monotonic() + TIMEOUT_S
+        while None in codes and time.monotonic() < deadline:
+            for rank, process in enumerate(processes):
+                process.join(0.05)
+                codes[rank] = process.exitcode
+            if any(codes):  # the others may wait for it until the process group's timeout
+                deadline = min(deadline, time.monotonic() + 10)
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return [log.read_text() for log in logs]
+    return codes, [log.read_text() for log in logs]
 
 
 def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> None:
@@ -61,7 +78,8 @@ def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> No
     os.dup2(file, 2)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
     code = 0
     try:
@@ -83,6 +101,12 @@ def train(folder: Path, ranks: int, *flags: str) -> list[dict]:
     run_job(_train, ranks, folder, str(log), [*MODEL, *flags])
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return [{name: value for name, value in step.items() if name.endswith(" hex")} for step in steps]
+
+
+def refused(folder: Path, ranks: int, *flags: str) -> tuple[list[int | None], list[str]]:
+    """Start our GPT entry point with flags that it should refuse; every rank's exit code and output."""
+    model = [flag for flag in MODEL if not ("--data-path" in flags and flag == "--mock-data")]
+    return run_ranks(_train, ranks, folder, str(folder / "steps.jsonl"), [*model, *flags])
 
 
 def _train(log: str, flags: list[str]) -> None:

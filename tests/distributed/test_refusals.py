@@ -1,60 +1,63 @@
 """Wrong input is refused before a model is built, on every rank, in at most three lines that name what to change."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from jobs import refused
 
-RUN = [sys.executable, "-m", "megatron_bfpp.pretrain_gpt"]
-GPT = (
-    "--device cpu --num-layers 8 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 1 --global-batch-size 8 --tokenizer-type NullTokenizer --vocab-size 128 --train-iters 1 --lr 1e-3 "
-    "--pipeline-schedule breadth-first"
-).split()
+BREADTH_FIRST = ("--pipeline-schedule", "breadth-first", "--global-batch-size", "8")
+PP_4 = ("--pipeline-model-parallel-size", "4")
 
 
-def refusal(*flags: str, rank: int = 0, mock: bool = True) -> str:
-    """What rank `rank` of 4 prints when it is refused: alone, so nothing that waits for other ranks has begun."""
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
-    data = ["--mock-data"] if mock else []
-    done = subprocess.run([*RUN, *GPT, *data, *flags], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert "building GPT model" not in done.stdout
-    start = done.stderr.find("megatron_bfpp: error:")
-    message = done.stderr[start:] if start >= 0 else ""
-    assert len(message.strip().splitlines()) <= 3
+@pytest.fixture
+def refusal(tmp_path):
+    def message(*flags: str) -> str:
+        codes, outputs = refused(tmp_path, 4, *BREADTH_FIRST, *flags)
+        assert codes == [2] * 4, outputs[0][-2000:]
+        for output in outputs:
+            assert "Traceback" not in output and "building GPT model" not in output
+            assert "initializing torch distributed" not in output
+        # The first rank of a node speaks for the others.
+        assert not any("megatron_bfpp: error:" in output for output in outputs[1:])
+        text = outputs[0][outputs[0].index("megatron_bfpp: error:") :]
+        assert len(text.strip().splitlines()) <= 3
+        return text
+
     return message
 
 
-def test_no_pipeline_ranks():
+def test_no_pipeline_ranks(refusal):
     assert "--pipeline-model-parallel-size is 1" in refusal()
 
 
-def test_layers_that_leave_one_per_rank():
-    message = refusal("--pipeline-model-parallel-size", "4", "--num-layers", "4")
+def test_layers_that_leave_one_per_rank(refusal):
+    message = refusal(*PP_4, "--num-layers", "4")
     assert "4 layers on 4 pipeline ranks leave 1 per rank" in message and "--num-layers 8" in message
 
 
-def test_layers_that_cannot_be_shared_out():
-    message = refusal("--pipeline-model-parallel-size", "4", "--num-layers", "62")
+def test_layers_that_cannot_be_shared_out(refusal):
+    message = refusal(*PP_4, "--num-layers", "62")
     assert "62 layers" in message and "--pipeline-model-parallel-layout" in message
 
 
-def test_a_data_file_that_is_missing_is_named():
-    message = refusal("--pipeline-model-parallel-size", "4", "--data-path", "/nowhere/text", mock=False)
+def test_a_data_file_that_is_missing_is_named(refusal):
+    message = refusal(*PP_4, "--data-path", "/nowhere/text")
     assert "--data-path" in message and "/nowhere/text.idx" in message
 
 
-def test_other_ranks_of_a_node_end_with_the_same_code_and_leave_the_message_to_the_first():
-    assert refusal(rank=2) == ""
+def test_cuda_where_there_is_none():
+    import torch
+
+    from megatron_bfpp import run
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as stop:
+        run.launch(["--device", "cuda"], lambda: None)
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--device", "cuda"), ("--device cuda", "0 CUDA device(s) for 4 rank(s)")),
         (("--pipeline-schedule", "breadth"), ("--pipeline-schedule breadth does not exist", "breadth-first")),
         (("--breadth-first-backward", "soon"), ("--breadth-first-backward soon", "late")),
         (("--breadth-first-group-size", "0"), ("--breadth-first-group-size is 0",)),
@@ -63,6 +66,6 @@ def test_other_ranks_of_a_node_end_with_the_same_code_and_leave_the_message_to_t
         (("--sft",), ("--sft", "megatron_bfpp.run")),
     ],
 )
-def test_flags(flags, words):
-    message = refusal("--pipeline-model-parallel-size", "4", *flags)
+def test_flags(refusal, flags, words):
+    message = refusal(*PP_4, *flags)
     assert all(word in message for word in words), message
