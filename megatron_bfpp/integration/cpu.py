@@ -8,6 +8,7 @@ torch.autograd.backward (hooks and recomputation inside would miss it) and costs
 torch.cuda.is_available() stays False: torch itself would call the driver if it were True.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import logging
@@ -74,12 +75,22 @@ def enable_cpu() -> None:
     _patch_cuda()
     _patch_random()
     _patch_megatron()
+    atexit.register(_close_process_groups)
+    _undo.append(lambda: atexit.unregister(_close_process_groups))
 
 
 def disable_cpu() -> None:
     """Undo `enable_cpu`."""
     while _undo:
         _undo.pop()()
+
+
+def _close_process_groups() -> None:
+    """Join gloo's threads before the interpreter ends, which Megatron leaves to the exit: one that is still busy with a
+    Python object then aborts the process. Not after an error, when the peers of a pending operation may be gone.
+    """
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_exc"):
+        torch.distributed.destroy_process_group()
 
 
 # Tensors

@@ -78,6 +78,9 @@ def optimizer_patches() -> Iterator[tuple[Any, str, Any]]:
     yield optimizer, "SGD", torch.optim.SGD  # a FusedSGD takes CUDA tensors only
     yield optimizer, "USING_PYTORCH_OPTIMIZER", False  # Adam is ours, with FusedAdam's arguments
     yield distrib_optimizer, "HAVE_APEX_OR_TE", True  # our state has FusedAdam's layout
+    # Loading dp_reshardable, the default, copies into views of leaves when parameters are fp32, without no_grad.
+    distributed, name = distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"
+    yield distributed, name, torch.no_grad()(getattr(distributed, name))
     # The kernels of Transformer Engine and of Apex take CUDA tensors only; Megatron has its own equivalents.
     yield base, "multi_tensor_applier", utils.local_multi_tensor_applier
     yield base, "multi_tensor_scale_impl", utils.local_multi_tensor_scale
