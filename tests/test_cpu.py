@@ -95,8 +95,9 @@ def test_disable_undoes_every_attribute():
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda", 1)])
 def test_cuda_factories_and_moves_land_on_the_cpu(cpu_enabled, device):
     tensor = torch.ones(2)
-    made = [torch.zeros(2, device=device), torch.empty_like(tensor, device=device), tensor.new_full((2,), 1, device=device)]
-    made += [tensor.to(device), tensor.to(device=device, dtype=torch.float64), tensor.cuda(device), tensor.pin_memory()]
+    made = [torch.zeros(2, device=device), torch.empty_like(tensor, device=device)]
+    made += [tensor.new_full((2,), 1, device=device), tensor.cuda(device), tensor.pin_memory()]
+    made += [tensor.to(device), tensor.to(device=device, dtype=torch.float64)]
     made += list(torch.nn.Linear(2, 2, device=device).to(device).cuda(0).parameters())
     assert {str(each.device) for each in made} == {"cpu"}
     assert torch.empty(2, device="meta").is_meta

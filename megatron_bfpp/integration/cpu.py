@@ -3,7 +3,7 @@
 `enable_cpu` replaces what a machine without a GPU cannot do: tensor factories and moves that name a CUDA device, the
 functions of torch.cuda that need a driver, CUDA's random number generator, the compiler, and the optimizer's kernels.
 Factories are wrapped one by one, not caught by a TorchFunctionMode: a mode is per thread, is popped while it handles
-torch.autograd.backward (hooks and recomputation inside would miss it) and costs every operation, not only the factories.
+torch.autograd.backward (hooks and recomputation inside would miss it) and costs every operation, not factories only.
 
 torch.cuda.is_available() stays False: torch itself would call the driver if it were True.
 """
@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,10 +56,7 @@ def choose_device(requested: str) -> tuple[str, str]:
 def _set(owner: Any, name: str, value: Any) -> None:
     """Set owner.name to value until disable_cpu. An attribute that a class inherits is deleted again, not copied."""
     previous = vars(owner).get(name, _MISSING)
-    if previous is _MISSING:
-        _undo.append(lambda: delattr(owner, name))
-    else:
-        _undo.append(lambda: setattr(owner, name, previous))
+    _undo.append(lambda: delattr(owner, name) if previous is _MISSING else setattr(owner, name, previous))
     setattr(owner, name, value)
 
 
@@ -96,10 +93,11 @@ def _close_process_groups() -> None:
 # Tensors
 
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint "
-    "randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
-_NEW = "new_empty new_full new_ones new_tensor new_zeros".split()
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
+    *("ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
+    *("scalar_tensor", "tensor", "zeros", "zeros_like"),
+)
+_NEW = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def _on_cpu(device: Any) -> Any:
@@ -216,9 +214,8 @@ def _patch_cuda() -> None:
 def _patch_random() -> None:
     """CUDA's generator becomes the CPU's default one, so the states that Megatron forks, saves and loads are real.
 
-    Dropout outside tensor-parallel regions relies on equal generators on all tensor-parallel ranks. On GPUs a data loader
-    draws from the other generator, the CPU's, and only rank 0 of a tensor-parallel group has a data loader: so here it
-    must not advance the one that is left.
+    Dropout outside tensor-parallel regions needs equal generators on all tensor-parallel ranks, but a data loader draws
+    from the CPU's, and only rank 0 of a tensor-parallel group has one: it must not advance the one generator left.
     """
 
     def get_state(device: Any = "cuda") -> torch.Tensor:
