@@ -75,7 +75,7 @@ def test_disable_undoes_every_attribute():
     from megatron.core.tensor_parallel import random
 
     owners = [torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
-    owners += [distrib_optimizer.DistributedOptimizer]
+    owners += [distrib_optimizer.DistributedOptimizer, torch.distributed.distributed_c10d]
     owners += [loader.DataLoader, loader._BaseDataLoaderIter, optimizer, clip_grads, distrib_optimizer, base, random]
     training = pytest.importorskip("megatron.training.training")
     owners += [training, sys.modules["megatron.training"], sys.modules["megatron.training.initialize"]]
