@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import sys
 
 import pytest
 import torch
@@ -74,9 +75,10 @@ def test_disable_undoes_every_attribute():
     from megatron.core.tensor_parallel import random
 
     owners = [torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
+    owners += [distrib_optimizer.DistributedOptimizer, torch.distributed.distributed_c10d]
     owners += [loader.DataLoader, loader._BaseDataLoaderIter, optimizer, clip_grads, distrib_optimizer, base, random]
     training = pytest.importorskip("megatron.training.training")
-    owners += [training, training.initialize_megatron.__globals__ and __import__("sys").modules["megatron.training"]]
+    owners += [training, sys.modules["megatron.training"], sys.modules["megatron.training.initialize"]]
     before = _everything(owners)
     cpu.enable_cpu()
     during = _everything(owners)
@@ -93,8 +95,9 @@ def test_disable_undoes_every_attribute():
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda", 1)])
 def test_cuda_factories_and_moves_land_on_the_cpu(cpu_enabled, device):
     tensor = torch.ones(2)
-    made = [torch.zeros(2, device=device), torch.empty_like(tensor, device=device), tensor.new_full((2,), 1, device=device)]
-    made += [tensor.to(device), tensor.to(device=device, dtype=torch.float64), tensor.cuda(device), tensor.pin_memory()]
+    made = [torch.zeros(2, device=device), torch.empty_like(tensor, device=device)]
+    made += [tensor.new_full((2,), 1, device=device), tensor.cuda(device), tensor.pin_memory()]
+    made += [tensor.to(device), tensor.to(device=device, dtype=torch.float64)]
     made += list(torch.nn.Linear(2, 2, device=device).to(device).cuda(0).parameters())
     assert {str(each.device) for each in made} == {"cpu"}
     assert torch.empty(2, device="meta").is_meta
@@ -110,11 +113,10 @@ def test_backward_hooks_and_recomputation_see_the_replacements(cpu_enabled):
     def twice(x):
         return x * torch.full((), 2.0, device=torch.cuda.current_device())
 
+    def add_one(param):
+        param.grad += torch.ones(3, device="cuda")
+
     x = torch.ones(3, requires_grad=True)
-
-    def add_one(parameter):
-        parameter.grad.add_(torch.ones(3, device="cuda"))
-
     x.register_post_accumulate_grad_hook(add_one)
     torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=True).sum().backward()
     assert x.grad.tolist() == [3.0, 3.0, 3.0]

@@ -3,25 +3,24 @@
 `enable_cpu` replaces what a machine without a GPU cannot do: tensor factories and moves that name a CUDA device, the
 functions of torch.cuda that need a driver, CUDA's random number generator, the compiler, and the optimizer's kernels.
 Factories are wrapped one by one, not caught by a TorchFunctionMode: a mode is per thread, is popped while it handles
-torch.autograd.backward (hooks and recomputation inside would miss it) and costs every operation, not only the factories.
+torch.autograd.backward (hooks and recomputation inside would miss it) and costs every operation, not factories only.
 
 torch.cuda.is_available() stays False: torch itself would call the driver if it were True.
 """
 
-import contextlib
+import atexit
 import importlib.util
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_bfpp.errors import UserError
 from megatron_bfpp.integration.cpu_arguments import cpu_arguments
+from megatron_bfpp.integration.cpu_cuda import cuda_patches
 from megatron_bfpp.integration.cpu_optimizer import optimizer_patches
 
 __all__ = ["choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "skip_compile_without_makefile"]
@@ -55,10 +54,7 @@ def choose_device(requested: str) -> tuple[str, str]:
 def _set(owner: Any, name: str, value: Any) -> None:
     """Set owner.name to value until disable_cpu. An attribute that a class inherits is deleted again, not copied."""
     previous = vars(owner).get(name, _MISSING)
-    if previous is _MISSING:
-        _undo.append(lambda: delattr(owner, name))
-    else:
-        _undo.append(lambda: setattr(owner, name, previous))
+    _undo.append(lambda: delattr(owner, name) if previous is _MISSING else setattr(owner, name, previous))
     setattr(owner, name, value)
 
 
@@ -71,9 +67,12 @@ def enable_cpu() -> None:
     torch.compiler.set_stance("force_eager")
     _undo.append(lambda: torch.compiler.set_stance("default"))
     _patch_tensors()
-    _patch_cuda()
+    for owner, name, value in cuda_patches(_local_world_size()):
+        _set(owner, name, value)
     _patch_random()
     _patch_megatron()
+    atexit.register(_close_process_groups)
+    _undo.append(lambda: atexit.unregister(_close_process_groups))
 
 
 def disable_cpu() -> None:
@@ -82,13 +81,22 @@ def disable_cpu() -> None:
         _undo.pop()()
 
 
+def _close_process_groups() -> None:
+    """Join gloo's threads before the interpreter ends, which Megatron leaves to the exit: one that is still busy with a
+    Python object then aborts the process. Not after an error, when the peers of a pending operation may be gone.
+    """
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_exc"):
+        torch.distributed.destroy_process_group()
+
+
 # Tensors
 
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint "
-    "randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
-_NEW = "new_empty new_full new_ones new_tensor new_zeros".split()
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones"),
+    *("ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
+    *("scalar_tensor", "tensor", "zeros", "zeros_like"),
+)
+_NEW = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def _on_cpu(device: Any) -> Any:
@@ -134,80 +142,14 @@ def _patch_tensors() -> None:
     _set(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
-# torch.cuda
-
-
-class _Stream(contextlib.nullcontext):  # type: ignore[type-arg]
-    """The one stream of a CPU: all work is done when the call returns, so there is nothing to wait for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(self)
-
-    def wait_stream(self, stream: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        event = event or _Event()
-        event.record()
-        return event
-
-
-class _Event:
-    """A time stamp of the CPU's clock, for timers that measure with CUDA events."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.time_s = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self.time_s = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: "_Event") -> float:
-        return (end.time_s - self.time_s) * 1e3  # milliseconds, as torch.cuda.Event
-
-
-def _answer(value: Any) -> Callable[..., Any]:
-    """A function of its own: torch._dynamo asserts that no two names of torch.cuda share one."""
-    return lambda *args, **kwargs: value
-
-
-def _patch_cuda() -> None:
-    """What needs a driver. Memory counters are left alone: without a driver they answer 0."""
-    cuda, stream = torch.cuda, _Stream()
-    _set(cuda, "device_count", _answer(_local_world_size()))  # training/initialize.py sets up groups and seeds if > 0
-    _set(cuda, "current_device", _answer(0))  # p2p_communication, tensor_parallel, timers: `device=current_device()`
-    _set(cuda, "set_device", _answer(None))  # training/initialize.py, async checkpoint workers
-    _set(cuda, "synchronize", _answer(None))  # timers, parallel_state, checkpointing
-    _set(cuda, "empty_cache", _answer(None))  # checkpoint load, --empty-unused-memory-level
-    _set(cuda, "reset_peak_memory_stats", _answer(None))  # memory reports
-    _set(cuda, "ipc_collect", _answer(None))  # in-process restart
-    # arguments.py wants CUDA_DEVICE_MAX_CONNECTIONS=1 with TP below compute capability 10, nothing from there on.
-    _set(cuda, "get_device_properties", _answer(SimpleNamespace(name="cpu", major=10, minor=0, total_memory=0)))
-    _set(cuda, "Stream", _Stream)  # DDP is built and its collectives are launched on side streams
-    _set(cuda, "Event", _Event)  # MoE, overlapped schedules, straggler detection
-    _set(cuda, "current_stream", _answer(stream))
-    _set(cuda, "default_stream", _answer(stream))
-    _set(cuda, "set_stream", _answer(None))
-    _set(cuda, "stream", _answer(stream))
-    for name in ("range_push", "range_pop"):  # --profile; builds of torch without CUDA raise
-        _set(cuda.nvtx, name, _answer(None))
-
-
 # Random numbers
 
 
 def _patch_random() -> None:
     """CUDA's generator becomes the CPU's default one, so the states that Megatron forks, saves and loads are real.
 
-    Dropout outside tensor-parallel regions relies on equal generators on all tensor-parallel ranks. On GPUs a data loader
-    draws from the other generator, the CPU's, and only rank 0 of a tensor-parallel group has a data loader: so here it
-    must not advance the one that is left.
+    Dropout outside tensor-parallel regions needs equal generators on all tensor-parallel ranks, but a data loader draws
+    from the CPU's, and only rank 0 of a tensor-parallel group has one: it must not advance the one generator left.
     """
 
     def get_state(device: Any = "cuda") -> torch.Tensor:
@@ -261,6 +203,15 @@ def _patch_megatron() -> None:
         return barrier(*args, **kwargs)
 
     _set(torch.distributed, "barrier", barrier_without_devices)  # parallel_state passes device_ids: NCCL's only
+    isend = torch.distributed.isend
+
+    def isend_keeping_the_data(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return isend(tensor.detach(), *args, **kwargs)
+
+    # 0.17 takes the storage from a tensor (deallocate_output_tensor) while gloo still sends it; later releases wait. A
+    # detached tensor keeps the storage. P2POp compares with the name of the second module.
+    for module in (torch.distributed, torch.distributed.distributed_c10d):
+        _set(module, "isend", isend_keeping_the_data)
     if importlib.util.find_spec("megatron.training") is None:
         return
     from megatron.training import initialize
@@ -290,4 +241,4 @@ def skip_compile_without_makefile() -> None:
     folder = os.path.dirname(os.path.abspath(utils.__file__))
     helpers = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
     if helpers is not None and not os.path.exists(os.path.join(folder, "Makefile")):
-        utils.compile_helpers = _answer(None)  # training/initialize.py imports the name when it calls it
+        utils.compile_helpers = lambda: None  # training/initialize.py imports the name when it calls it

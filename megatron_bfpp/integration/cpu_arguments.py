@@ -72,7 +72,7 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
     if getattr(args, "cuda_graph_impl", None) not in (None, "none"):
         _refuse(f"--cuda-graph-impl {args.cuda_graph_impl}", "leave it out")
     if getattr(args, "sequence_parallel", False) and getattr(args, "tensor_model_parallel_size", 1) > 1:
-        _refuse("--sequence-parallel", "leave it out: the layer norm that runs on a CPU is torch's, and has no such mode")
+        _refuse("--sequence-parallel", "leave it out: torch's layer norm, the one for CPUs, has no such mode")
     if getattr(args, "context_parallel_size", 1) > 1:
         _refuse(f"--context-parallel-size {args.context_parallel_size}", "use --context-parallel-size 1")
     if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):

@@ -1,11 +1,11 @@
 """Adam for CPU tensors that keeps its state as Megatron expects it from Transformer Engine and Apex.
 
 Megatron falls back to torch.optim.AdamW where neither is installed. That class keeps a `step` tensor per parameter, and
-DistributedOptimizer (0.17.1 to 0.19.2) cannot resume it: `state_dict` asserts on the empty state of a job that has just
-started, `load_state_dict` gives every parameter one shared step tensor, so that each step counts once per parameter, and
-`_set_main_param_and_optimizer_states` looks for a `step` that checkpoints do not hold per parameter. FusedAdam keeps
-`step` in the parameter group and meets none of the three; so does this class. As a bonus the same code paths run as
-on GPUs, checkpoints have the same layout, and an installed Transformer Engine, whose kernels refuse CPU tensors, is
+DistributedOptimizer (0.17.1 to 0.19.2) cannot resume it: `state_dict` asserts on the empty state of a job that has
+just started, `load_state_dict` gives all parameters one shared step tensor, so that each step counts once per
+parameter, and `_set_main_param_and_optimizer_states` looks for a `step` that checkpoints do not hold per parameter.
+FusedAdam keeps `step` in the parameter group and meets none of the three; so does this class. Also, the code paths and
+the layout of checkpoints are those of GPUs, and an installed Transformer Engine, whose kernels refuse CPU tensors, is
 not used.
 """
 
@@ -78,6 +78,10 @@ def optimizer_patches() -> Iterator[tuple[Any, str, Any]]:
     yield optimizer, "SGD", torch.optim.SGD  # a FusedSGD takes CUDA tensors only
     yield optimizer, "USING_PYTORCH_OPTIMIZER", False  # Adam is ours, with FusedAdam's arguments
     yield distrib_optimizer, "HAVE_APEX_OR_TE", True  # our state has FusedAdam's layout
+    yield distrib_optimizer, "Adam", CpuAdam  # 0.17 and 0.18 assert that the optimizer is this class
+    # Loading dp_reshardable, the default, copies into views of leaves when parameters are fp32, without no_grad.
+    distributed, name = distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states"
+    yield distributed, name, torch.no_grad()(getattr(distributed, name))
     # The kernels of Transformer Engine and of Apex take CUDA tensors only; Megatron has its own equivalents.
     yield base, "multi_tensor_applier", utils.local_multi_tensor_applier
     yield base, "multi_tensor_scale_impl", utils.local_multi_tensor_scale
