@@ -85,3 +85,26 @@ def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
         check_call({**call, "data_iterator": [None]})
     with pytest.raises(ValueError, match="2 chunks, but a NoneType given"):
         check_call({**call, "data_iterator": None})
+
+
+def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch):
+    # --yaml-cfg replaces the parsed command line; without our check Megatron would train its own schedule in silence.
+    import sys
+    from types import SimpleNamespace
+
+    from megatron_bfpp.errors import UserError
+    from megatron_bfpp.integration.arguments import validating_yaml
+
+    left_alone = []
+    wrapped = validating_yaml(lambda args, defaults=None: args, None, lambda: left_alone.append(True))
+    file = {"pipeline_model_parallel_size": 4, "mock_data": True}
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"])
+    placed = wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=2))
+    assert placed.pipeline_schedule == "breadth-first" and not left_alone
+    with pytest.raises(UserError, match="at least 2 model chunks per rank"):
+        wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml"])
+    wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    assert left_alone
+    with pytest.raises(UserError, match="--pipeline-schedule breadth does not exist"):
+        wrapped(SimpleNamespace(**file, pipeline_schedule="breadth"))

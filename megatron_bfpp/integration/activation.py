@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import seams, step_log
-from .arguments import validating
+from .arguments import validating, validating_yaml
 from .seams import Seam
 from .settings import SCHEDULES, Settings, add_flags, settings_of
 
@@ -61,12 +61,12 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
 
         return wrapper
 
-    def validated(validate: Callable[..., Any]) -> Callable[..., Any]:
-        return validating(validate, explicit, device, on_1f1b=lambda: seams.undo(SCHEDULE))
+    def leave_alone() -> None:
+        seams.undo(SCHEDULE)
 
     seams.apply(ADD_ARGUMENTS, with_flags)
-    seams.apply(VALIDATE_ARGS, validated)
-    seams.apply(VALIDATE_YAML, validated)
+    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
+    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
     path = os.environ.get("BFPP_STEP_LOG")
     if path:
         seams.apply(step_log.SEAM, step_log.logging_steps(path))
