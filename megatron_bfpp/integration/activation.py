@@ -44,9 +44,9 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     if pipeline_schedule != "1f1b":
         seams.apply(SCHEDULE, _dispatching(pipeline_schedule))
     # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
-    if pipeline_schedule is None or "megatron.training" in sys.modules:
-        if importlib.util.find_spec("megatron.training") is not None:
-            _apply_to_training(pipeline_schedule, device)
+    wanted = pipeline_schedule is None or "megatron.training" in sys.modules
+    if wanted and importlib.util.find_spec("megatron.training") is not None:
+        _apply_to_training(pipeline_schedule, device)
     return device
 
 
@@ -84,7 +84,9 @@ def disable() -> None:
 def check_version() -> None:
     """Refuse a Megatron outside the tested releases, in one sentence."""
     if importlib.util.find_spec("megatron.core") is None:
-        raise UserError("megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout.")
+        raise UserError(
+            "megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout."
+        )
     from megatron.core.package_info import __version__ as version
 
     release = tuple(int(part) for part in version.split(".")[:2])
