@@ -23,39 +23,62 @@ quoted="$("${python}" -m megatron_bfpp.config_file configs/quickstart.yaml)"
 eval "flags=(${quoted})" # config_file quotes each word for the shell
 
 job="" # the process group of the arm that runs
-stop_job() { [[ -z "${job}" ]] || kill -TERM -- "-${job}" 2>/dev/null || true; }
-trap 'stop_job; exit 130' INT TERM
+# torchrun's ranks are in sessions of their own: only torchrun can end them, so it is asked to and waited for. It passes
+# SIGTERM on and kills, 30 s later, what is left.
+stop_job() {
+    local running="${job}"
+    job=""
+    [[ -n "${running}" ]] || return 0
+    kill -TERM -- "-${running}" 2>/dev/null || true
+    wait "${running}" 2>/dev/null || true
+}
+trap 'stop_job; exit 130' INT
+trap 'stop_job; exit 143' TERM
 trap stop_job EXIT
 
-# run_arm NAME FLAG...: one training run, with its progress.
+# progress FILE: "step 12 of 40, lm loss 3.21", from the last line of a step log.
+progress() {
+    local last="" step=0 loss=""
+    [[ ! -s "$1" ]] || last="$(tail --lines=1 -- "$1")"
+    if [[ "${last}" =~ \"step\":\ ([0-9]+),\ \"lm\ loss\":\ ([0-9.]+) ]]; then
+        step="${BASH_REMATCH[1]}" loss="$(printf ', lm loss %.4f' "${BASH_REMATCH[2]}")"
+    fi
+    printf 'step %d of %d%s' "${step}" "${steps}" "${loss}"
+}
+
+# run_arm NAME FLAG...: one training run, with its progress on one line of a terminal, else a line every 10 steps.
 run_arm() {
-    local name="$1" done=0 shown=-1 status=0
+    local name="$1" log="${out}/$1.log" losses="${out}/$1.jsonl" line="" shown=-1 status=0
     shift
-    rm --force -- "${out}/${name}.jsonl"
+    rm --force -- "${losses}"
     echo "quickstart: ${name} ($*)"
-    set -m # a process group of its own, so that Ctrl-C can end all ranks
-    BFPP_STEP_LOG="${out}/${name}.jsonl" "${python}" -m torch.distributed.run --standalone --nproc-per-node 4 \
+    set -m # a process group of its own: Ctrl-C reaches this script alone, which then ends torchrun
+    BFPP_STEP_LOG="${losses}" "${python}" -m torch.distributed.run --standalone --nproc-per-node 4 \
         -m megatron_bfpp.pretrain_gpt --device cpu "${flags[@]}" --train-iters "${steps}" \
-        --data-cache-path "${out}/cache" "$@" >"${out}/${name}.log" 2>&1 </dev/null &
+        --data-cache-path "${out}/cache" "$@" >"${log}" 2>&1 </dev/null &
     job=$!
     set +m
     while kill -0 "${job}" 2>/dev/null; do
-        sleep 1
-        done=0
-        [[ ! -f "${out}/${name}.jsonl" ]] || done="$(wc --lines <"${out}/${name}.jsonl")"
+        line="$(progress "${losses}")"
         if [[ -t 1 ]]; then
-            printf '\r  step %d of %d ' "${done}" "${steps}"
-        elif ((done / 10 != shown / 10 || shown < 0)); then
-            printf '  step %d of %d\n' "${done}" "${steps}"
-            shown="${done}"
+            printf '\r  %s ' "${line}"
+        elif [[ "${line}" =~ ^step\ ([0-9]+) ]] && ((BASH_REMATCH[1] / 10 != shown / 10 || shown < 0)); then
+            printf '  %s\n' "${line}"
+            shown="${BASH_REMATCH[1]}"
         fi
+        sleep 1
     done
     wait "${job}" || status=$?
     job=""
-    [[ ! -t 1 ]] || printf '\r  step %d of %d\n' "$(wc --lines <"${out}/${name}.jsonl" 2>/dev/null || echo 0)" "${steps}"
+    line="$(progress "${losses}")"
+    if [[ -t 1 ]]; then
+        printf '\r  %s\n' "${line}"
+    elif ((shown / 10 != steps / 10)); then
+        printf '  %s\n' "${line}"
+    fi
     if ((status)); then
-        tail --lines=20 -- "${out}/${name}.log" >&2
-        echo "quickstart: ${name} failed with exit code ${status}; the whole log is ${out}/${name}.log" >&2
+        tail --lines=20 -- "${log}" >&2
+        echo "quickstart: ${name} failed with exit code ${status}; the whole log is ${log}" >&2
         exit 1
     fi
 }

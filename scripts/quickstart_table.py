@@ -33,6 +33,8 @@ def main() -> int:
         verdict = "(reference)" if arm == args.arms[0] else verdict
         print(f"{arm:<15}{len(steps):>6}{first:>12.6f}{last:>12.6f}   {verdict:<30}{median * 1e3:>7.0f} ms")
     print("Step times are medians on this CPU, where no network or GPU works beside it: they do not predict a cluster.")
+    if not good:
+        print(f"NOT all arms have {args.steps} steps with the bits of {args.arms[0]}. Logs: {args.folder}", file=sys.stderr)
     return 0 if good else 1
 
 

@@ -62,14 +62,27 @@ find_python() {
 step() {
     local what="$1" started="${SECONDS}" log="${venv}/setup.log"
     shift
-    printf 'setup_env: %s ... ' "${what}"
-    if "$@" >"${log}" 2>&1; then
-        printf '%d s\n' "$((SECONDS - started))"
+    printf 'setup_env: %s ...\n' "${what}"
+    if "$@" 2>&1 | tee -- "${log}" | show_downloads; then
+        printf 'setup_env: %s: done in %d s\n' "${what%% (*}" "$((SECONDS - started))"
     else
-        printf 'FAILED\n' && tail --lines=20 -- "${log}" >&2
-        echo "setup_env: the whole output is in ${log}" >&2
+        tail --lines=20 -- "${log}" >&2
+        echo "setup_env: ${what%% (*} failed; the whole output is in ${log}" >&2
         return 1
     fi
+}
+
+# What pip is at: on a terminal one line updated in place, else only the downloads of 100 MB and more.
+show_downloads() {
+    local line
+    while IFS= read -r line; do
+        if [[ -t 1 && "${line}" =~ ^\ *(Collecting|Downloading|Installing)\ (.*) ]]; then
+            printf '\r\033[K  %.90s' "${BASH_REMATCH[1]} ${BASH_REMATCH[2]}"
+        elif [[ "${line}" =~ ^\ *Downloading\ .*\([0-9]{3,}\.[0-9]\ MB\) ]]; then
+            printf '%s\n' "${line}"
+        fi
+    done
+    [[ ! -t 1 ]] || printf '\r\033[K'
 }
 
 python="$(find_python)"
