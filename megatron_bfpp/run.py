@@ -65,9 +65,10 @@ def main(argv: list[str]) -> None:
         if not os.path.isfile(script):
             raise UserError(f"the script {script} does not exist.\n  {USAGE}")
         sys.argv = [script, *argv[position + 1 :]]
-        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python SCRIPT` does
         runpy.run_path(script, run_name="__main__")
 
+    # As `python SCRIPT` does, and before anything of Megatron is imported: in a checkout the checkout's Megatron counts.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     launch(argv[:position], run_script)
 
 

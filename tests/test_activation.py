@@ -10,7 +10,7 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 
 def run(code: str) -> str:
     """In a process of its own: seams are process-wide."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -78,10 +78,33 @@ def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
 def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
     import torch
 
-    from megatron_bfpp.integration.forward_backward import check_call
+    from megatron_bfpp.integration.checks import check_call
 
     call = {"model": [torch.nn.Linear(1, 1)] * 2, "adjust_tensor_shapes_fn": None}
     with pytest.raises(ValueError, match="2 chunks, but 1 given"):
         check_call({**call, "data_iterator": [None]})
     with pytest.raises(ValueError, match="2 chunks, but a NoneType given"):
         check_call({**call, "data_iterator": None})
+
+
+def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch):
+    # --yaml-cfg replaces the parsed command line; without our check Megatron would train its own schedule in silence.
+    import sys
+    from types import SimpleNamespace
+
+    from megatron_bfpp.errors import UserError
+    from megatron_bfpp.integration.arguments import validating_yaml
+
+    left_alone = []
+    wrapped = validating_yaml(lambda args, defaults=None: args, None, lambda: left_alone.append(True))
+    file = {"pipeline_model_parallel_size": 4, "mock_data": True}
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"])
+    placed = wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=2))
+    assert placed.pipeline_schedule == "breadth-first" and not left_alone
+    with pytest.raises(UserError, match="at least 2 model chunks per rank"):
+        wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml"])
+    wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    assert left_alone
+    with pytest.raises(UserError, match="--pipeline-schedule breadth does not exist"):
+        wrapped(SimpleNamespace(**file, pipeline_schedule="breadth"))

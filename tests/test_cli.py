@@ -1,6 +1,6 @@
 """The bfpp command: what it prints and writes, and its exit codes."""
 
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import pytest
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import seams, step_log
-from .arguments import validating
+from .arguments import validating, validating_yaml
 from .seams import Seam
 from .settings import SCHEDULES, Settings, add_flags, settings_of
 
@@ -44,9 +44,9 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     if pipeline_schedule != "1f1b":
         seams.apply(SCHEDULE, _dispatching(pipeline_schedule))
     # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
-    if pipeline_schedule is None or "megatron.training" in sys.modules:
-        if importlib.util.find_spec("megatron.training") is not None:
-            _apply_to_training(pipeline_schedule, device)
+    wanted = pipeline_schedule is None or "megatron.training" in sys.modules
+    if wanted and importlib.util.find_spec("megatron.training") is not None:
+        _apply_to_training(pipeline_schedule, device)
     return device
 
 
@@ -61,12 +61,12 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
 
         return wrapper
 
-    def validated(validate: Callable[..., Any]) -> Callable[..., Any]:
-        return validating(validate, explicit, device, on_1f1b=lambda: seams.undo(SCHEDULE))
+    def leave_alone() -> None:
+        seams.undo(SCHEDULE)
 
     seams.apply(ADD_ARGUMENTS, with_flags)
-    seams.apply(VALIDATE_ARGS, validated)
-    seams.apply(VALIDATE_YAML, validated)
+    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
+    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
     path = os.environ.get("BFPP_STEP_LOG")
     if path:
         seams.apply(step_log.SEAM, step_log.logging_steps(path))
@@ -84,7 +84,9 @@ def disable() -> None:
 def check_version() -> None:
     """Refuse a Megatron outside the tested releases, in one sentence."""
     if importlib.util.find_spec("megatron.core") is None:
-        raise UserError("megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout.")
+        raise UserError(
+            "megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout."
+        )
     from megatron.core.package_info import __version__ as version
 
     release = tuple(int(part) for part in version.split(".")[:2])

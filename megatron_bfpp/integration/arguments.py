@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from . import placement
-from .settings import Settings, settings_of
+from .settings import Settings, add_flags, settings_of
 
 # argument, flag, why. Each is tied to another schedule by its nature, or untested with this one.
 _REFUSED = (
@@ -28,7 +29,7 @@ _REFUSED = (
 def validating(
     validate: Callable[..., Any], explicit: str | None, device: str, on_1f1b: Callable[[], None]
 ) -> Callable[..., Any]:
-    """Wrap Megatron's validate_args or validate_yaml.
+    """Wrap Megatron's validate_args.
 
     explicit: what enable() was called with, before any flag. device: "cuda" or "cpu". on_1f1b: leave Megatron alone.
     """
@@ -50,12 +51,40 @@ def validating(
             lines += _place(args)
             lines += _warnings(args, settings)
         validated = validate(args, *more, **kwargs)
-        args = args if validated is None else validated  # validate_yaml returns a namespace of its own
         if settings.schedule != "1f1b":
             _check_placed(args)
         if args.rank == 0:
             for line in lines:
                 print(f"megatron_bfpp {__version__}: {line}", flush=True)
+        return validated
+
+    return wrapper
+
+
+def validating_yaml(
+    validate: Callable[..., Any], explicit: str | None, on_1f1b: Callable[[], None]
+) -> Callable[..., Any]:
+    """Wrap Megatron's validate_yaml: --yaml-cfg throws the command line away, the plugin's flags with it.
+
+    They are read from the YAML file, then from the command line. The number of chunks is not chosen here: the file is
+    Megatron's own nested format, and is checked after Megatron has read it.
+    """
+
+    def wrapper(args: Any, *more: Any, **kwargs: Any) -> Any:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        add_flags(parser, default="1f1b")
+        for name, value in vars(parser.parse_known_args()[0]).items():
+            if not hasattr(args, name):
+                setattr(args, name, value)
+        if explicit is not None:
+            args.pipeline_schedule = explicit
+        settings = settings_of(args)
+        validated = validate(args, *more, **kwargs)
+        if settings.schedule == "1f1b":
+            on_1f1b()
+        else:
+            refuse(validated, settings)
+            _check_placed(validated)
         return validated
 
     return wrapper
@@ -128,7 +157,7 @@ def _place(args: Any) -> list[str]:
 
 def _check_placed(args: Any) -> None:
     """Megatron's own validation is over: with fewer than 2 chunks it would run another schedule, in silence."""
-    chunks = args.virtual_pipeline_model_parallel_size
+    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None)
     if chunks is None or chunks < 2:
         raise UserError(
             "--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but the layers are split into "

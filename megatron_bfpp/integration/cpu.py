@@ -232,13 +232,21 @@ def _not_about_the_generator(record: logging.LogRecord) -> bool:
 
 
 def skip_compile_without_makefile() -> None:
-    """Let Megatron start from a wheel, which ships the compiled data-set helpers but not the Makefile.
+    """Let Megatron start where it cannot compile its data-set helpers but a wheel has brought them compiled.
 
-    Rank 0 runs `make -C megatron/core/datasets` at start-up and exits where that fails. A checkout is left alone.
+    Rank 0 runs `make -C megatron/core/datasets` at start-up and exits where that fails. A wheel ships the helpers without
+    the Makefile. A checkout has the Makefile, which needs pybind11: without it, the helpers of an installed wheel serve.
     """
+    from megatron.core import datasets
     from megatron.core.datasets import utils
 
     folder = os.path.dirname(os.path.abspath(utils.__file__))
-    helpers = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
-    if helpers is not None and not os.path.exists(os.path.join(folder, "Makefile")):
+    name = "megatron.core.datasets.helpers_cpp"
+    if os.path.exists(os.path.join(folder, "Makefile")):
+        if importlib.util.find_spec(name) is not None or importlib.util.find_spec("pybind11") is not None:
+            return
+        datasets.__path__.extend(os.path.join(entry, "megatron", "core", "datasets") for entry in sys.path)
+        if importlib.util.find_spec(name) is not None and int(os.environ.get("RANK", "0")) == 0:
+            print("megatron_bfpp: no pybind11 to compile the checkout's data-set helpers; using the wheel's", flush=True)
+    if importlib.util.find_spec(name) is not None:
         utils.compile_helpers = lambda: None  # training/initialize.py imports the name when it calls it

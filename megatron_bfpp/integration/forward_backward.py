@@ -7,6 +7,7 @@ own forward_step and backward_step. The function keeps nothing between calls and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..runtime.executor import Executor
 from ..runtime.p2p import ChannelGroups, Messages
 from ..schedule import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
+from .checks import check_call, check_config
 from .settings import Settings
 
 _groups: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
@@ -182,28 +184,6 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
             return original(**call)
 
 
-def check_call(call: dict[str, Any]) -> None:
-    """What would leave other ranks waiting is found before any rank waits."""
-    model, iterators = call["model"], call["data_iterator"]
-    if not isinstance(model, list) or not all(isinstance(chunk, torch.nn.Module) for chunk in model):
-        raise ValueError("model must be a list with the model chunks of this rank")
-    if not isinstance(iterators, list) or len(iterators) != len(model):
-        given = len(iterators) if isinstance(iterators, list) else f"a {type(iterators).__name__}"
-        raise ValueError(f"data_iterator must be a list with one per model chunk: {len(model)} chunks, but {given} given")
-    if call["adjust_tensor_shapes_fn"] is not None:
-        raise ValueError("adjust_tensor_shapes_fn does not work with model chunks: Megatron has it for 1F1B only")
-
-
-def check_config(config: Any) -> None:
-    """The same refusals as on the command line, for configurations that did not come from one."""
-    if config.overlap_moe_expert_parallel_comm:
-        raise ValueError("overlap_moe_expert_parallel_comm does not work with breadth-first: it is a 1F1B schedule")
-    if getattr(config, "cuda_graph_impl", "none") not in ("none", None):
-        raise ValueError(f"cuda_graph_impl={config.cuda_graph_impl} does not work with breadth-first: set it to none")
-    if getattr(config, "fine_grained_activation_offloading", False):
-        raise ValueError("fine_grained_activation_offloading has not been tested with breadth-first: switch it off")
-
-
 def _process_groups(
     p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None, config: Any
 ) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
@@ -239,8 +219,6 @@ def _timeout() -> timedelta | None:
 
 
 def _megatron_args() -> Any:
-    import sys
-
     variables = sys.modules.get("megatron.training.global_vars")
     return None if variables is None else variables._GLOBAL_ARGS
 

@@ -6,6 +6,8 @@ accumulated in the order of Megatron's default schedule, which is what makes the
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from .ir import Action, Op, PipelineShape, Schedule
 
 
@@ -75,7 +77,7 @@ def _groups(shape: PipelineShape, size: int) -> list[range]:
     if total // count < min(size, shape.pp_size):
         count = total // size
     bounds = [index * total // count for index in range(count + 1)]
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _alternate(shape: PipelineShape, pp_rank: int, groups: list[range], warmup: int) -> list[Action]:
