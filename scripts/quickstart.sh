@@ -78,6 +78,9 @@ run_arm() {
     fi
     if ((status)); then
         tail --lines=20 -- "${log}" >&2
+        # torchrun ends with a summary that names no error; the ranks' own last words stand above it.
+        grep --extended-regexp '^(\[rank[0-9]+\]: )?([A-Za-z_.]*(Error|Exception)|megatron_bfpp: error)\b' -- "${log}" |
+            grep --invert-match ChildFailedError | head --lines=4 >&2 || true
         echo "quickstart: ${name} failed with exit code ${status}; the whole log is ${log}" >&2
         exit 1
     fi

@@ -23,18 +23,24 @@ def main() -> int:
     runs = {arm: read(args.folder / f"{arm}.jsonl") for arm in args.arms}
     reference = bits(runs[args.arms[0]])
     good = len(reference) == args.steps
-    print(f"\n{'arm':<15}{'steps':>6}{'first loss':>12}{'last loss':>12}   {'losses and gradient norms':<30}{'step time':>10}")
+    print(
+        f"\n{'arm':<15}{'steps':>6}{'first loss':>12}{'last loss':>12}   {'losses and gradient norms':<30}{'step time':>10}"
+    )
     for arm, steps in runs.items():
         same = bits(steps) == reference
         good = good and same
         verdict = f"bit-identical to {args.arms[0]}" if same else difference(reference, bits(steps))
-        median = statistics.median(step["step_time_s"] for step in steps[WARM_UP_STEPS:]) if len(steps) > WARM_UP_STEPS else 0
+        timed = [step["step_time_s"] for step in steps[WARM_UP_STEPS:]]
+        step_time = f"{statistics.median(timed) * 1e3:.0f} ms" if timed else "-"
         first, last = (steps[i]["lm loss"] for i in (0, -1)) if steps else (float("nan"),) * 2
         verdict = "(reference)" if arm == args.arms[0] else verdict
-        print(f"{arm:<15}{len(steps):>6}{first:>12.6f}{last:>12.6f}   {verdict:<30}{median * 1e3:>7.0f} ms")
+        print(f"{arm:<15}{len(steps):>6}{first:>12.6f}{last:>12.6f}   {verdict:<30}{step_time:>10}")
     print("Step times are medians on this CPU, where no network or GPU works beside it: they do not predict a cluster.")
     if not good:
-        print(f"NOT all arms have {args.steps} steps with the bits of {args.arms[0]}. Logs: {args.folder}", file=sys.stderr)
+        print(
+            f"NOT all arms have {args.steps} steps with the bits of {args.arms[0]}. Logs: {args.folder}",
+            file=sys.stderr,
+        )
     return 0 if good else 1
 
 

@@ -107,11 +107,13 @@ pip_install() {
     "${venv}/bin/python" -m pip install --disable-pip-version-check --no-input --constraint "${root}/constraints.txt" "$@"
 }
 
-# A venv whose interpreter does not start or is another version, or one that was broken off before pip came, is made new.
+# In place only from a finished set-up of the same Python. One without a stamp was broken off, perhaps in the middle of a
+# package that pip would then take for installed: it is made new. What this script did not make is not touched.
+finished="$(cat -- "${stamp}" 2>/dev/null || true)"
 rm --force -- "${stamp}"
-if ! [[ "$("${venv}/bin/python" -c 'import pip, platform; print(platform.python_version())' 2>/dev/null)" == "${version}" ]]; then
-    if [[ -e "${venv}" && ! -f "${venv}/pyvenv.cfg" && -n "$(ls --almost-all -- "${venv}")" && ! -f "${venv}/setup.log" ]]; then
-        echo "setup_env: ${venv} exists and is not a Python environment; remove it, or name another place: VENV=/path" >&2
+if [[ -z "${finished}" || "$("${venv}/bin/python" -c 'import pip, platform; print(platform.python_version())' 2>/dev/null)" != "${version}" ]]; then
+    if [[ -d "${venv}" && ! -f "${venv}/setup.log" && -n "$(ls --almost-all -- "${venv}")" ]]; then
+        echo "setup_env: ${venv} was not made by this script; remove it, or name another place: VENV=/path" >&2
         exit 1
     fi
     rm --recursive --force -- "${venv}"
