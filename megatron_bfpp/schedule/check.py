@@ -35,6 +35,7 @@ def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False) -> N
     for pp_rank, actions in enumerate(plan):
         _check_complete(actions, pp_rank, shape, forward_only)
         _check_order(actions, pp_rank, shape)
+    _check_chunk_ops(plan, shape)
     sends, receives = _messages(plan, SENDS, shape), _messages(plan, RECEIVES, shape)
     for key in sorted(sends.keys() | receives.keys(), key=str):
         _check_matched(key, sends[key], receives[key])
@@ -64,6 +65,19 @@ def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool) -> Iterator[Ac
         for op in ops:
             if op in COMPUTE or peer(Action(stage, op), shape) is not None:
                 yield from (Action(stage, op, microbatch) for microbatch in range(shape.num_microbatches))
+
+
+def _check_chunk_ops(plan: Schedule, shape: PipelineShape) -> None:
+    """Gradient reductions and parameter gathers stand in the plan for all stages or for none (no data parallelism).
+
+    A chunk left out would train on the gradients of its own replica alone.
+    """
+    for op in sorted(CHUNK_OPS):
+        stages = {action.stage for actions in plan for action in actions if action.op is op}
+        for stage in range(shape.num_stages):
+            if stages and stage not in stages:
+                missing = Action(stage, op)
+                raise ScheduleError(f"pp_rank {shape.rank_of(stage)}: {missing} is missing; other stages have theirs")
 
 
 def _check_order(actions: list[Action], pp_rank: int, shape: PipelineShape) -> None:
