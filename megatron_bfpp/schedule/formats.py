@@ -34,7 +34,10 @@ def to_csv(schedule: Schedule) -> str:
 
 def from_csv(text: str) -> Schedule:
     """The schedule of a CSV; empty cells (torch's idle slots) are skipped."""
-    rows = csv.reader(io.StringIO(text))
+    try:
+        rows = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(f"not a CSV: {error}") from None
     return [[_parse(cell, line) for cell in row if cell.strip()] for line, row in enumerate(rows, 1)]
 
 

@@ -1,7 +1,7 @@
 """Schedule IR: the ordered actions of every pipeline rank. Standard library only; no torch, no Megatron.
 
 An action prints as PyTorch prints it (`2F0` = forward of microbatch 0 on stage 2), so that a schedule saved by
-`formats.dump_csv` also loads in torch.distributed.pipelining.
+`formats.to_csv` also loads in torch.distributed.pipelining.
 
 Index conventions, used everywhere in this package:
     pp_rank     0 <= pp_rank    < pp_size               rank in the pipeline-parallel group
@@ -38,7 +38,8 @@ SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 CHUNK_OPS = frozenset({Op.UNSHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
 
-_PATTERN = re.compile(r"(\d+)(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")(\d*)")
+_OPS = "|".join(sorted((op.value for op in Op), key=len, reverse=True))
+_PATTERN = re.compile(rf"(\d+)({_OPS})(\d*)", re.ASCII)
 
 
 class Action(NamedTuple):
@@ -56,7 +57,8 @@ class Action(NamedTuple):
         """The action that prints as `text`; raises ValueError for any other text."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is not an action; expected for example 2F0, 3SEND_B1 or 2REDUCE_GRAD")
+            word = text if len(text) <= 40 else text[:37] + "..."
+            raise ValueError(f"{word!r} is not an action; expected for example 2F0, 3SEND_B1 or 2REDUCE_GRAD")
         op = Op(match[2])
         if (op in CHUNK_OPS) != (match[3] == ""):
             raise ValueError(f"{text!r}: {op.value} takes {'no' if op in CHUNK_OPS else 'a'} microbatch")
@@ -75,8 +77,11 @@ class PipelineShape:
     num_microbatches: int  # M >= 1
 
     def __post_init__(self) -> None:
-        for name, value, least in (("pp_size", self.pp_size, 2), ("num_chunks", self.num_chunks, 1),
-                                   ("num_microbatches", self.num_microbatches, 1)):
+        for name, value, least in (
+            ("pp_size", self.pp_size, 2),
+            ("num_chunks", self.num_chunks, 1),
+            ("num_microbatches", self.num_microbatches, 1),
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
