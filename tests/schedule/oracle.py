@@ -1,0 +1,108 @@
+"""What a plan computes, by brute force: written against NCCL's rules, and knowing nothing of check.py or lower.py."""
+
+from collections import Counter, defaultdict
+
+from megatron_bfpp.schedule import Op
+
+WINDOW = 2  # a send is waited for before the second compute action after it: the promise of check.py, repeated here
+
+
+class Broken(Exception):
+    """The plan hangs, or asks a rank for what it does not have."""
+
+
+class Machine:
+    """All ranks in lockstep. Each value is the hash of all that it was computed from; labels are only names.
+
+    Sends and receives of one direction and one pair of ranks meet by order alone. A send is complete once its receive
+    is posted; buffered: at once, as on a transport with buffers.
+    """
+
+    def __init__(self, plan, shape, buffered=False):
+        self.plan, self.shape, self.buffered = plan, shape, buffered
+        self.at = [0] * len(plan)
+        self.sent, self.posted = defaultdict(list), defaultdict(list)
+        self.results, self.buffers = {}, {}
+        self.unfinished = [[[]] for _ in plan]
+        self.story = defaultdict(list)  # per stage: what its forwards, its backwards and its reduction worked on
+        self.counts = Counter()
+
+    def run(self):
+        """The meaning of the plan; Broken where it has none."""
+        moved = True
+        while moved:
+            moved = False
+            for rank, actions in enumerate(self.plan):
+                if self.at[rank] < len(actions) and self.step(rank, actions[self.at[rank]]):
+                    self.at[rank] += 1
+                    moved = True
+        if any(at < len(actions) for at, actions in zip(self.at, self.plan, strict=True)):
+            raise Broken("hangs")
+        if any(len(self.sent[key]) != len(self.posted[key]) for key in {*self.sent, *self.posted}) or self.buffers:
+            raise Broken("a message is left over for the next step")
+        return dict(self.story), self.counts
+
+    def step(self, rank, action):
+        """Run one action; False if it must wait."""
+        stage, op, microbatch = action
+        size, last = self.shape.pp_size, self.shape.pp_size * self.shape.num_chunks - 1
+        if stage % size != rank or stage > last:
+            raise Broken("a stage of another rank")
+        if op in (Op.F, Op.B):
+            return self.compute(rank, action, None if stage == (0 if op is Op.F else last) else (stage, op, microbatch))
+        if op in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
+            kind = Op.F if op in (Op.SEND_F, Op.RECV_F) else Op.B
+            forward, sends = kind is Op.F, op in (Op.SEND_F, Op.SEND_B)
+            other = stage + (1 if forward == sends else -1)
+            if not 0 <= other <= last:
+                raise Broken("a message over the end of the model")
+            key = (kind, rank, other % size) if sends else (kind, other % size, rank)
+            if sends:
+                if (stage, kind, microbatch) not in self.results:
+                    raise Broken("sends what it has not computed")
+                self.unfinished[rank][-1].append((key, len(self.sent[key])))
+                self.sent[key].append(self.results[stage, kind, microbatch])
+            else:
+                if (stage, kind, microbatch) in self.buffers:
+                    raise Broken("a buffer in use")
+                self.buffers[stage, kind, microbatch] = key, len(self.posted[key])
+                self.posted[key].append(action)
+        else:
+            self.counts[stage, op] += 1
+            if op is Op.REDUCE_GRAD:
+                self.story[stage, Op.REDUCE_GRAD].append(tuple(self.story[stage, Op.B]))
+        # Each message counts, although nothing computed depends on a second copy of it.
+        self.counts[action] += 1
+        return True
+
+    def compute(self, rank, action, buffer):
+        stage, op, microbatch = action
+        due = [message for sends in self.unfinished[rank][: 1 - WINDOW] for message in sends]
+        if not self.buffered and any(len(self.posted[key]) <= number for key, number in due):
+            return False
+        message = "none"
+        if buffer is not None:
+            if buffer not in self.buffers:
+                raise Broken("computes on a message that it never asked for")
+            key, number = self.buffers[buffer]
+            if len(self.sent[key]) <= number:
+                return False
+            message = self.sent[key][number]
+            del self.buffers[buffer]
+        if op is Op.B and (stage, Op.F, microbatch) not in self.results:
+            raise Broken("a backward without its forward")
+        forward = self.results[stage, Op.F, microbatch] if op is Op.B else self.counts[stage, Op.UNSHARD]
+        # The number of the call stands for the data iterator, which hands out the next microbatch whatever its name.
+        value = hash((stage, op, len(self.story[stage, op]), message, forward))
+        self.results[stage, op, microbatch] = value
+        self.story[stage, op].append((microbatch, value))
+        self.unfinished[rank] = [*self.unfinished[rank], []][-WINDOW:]
+        return True
+
+
+def meaning(plan, shape, buffered=False):
+    """What `plan` computes, comparable with ==; a string where it hangs or breaks."""
+    try:
+        return Machine(plan, shape, buffered).run()
+    except Broken as error:
+        return str(error)

@@ -1,0 +1,61 @@
+"""Text and CSV: they bring every plan back, and torch.distributed.pipelining loads them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import shapes
+
+from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
+
+
+@given(shapes, st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_text_and_csv_bring_every_plan_back(shape, eager):
+    plan = lower(breadth_first(shape, eager_backward=eager), shape)
+    assert formats.from_text(formats.to_text(plan)) == plan
+    assert formats.from_csv(formats.to_csv(plan)) == plan
+
+
+def test_torchs_idle_cells_are_skipped():
+    assert formats.from_csv(",0F0, ,0B0\n1F0,,1B0,\n") == formats.from_text("0F0 0B0\n1F0 1B0\n")
+
+
+@pytest.mark.parametrize("word", ["9Q1", "F0", "0F", "0UNSHARD1", "-1F0", "0f0", "٣F0", "0F0;", "x" * 100_000])
+def test_a_word_that_is_no_action_is_named_with_its_line_and_rank(word):
+    for read in (formats.from_text, formats.from_csv):
+        with pytest.raises(ValueError, match=r"^line 2 \(pp_rank 1\): ") as error:
+            read(f"0F0\n{word}\n")
+        assert word[:30] in str(error.value) and len(str(error.value)) < 150
+
+
+def test_a_file_that_is_no_csv_is_a_value_error():
+    with pytest.raises(ValueError, match="not a CSV"):
+        formats.from_csv("0F0," + "x" * 200_000)
+
+
+def test_the_digest_tells_plans_apart():
+    shape = PipelineShape(2, 2, 2)
+    eager, late = (lower(breadth_first(shape, eager_backward=eager), shape) for eager in (True, False))
+    assert formats.digest(eager) == formats.digest(formats.from_csv(formats.to_csv(eager)))
+    assert formats.digest(eager) != formats.digest(late)
+
+
+@pytest.mark.parametrize("is_plan", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 3), (4, 2, 8), (3, 4, 2)])
+def test_torchs_own_loader_reads_the_csv_as_the_same_actions(sizes, is_plan, tmp_path):
+    pipelining = pytest.importorskip("torch.distributed.pipelining.schedules", reason="needs torch")
+    shape = PipelineShape(*sizes)
+    order = breadth_first(shape)
+    schedule = lower(order, shape) if is_plan else order
+    path = tmp_path / "schedule.csv"
+    path.write_text(formats.to_csv(schedule))
+    # Its constructor wants stages in a process group; its loader needs only these.
+    runtime = object.__new__(pipelining._PipelineScheduleRuntime)
+    runtime.pp_group_size, runtime._num_stages, runtime._n_microbatches = shape.pp_size, shape.num_stages, sizes[2]
+    runtime._stages, runtime._defer_pp_recv, runtime.pipeline_order = [], False, {}
+    runtime._load_csv(str(path), format="compute_comms" if is_plan else "compute_only")
+    loaded = runtime.pipeline_order_with_comms if is_plan else runtime.pipeline_order
+    assert [[str(action) for action in loaded[rank]] for rank in sorted(loaded)] == [
+        [str(action) for action in actions] for actions in schedule
+    ]
+    assert runtime.stage_index_to_group_rank == {stage: stage % sizes[0] for stage in range(shape.num_stages)}
