@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from ..schedule import Op, Timeline
+from ..schedule import Op, Span, Timeline
 
 
-def grid(timeline: Timeline, unit: float = 1.0, width: int | None = None) -> str:
+def column_time(timeline: Timeline) -> float:
+    """The time one column stands for: a forward, or the shortest action where a backward is shorter than that."""
+    return min(1.0, *(span.end - span.start for spans in timeline.spans for span in spans))
+
+
+def grid(timeline: Timeline, width: int | None = None) -> str:
     """`f10` = forward, chunk 1, microbatch 0; `b10` its backward; `.` idle. Rows longer than `width` end in `...`.
 
-    unit: the time one column stands for, in the unit of the timeline (a forward).
+    A column shows what runs in its middle. As no action is shorter than a column, none is lost.
     """
-    shape = timeline.shape
+    shape, unit = timeline.shape, column_time(timeline)
     size = len(str(shape.num_chunks - 1)) + len(str(shape.num_microbatches - 1)) + (shape.num_microbatches > 10) + 1
     columns = round(timeline.step_time / unit)
+    label = f"pp_rank {{:<{len(str(shape.pp_size - 1))}}} |"
+    # A column and its blank take size + 1 characters. Only those that can be seen are made.
+    room = columns if width is None else max(1, (width - len(label.format(0)) - len(" ...")) // (size + 1))
+    is_cut = width is not None and len(label.format(0)) + columns * (size + 1) - 1 > width
     rows = []
     for pp_rank, spans in enumerate(timeline.spans):
-        cells = ["."] * columns
+        cells = ["."] * (min(room, columns) if is_cut else columns)
         for span in spans:
-            letter = "f" if span.action.op is Op.F else "b"
-            between = "." if shape.num_microbatches > 10 else ""
-            name = f"{letter}{shape.chunk_of(span.action.stage)}{between}{span.action.microbatch}"
-            first = round(span.start / unit)
-            cells[first : max(first + 1, round(span.end / unit))] = [name] * max(1, round((span.end - span.start) / unit))
-        row = f"pp_rank {pp_rank:<{len(str(shape.pp_size - 1))}} |" + " ".join(cell.ljust(size) for cell in cells)
-        rows.append(row if width is None or len(row) <= width else row[: max(20, width - 4)] + " ...")
-    return "\n".join(rows)
+            # Column c shows the time (c + 1/2) unit; the small number absorbs rounding of the simulated times.
+            first, end = (max(0, round(time / unit - 1e-6)) for time in (span.start, span.end))
+            for column in range(first, min(end, len(cells))):
+                cells[column] = _name(span, timeline)
+        rows.append(label.format(pp_rank) + " ".join(cell.ljust(size) for cell in cells) + (" ..." if is_cut else ""))
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def _name(span: Span, timeline: Timeline) -> str:
+    shape, (stage, op, microbatch) = timeline.shape, span.action
+    between = "." if shape.num_microbatches > 10 else ""  # f1.10 is not f11.0
+    return f"{'f' if op is Op.F else 'b'}{shape.chunk_of(stage)}{between}{microbatch}"
 
 
 def summary(timeline: Timeline) -> str:
     """Step time, bubble and memory in one line."""
     peaks = timeline.peak_live_activations()
+    unit = column_time(timeline)
     return (
         f"step time {timeline.step_time:g} forward units, bubble {timeline.bubble_fraction:.1%}, "
         f"peak live activations {max(peaks)} (pp_rank {peaks.index(max(peaks))}) to {min(peaks)}"
+        + (f"; one column is {unit:g} forward units" if unit < 1 else "")
     )
