@@ -9,6 +9,7 @@ Exit codes: 0 good, 1 found wrong, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 
@@ -18,6 +19,8 @@ from .files import write_whole
 from .report.grid import grid, summary
 from .report.picture import svg
 from .schedule import (
+    Action,
+    Op,
     PipelineShape,
     Schedule,
     ScheduleError,
@@ -69,17 +72,24 @@ def _parser() -> argparse.ArgumentParser:
 
     prove = commands.add_parser("check", help="prove a plan complete, in order and free of deadlock")
     prove.add_argument("file", help="CSV or text of a plan, as `bfpp show --plan` writes it; - for standard input")
+    given = "of the shape; default: what the file's stages and micro-batches say"
+    prove.add_argument("--pp", type=int, help=f"pipeline ranks {given}")
+    prove.add_argument("--chunks", type=int, help="model chunks per rank")
+    prove.add_argument("--microbatches", type=int, help="micro-batches")
     prove.set_defaults(run=_check)
     return parser
 
 
 def _show(args: argparse.Namespace) -> int:
-    if args.backward_time <= 0 or args.hop < 0:
-        raise UserError("--backward-time must be above 0 and --hop at least 0.")
+    # The bounds keep a slip of the keyboard from a grid of a billion columns.
+    for flag, value, least in (("--backward-time", args.backward_time, 0.01), ("--hop", args.hop, 0.0)):
+        if not (math.isfinite(value) and least <= value <= 100):
+            raise UserError(f"{flag} is {value:g} forwards; it must lie between {least:g} and 100.")
     shape = PipelineShape(args.pp, args.chunks, args.microbatches)
     names = list(dict.fromkeys(args.order or ["breadth-first"]))
-    if args.csv and len(names) > 1:
-        raise UserError("--csv holds one schedule, but --order was given twice.\n  Leave out one --order.")
+    if (args.csv is not None or args.text) and len(names) > 1:
+        flag = "--csv" if args.csv is not None else "--text"
+        raise UserError(f"{flag} holds one schedule, but --order was given twice.\n  Leave out one --order.")
     orders = {name: _order(name, shape, args) for name in names}
     timelines = [(name, simulate(orders[name], shape, 1.0, args.backward_time, args.hop)) for name in names]
     width = None if args.wide or not sys.stdout.isatty() else shutil.get_terminal_size().columns
@@ -87,13 +97,14 @@ def _show(args: argparse.Namespace) -> int:
         if args.text:
             print(formats.to_text(_lowered(orders[name], shape, args)), end="")
         else:
-            print(f"{name}:" if len(names) > 1 else "", end="\n" if len(names) > 1 else "")
+            if len(names) > 1:
+                print(f"{name}:")
             print(grid(timeline, width=width))
             print(summary(timeline))
-    if args.csv:
+    if args.csv is not None:
         write_whole(args.csv, formats.to_csv(_lowered(orders[names[0]], shape, args)), "--csv")
         print(f"wrote {args.csv}")
-    if args.svg:
+    if args.svg is not None:
         write_whole(args.svg, svg(timelines), "--svg")
         print(f"wrote {args.svg}")
     return 0
@@ -114,21 +125,36 @@ def _check(args: argparse.Namespace) -> int:
     actions = [action for rank in plan for action in rank if action.op in COMPUTE]
     if not actions:
         raise UserError(f"{args.file} holds no forward or backward.\n  Write one with: bfpp show ... --plan --csv FILE")
-    stages = 1 + max(action.stage for action in actions)
-    microbatches = 1 + max(action.microbatch or 0 for action in actions)
-    if stages % len(plan):
-        raise UserError(f"{args.file}: {stages} stages do not divide among {len(plan)} ranks.")
-    shape = PipelineShape(len(plan), stages // len(plan), microbatches)
+    shape = _shape_of(plan, actions, args)
     try:
-        check(plan, shape, forward_only=all(action.op.value == "F" for action in actions))
+        check(plan, shape, forward_only=all(action.op is Op.F for action in actions))
     except ScheduleError as error:
-        print(f"unsound: {error}")
+        print(f"unsound as {_title(shape)}: {error}")
         return 1
-    print(
-        f"sound: PP {shape.pp_size} x {shape.num_chunks} chunks, {microbatches} micro-batches, "
-        f"{sum(map(len, plan))} actions, plan {formats.digest(plan)}"
-    )
+    print(f"sound: {_title(shape)}, {sum(map(len, plan))} actions, plan {formats.digest(plan)}")
     return 0
+
+
+def _shape_of(plan: Schedule, actions: list[Action], args: argparse.Namespace) -> PipelineShape:
+    """The shape that the user gave, completed by what the file's numbers say."""
+    size = len(plan) if args.pp is None else args.pp
+    microbatches, chunks = args.microbatches, args.chunks
+    if microbatches is None:
+        microbatches = 1 + max(action.microbatch or 0 for action in actions)
+    if chunks is None:
+        chunks = -(-(1 + max(action.stage for action in actions)) // max(1, size))
+    shape = PipelineShape(size, chunks, microbatches)
+    if shape.num_stages * microbatches > 2 * len(actions) + 1000:
+        # One damaged number; listing all that is missing would take for ever.
+        raise UserError(
+            f"{args.file}: {len(actions)} forwards and backwards are too few for {_title(shape)}.\n"
+            "  Name the shape that is meant: --pp, --chunks, --microbatches."
+        )
+    return shape
+
+
+def _title(shape: PipelineShape) -> str:
+    return f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches"
 
 
 def _read(path: str) -> Schedule:
@@ -136,10 +162,12 @@ def _read(path: str) -> Schedule:
         if path == "-":
             text = sys.stdin.read()
         else:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
                 text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    text = text.rstrip() + "\n"  # an empty line at the end is no rank
     try:
         return (formats.from_csv if "," in text else formats.from_text)(text)
     except ValueError as error:

@@ -1,5 +1,9 @@
 """The bfpp command: what it prints and writes, and its exit codes."""
 
+import os
+import stat
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -20,7 +24,10 @@ def test_show_draws_every_rank_and_the_predicted_bubble(capsys):
 
 def test_show_as_text_is_the_plan(capsys):
     assert main(["show", "--pp", "2", "--chunks", "2", "--microbatches", "2", "--text", "--backward", "late"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1"]
+    assert capsys.readouterr().out.splitlines() == [
+        "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1",
+        "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1",
+    ]
 
 
 def test_the_picture_has_a_box_for_each_action_of_each_order(tmp_path):
@@ -46,7 +53,13 @@ def test_a_written_plan_is_sound_and_a_damaged_one_is_not(tmp_path, capsys):
         (["show", "--pp", "1", "--chunks", "2", "--microbatches", "4"], "pp_size is 1"),
         ([*SHOW, "--group", "9"], "group is 9"),
         ([*SHOW, "--order", "1f1b", "--group", "3"], "Megatron takes 4"),
-        ([*SHOW, "--backward-time", "0"], "--backward-time"),
+        ([*SHOW, "--backward-time", "0"], "--backward-time is 0 forwards"),
+        ([*SHOW, "--backward-time", "inf"], "--backward-time is inf forwards"),
+        ([*SHOW, "--hop", "nan"], "--hop is nan forwards"),
+        ([*SHOW, "--hop", "-1"], "--hop is -1 forwards"),
+        ([*SHOW, "--svg", ""], "The name is empty"),
+        ([*SHOW, "--svg", "."], "It is a folder"),
+        ([*SHOW, "--csv", "a\x00b"], "embedded null"),
         ([*SHOW, "--svg", "/nowhere/picture.svg"], "--svg /nowhere/picture.svg cannot be written"),
         (["check", "/nowhere/plan.csv"], "/nowhere/plan.csv cannot be read"),
     ],
@@ -57,8 +70,54 @@ def test_bad_input_is_one_short_message_and_exit_code_2(arguments, words, capsys
     assert words in message and len(message.splitlines()) <= 3
 
 
+def test_the_shape_of_a_plan_can_be_asserted(tmp_path, capsys):
+    path = tmp_path / "plan.csv"
+    main([*SHOW, "--plan", "--csv", str(path)])
+    assert main(["check", str(path), "--pp", "4", "--chunks", "2", "--microbatches", "4"]) == 0
+    assert main(["check", str(path), "--microbatches", "5"]) == 1
+    assert "unsound as PP 4 x 2 chunks, 5 micro-batches: pp_rank 0: " in capsys.readouterr().out
+    assert main(["check", str(path), "--pp", "8"]) == 1
+    assert "the plan has 4 ranks, the shape 8" in capsys.readouterr().out
+
+
+def test_what_editors_and_spreadsheets_do_to_a_plan_is_forgiven(tmp_path):
+    path = tmp_path / "plan.csv"
+    main([*SHOW, "--plan", "--csv", str(path)])
+    text = path.read_text()
+    for changed in (text + "\n\n", text.replace("\n", "\r\n"), "\ufeff" + text, text.replace(",", ", ")):
+        path.write_bytes(changed.encode())
+        assert main(["check", str(path)]) == 0
+
+
+def test_a_number_beyond_all_measure_is_refused_at_once(tmp_path, capsys):
+    path = tmp_path / "plan"
+    for word in ("0F100000000", "100000000F0"):
+        path.write_text(f"0F0 0B0 {word}\n1F0 1B0\n")
+        assert main(["check", str(path)]) == 2
+        assert "too few for PP 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backward", ["0.3", "0.75", "1.5", "2.5", "7"])
+@pytest.mark.parametrize("hop", ["0", "0.25", "1.5"])
+def test_the_grid_keeps_its_columns_and_every_action_for_all_durations(backward, hop, capsys):
+    assert main([*SHOW, "--backward-time", backward, "--hop", hop]) == 0
+    rows = [line.split("|")[1].split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert len({len(row) for row in rows}) == 1
+    assert all(len(set(row) - {"."}) == 2 * 2 * 4 for row in rows)
+
+
+def test_a_grid_wider_than_the_terminal_is_cut_unless_wide(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(SHOW) == 0
+    rows = capsys.readouterr().out.splitlines()[:4]
+    assert all(len(row) <= 50 and row.endswith(" ...") for row in rows)
+    assert main([*SHOW, "--wide"]) == 0
+    assert all(" ..." not in row and len(row) > 50 for row in capsys.readouterr().out.splitlines()[:4])
+
+
 def test_a_file_that_is_no_plan_is_bad_input(tmp_path, capsys):
-    for text in ("hello\n", "", "\x00\x01", "0F0,9X9\n"):
+    for text in ("hello\n", "", "\x00\x01", "0F0,9X9\n", "0F0," + "x" * 200_000):
         path = tmp_path / "file"
         path.write_text(text)
         assert main(["check", str(path)]) == 2
@@ -70,6 +129,36 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
     target.mkdir()
     assert main([*SHOW, "--svg", str(target)]) == 2
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    real, link, pipe = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "pipe"
+    link.symlink_to(real)
+    assert main([*SHOW, "--csv", str(link)]) == 0
+    assert link.is_symlink() and real.read_text().startswith("0F0,")
+    # As root, a rename would turn /dev/null into a regular file for the whole machine; a pipe stands for it here.
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert main([*SHOW, "--csv", str(pipe)]) == 0
+        assert stat.S_ISFIFO(pipe.stat().st_mode) and os.read(reader, 1 << 16).startswith(b"0F0,")
+    finally:
+        os.close(reader)
+
+
+def test_the_command_starts_without_torch_and_megatron():
+    code = (
+        "import sys, megatron_bfpp.cli as cli\n"
+        "cli.main(sys.argv[1:])\n"
+        "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *SHOW], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "step time 33" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_bfpp.cli", *SHOW, "--group", "9"],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_version(capsys):
