@@ -148,12 +148,11 @@ def run(
         call, config, shape, pp_rank, groups.cp.size(), torch.zeros([], dtype=torch.int, device=device),
         plan.peak_live_activations[pp_rank], [],
     )  # fmt: skip
-    data_parallel = _data_parallel(config, model, forward_only)
     messages = Messages(
         _channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
     )  # fmt: skip
-    with data_parallel if data_parallel is not None else nullcontext(DataParallel(None, None, None, [])) as gates:
+    with _data_parallel(config, model, forward_only) as gates:
         Executor(shape, compute, messages, gates, forward_only, _nvtx_span).run(plan.actions[pp_rank])
 
     if finalize is not None:
@@ -171,6 +170,11 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
     config, microbatches = get_model_config(call["model"][0]), call["num_microbatches"]
     check_config(config)
     shape = PipelineShape(config.pipeline_model_parallel_size, len(call["model"]), microbatches)
+    if microbatches < shape.pp_size:
+        raise ValueError(
+            f"--breadth-first-engine megatron takes at least as many micro-batches as pipeline ranks, but there are "
+            f"{microbatches} for {shape.pp_size}.\n  Use --breadth-first-engine plan, or raise --global-batch-size."
+        )
     plan = plan_of(shape, None, settings.backward == "eager", call.get("forward_only", False))
     _announce(settings, shape, plan, call.get("forward_only", False))
     changes: dict[str, Any] = {"microbatch_group_size_per_vp_stage": microbatches}
@@ -235,9 +239,9 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     return sequence, call["micro_batch_size"], config.hidden_size
 
 
-def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel | None:
-    if evaluation:
-        return None
+def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel:
+    if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
+        return DataParallel(None, None, None, [])
     grad_sync, param_sync = (
         [function] * len(model) if function is not None and not isinstance(function, list) else function
         for function in (config.grad_sync_func, config.param_sync_func)

@@ -24,14 +24,15 @@ def logging_steps(path: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """The replacement of Megatron's training_log that also writes to `path`."""
 
     def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:
-        signature, previous = inspect.signature(training_log), [None]
+        signature = inspect.signature(training_log)
+        previous: float | None = None
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal previous
             given = signature.bind(*args, **kwargs).arguments
-            now, before = time.perf_counter(), previous[0]
-            previous[0] = now  # type: ignore[call-overload]
+            before, previous = previous, time.perf_counter()
             if dist.get_rank() == dist.get_world_size() - 1:
-                entry = _entry(given, None if before is None else now - before)
+                entry = _entry(given, None if before is None else previous - before)
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")  # one write per line: a killed run leaves whole lines
             return training_log(*args, **kwargs)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs import train
+from jobs import JobError, train
 
 ZERO_1 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 UNTIED = ("--untie-embeddings-and-output-weights",)
@@ -98,3 +98,9 @@ def test_shapes_that_megatron_refuses_train_to_the_bits_of_a_run_without_pipelin
     ours = train(tmp_path, 4, *flags_of(4, 2, 1, 1, microbatches), *more, "--pipeline-schedule", "breadth-first")
     assert [step["lm loss hex"] for step in ours] == [step["lm loss hex"] for step in reference]
     assert len({step["lm loss hex"] for step in ours}) == 3
+
+
+def test_megatrons_own_loop_names_the_engine_to_use_where_it_has_too_few_microbatches(tmp_path):
+    ours = ("--pipeline-schedule", "breadth-first", "--breadth-first-engine", "megatron")
+    with pytest.raises(JobError, match="3 for 4.\n  Use --breadth-first-engine plan"):
+        train(tmp_path, 4, *flags_of(4, 2, 1, 1, 3), *ours)
