@@ -5,6 +5,7 @@ process that has imported it once, so every job still starts from a fresh, unuse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -67,12 +68,22 @@ def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None]
                 deadline = min(deadline, time.monotonic() + 10)
     finally:
         for process in processes:
+            _kill_group(process.pid)
             process.kill()
             process.join()
     return codes, [log.read_text() for log in logs]
 
 
+def _kill_group(leader: int | None) -> None:
+    """Also what a rank has started: Megatron's checkpoint writers outlive it otherwise."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # gone already, its children with it
+
+
 def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> None:
+    os.setpgrp()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
