@@ -17,8 +17,11 @@ PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 FILE = "megatron/training/arguments.py"  # all that the patches touch
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))  # jobs.py
 
-BREADTH_FIRST = "--pipeline-schedule breadth-first".split()
-SHAPE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4".split()
+BREADTH_FIRST = ["--pipeline-schedule", "breadth-first"]
+SHAPE = [
+    *("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+    *("--global-batch-size", "4"),
+]
 
 
 def installed() -> tuple[Path, Path]:
@@ -128,7 +131,7 @@ pretrain_gpt.main()
 assert "megatron_bfpp.run" not in sys.modules
 """
     )
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = python(fork, *ranks, str(script), *MODEL, *SHAPE, *BREADTH_FIRST, BFPP_STEP_LOG=str(log))
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search("^megatron_bfpp .*: breadth-first, PP 2 x 2 chunks = 4 stages", done.stdout, re.MULTILINE)
