@@ -38,6 +38,8 @@ def tree(tmp_path) -> Path:
     """A copy of the installed megatron.training. In front on the path it is the one imported: `megatron` is a namespace."""
     _, site = installed()
     shutil.copytree(site / "megatron" / "training", tmp_path / "fork" / "megatron" / "training")
+    # As a fork is. Elsewhere `git apply` may belong to a repository further up, and then skips the file without a word.
+    subprocess.run(["git", "init", "--quiet", tmp_path / "fork"], check=True)
     return tmp_path / "fork"
 
 
