@@ -39,6 +39,8 @@ def choose_device(requested: str) -> tuple[str, str]:
         raise UserError(f"--device {requested} does not exist.\n  Use --device auto, cuda or cpu.")
     if requested == "cpu":
         return "cpu", "--device cpu was given"
+    if requested == "auto" and _undo:  # the device count is one of the things that enable_cpu replaced
+        return "cpu", "it was chosen before"
     ranks, devices = _local_world_size(), torch.cuda.device_count()
     numbers = f"{devices} CUDA device(s) for {ranks} rank(s) on this node"
     if devices >= ranks:
