@@ -39,6 +39,7 @@ _REFUSALS: tuple[tuple[str, str, str], ...] = (
     ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
     ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out: the optimizer is on the CPU already"),
     ("cpu_offloading_num_layers", "--cpu-offloading-num-layers", "leave it out: activations are on the CPU already"),
+    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "leave it out"),
     ("delay_wgrad_compute", "--delay-wgrad-compute", "leave it out"),
     ("tp_comm_overlap", "--tp-comm-overlap", "leave it out"),
     ("fused_residual_rmsnorm", "--fused-residual-rmsnorm", "leave it out"),

@@ -159,6 +159,8 @@ def run(
         schedules.finish_embedding_wgrad_compute(config, embedding, is_last_rank, groups.tp)
         tokens = compute.total_num_tokens if config.calculate_per_token_loss else None
         finalize(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+    if getattr(config, "fine_grained_activation_offloading", False):
+        schedules.off_interface.reset()
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return compute.store
