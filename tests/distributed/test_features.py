@@ -1,0 +1,116 @@
+"""What Megatron's trainer can do around the interleaved schedule, it does under breadth-first: the same bits, the same log.
+
+Real processes and the real GPT, on the CPU. Compared are every loss and gradient norm, all bits, and everything else that
+Megatron prints of a step: number of zeros in the gradients, loss scale, skipped steps, auxiliary losses, validation losses.
+One line per feature: docs/megatron_features.md. Features share a job where they do not hide each other.
+"""
+
+import functools
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from jobs import train
+
+PP_2 = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
+PP_4 = ("--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2")
+TP_2 = ("--tensor-model-parallel-size", "2")
+ROPE = ("--position-embedding-type", "rope")
+UNTIED = ("--untie-embeddings-and-output-weights",)
+EXPERTS = (
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "1e-2"),
+    *("--moe-router-load-balancing-type", "aux_loss"),
+)
+GATED = ("--swiglu", "--disable-bias-linear")
+EXPERT_PARALLEL = ("--expert-model-parallel-size", "2", "--moe-token-dispatcher-type")
+SHARED_EXPERT = ("--moe-shared-expert-intermediate-size", "32")
+ZERO_1 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+# A scale that overflows in the first step and not in the last; each step without an overflow doubles it.
+FP16 = ("--fp16", "--initial-loss-scale", str(2**20), "--loss-scale-window", "2", "--hysteresis", "1")
+EVALUATION = ("--eval-iters", "2", "--eval-interval", "2", "--split", "8,1,1")
+PARTIAL = ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1")
+
+# name: ranks, micro-batches, words that the log must have for the feature to be on, flags
+SOME_CASES = {
+    "experts_by_all_to_all": (
+        *(4, 4, ["load_balancing_loss"]),
+        (*PP_2, *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall", *SHARED_EXPERT, *ZERO_1),
+    ),
+    "sequence_parallel": (4, 4, [], (*PP_2, *TP_2, "--sequence-parallel", "--recompute-granularity", "selective")),
+    "context_parallel": (
+        *(4, 4, ["validation loss"]),
+        (*PP_2, "--context-parallel-size", "2", *PARTIAL, *EVALUATION, "--eval-global-batch-size", "6"),
+    ),
+    "fp16": (2, 4, ["num zeros"], (*PP_2, *FP16, "--log-num-zeros-in-grad", "--train-iters", "6")),
+    "mtp": (2, 4, ["mtp_1 loss"], (*PP_2, *ROPE, "--mtp-num-layers", "1", "--bf16")),
+    "batched_p2p": (4, 8, [], (*PP_4, "--no-overlap-p2p-communication", *UNTIED)),
+    "warmup_flush": (2, 4, [], (*PP_2, "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss")),
+}
+MORE_CASES = {
+    "experts_by_all_gather": (
+        *(4, 4, ["load_balancing_loss"]),
+        (*PP_2, *EXPERTS, *GATED, *EXPERT_PARALLEL, "allgather"),
+    ),
+    "experts_with_biases": (2, 4, ["load_balancing_loss"], (*PP_2, *EXPERTS, "--no-bias-gelu-fusion")),
+    "experts_with_router_bias": (
+        *(2, 4, ["load_balancing_loss"]),
+        (*PP_2, *EXPERTS, *GATED, "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
+    ),
+    "experts_and_tensor_parallel": (
+        *(4, 4, ["load_balancing_loss"]),
+        (*PP_2, *TP_2, "--sequence-parallel", *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall"),
+    ),
+    "experts_and_mtp_per_token": (
+        *(2, 4, ["load_balancing_loss", "mtp_1 loss"]),
+        (*PP_2, *ROPE, *EXPERTS, *GATED, "--mtp-num-layers", "1", "--calculate-per-token-loss"),
+    ),
+    "rms_norm": (4, 4, [], (*PP_2, *TP_2, "--sequence-parallel", "--normalization", "RMSNorm", *ROPE)),
+    "untied_mtp": (2, 4, ["mtp_1 loss"], (*PP_2, *ROPE, "--mtp-num-layers", "1", *UNTIED)),
+    "context_parallel_groups": (
+        *(4, 4, []),
+        (*PP_2, *ROPE, "--context-parallel-size", "2", "--group-query-attention", "--num-query-groups", "2",
+         "--calculate-per-token-loss", "--bf16"),
+    ),
+}  # fmt: skip
+CASES = SOME_CASES | MORE_CASES if os.environ.get("BFPP_ALL_CASES") else SOME_CASES
+
+
+@functools.cache
+def trained(ranks: int, *flags: str) -> tuple[list[dict], list[str]]:
+    """(losses and gradient norms of every step, the lines that Megatron printed of steps and evaluations)."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = train(Path(folder), ranks, *flags)
+        log = (Path(folder) / f"rank{ranks - 1}.log").read_text()
+    lines = re.findall(r"(?: iteration +\d+/| validation loss at ).*", log)
+    return steps, [re.sub(r"elapsed time per iteration \(ms\): [0-9.]+ ", "", line) for line in lines]
+
+
+def arms(ranks: int, microbatches: int, *flags: str) -> tuple[tuple, tuple]:
+    model_ranks = 1
+    for name in ("pipeline-model", "tensor-model", "context"):
+        flag = f"--{name}-parallel-size"
+        model_ranks *= int(flags[flags.index(flag) + 1]) if flag in flags else 1
+    flags += ("--global-batch-size", str(microbatches * (ranks // model_ranks)))
+    return trained(ranks, *flags), trained(ranks, *flags, "--pipeline-schedule", "breadth-first")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits_and_the_same_log(case):
+    ranks, microbatches, words, flags = CASES[case]
+    (steps, lines), ours = arms(ranks, microbatches, *flags)
+    assert len({step["lm loss hex"] for step in steps}) == len(steps) >= 3, "the losses do not move: nothing is compared"
+    assert len(lines) >= len(steps)
+    assert all(any(word in line for line in lines) for word in words), lines
+    assert ours == (steps, lines)
+
+
+def test_steps_of_fp16_that_overflow_are_skipped_and_others_are_not():
+    ranks, microbatches, _, flags = SOME_CASES["fp16"]
+    (steps, lines), _ = arms(ranks, microbatches, *flags)
+    skipped = [int(re.search(r"number of skipped iterations: +(\d)", line)[1]) for line in lines]
+    scales = [float(re.search(r"loss scale: ([0-9.]+)", line)[1]) for line in lines]
+    assert 0 in skipped and 1 in skipped, lines
+    assert len(set(scales)) >= 3, "the scale falls and rises"
+    assert ["grad norm hex" in step for step in steps] == [not skip for skip in skipped]
