@@ -31,6 +31,7 @@ class Op(str, Enum):
     REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
 
     __str__ = str.__str__
+    __hash__ = str.__hash__  # Enum's own is written in Python, and every look-up of an action takes it
 
 
 COMPUTE = frozenset({Op.F, Op.B})

@@ -40,6 +40,17 @@ def channel(send: Action, shape: PipelineShape) -> Channel:
     return send.op, shape.rank_of(send.stage), shape.rank_of(received.stage)
 
 
+def communicator(key: Channel, pp_size: int) -> tuple[Op, int]:
+    """(kind, colour): the process group that carries a channel.
+
+    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Of one kind
+    and colour a rank thus has one edge at most, so its communicator carries one direction of one kind of message.
+    """
+    kind, source, target = key
+    edge = source if kind is Op.SEND_F else target
+    return kind, 2 if pp_size % 2 and edge == pp_size - 1 else edge % 2
+
+
 def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     """Launch every send right after its result; post every receive before the action that runs as it is sent.
 
