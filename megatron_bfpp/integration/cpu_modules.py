@@ -81,7 +81,9 @@ def _over_the_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[.
         group = self.pg_collection.cp
         positions = zigzag_positions(query.size(0), group.rank(), size)
         key, value = (_gather_sequence(each, group) for each in (key, value))
-        if mask is None and self.attn_mask_type == AttnMaskType.causal:  # else it came with the batch, cut to the queries
+        if (
+            mask is None and self.attn_mask_type == AttnMaskType.causal
+        ):  # else it came with the batch, cut to the queries
             mask = torch.arange(key.size(0)) > positions[:, None]  # True: not to be seen
             mask = mask[None, None]  # [1, 1, sequence / cp, sequence]
         return forward(self, query, key, value, mask, *args, **kwargs)

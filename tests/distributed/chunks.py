@@ -48,7 +48,9 @@ class Chunk(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.randn(config.hidden_size, config.hidden_size, generator=torch.Generator().manual_seed(stage))
         )
-        self.seen: list[tuple[Any, ...]] = []  # what a test wants to know of; `chunks` gives the chunks of a rank one list
+        self.seen: list[
+            tuple[Any, ...]
+        ] = []  # what a test wants to know of; `chunks` gives the chunks of a rank one list
         self.received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:

@@ -21,7 +21,9 @@ MICROBATCHES = 4
 
 def _variable_lengths() -> None:
     lengths = [6, 2, 8, 4]
-    assert_same(*both(chunks(2, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall"), batch(4, lengths=lengths)))
+    assert_same(
+        *both(chunks(2, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall"), batch(4, lengths=lengths))
+    )
 
 
 def _kept_outputs() -> None:
@@ -43,7 +45,10 @@ def _partial_checkpointing() -> None:
         chunk.seen.append((chunk.vp_stage, checkpoints_all))
         return forward_step(data, chunk)
 
-    fields = {"num_microbatches_with_partial_activation_checkpoints": 2, "microbatch_group_size_per_vp_stage": MICROBATCHES}
+    fields = {
+        "num_microbatches_with_partial_activation_checkpoints": 2,
+        "microbatch_group_size_per_vp_stage": MICROBATCHES,
+    }
     default, ours = both(chunks(2, **fields), MICROBATCHES, forward_step_func=asked)
     assert_same(default, ours)
     flags = [[entry for entry in run.seen if isinstance(entry[1], bool)] for run in (default, ours)]
@@ -81,9 +86,7 @@ def _groups_of_the_caller() -> None:
         (pg_collection is groups, force_all_reduce)
     )
     p2p = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), config)
-    assert_same(
-        *both(model, MICROBATCHES, p2p_communicator=p2p, pg_collection=groups, force_all_reduce=True)
-    )
+    assert_same(*both(model, MICROBATCHES, p2p_communicator=p2p, pg_collection=groups, force_all_reduce=True))
     assert finalized == [(True, True)] * 2
     for only in ({"p2p_communicator": p2p}, {"pg_collection": groups}):
         for schedule in schedules():
@@ -144,7 +147,9 @@ def _timers() -> None:
     seen: list[tuple[str, str]] = []
 
     def timers(name, log_level=None):
-        note = lambda what: lambda barrier=False: seen.append((name, what))  # noqa: E731
+        def note(what):
+            return lambda barrier=False: seen.append((name, what))
+
         return SimpleNamespace(start=note("start"), stop=note("stop"))
 
     model, counts = chunks(2), []
