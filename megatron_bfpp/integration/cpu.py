@@ -21,6 +21,7 @@ import torch
 from megatron_bfpp.errors import UserError
 from megatron_bfpp.integration.cpu_arguments import cpu_arguments
 from megatron_bfpp.integration.cpu_cuda import cuda_patches
+from megatron_bfpp.integration.cpu_modules import module_patches
 from megatron_bfpp.integration.cpu_optimizer import optimizer_patches
 
 __all__ = ["choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "skip_compile_without_makefile"]
@@ -197,8 +198,8 @@ def _patch_megatron() -> None:
     logger = logging.getLogger(random.__name__)
     logger.addFilter(_not_about_the_generator)
     _undo.append(lambda: logger.removeFilter(_not_about_the_generator))
-    for module, name, value in optimizer_patches():
-        _set(module, name, value)
+    for owner, name, value in (*module_patches(), *optimizer_patches()):
+        _set(owner, name, value)
     barrier = torch.distributed.barrier
 
     def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

@@ -164,7 +164,7 @@ class Messages:
 
     def before_compute(self) -> None:
         """Give up what was sent SEND_WINDOW or more compute actions ago. To be called before each F and B."""
-        while len(self._sent) >= SEND_WINDOW:
+        while len(self._sent) >= SEND_WINDOW and self._may_wait_for(self._sent[0]):
             _finish(self._sent.popleft())
         self._sent.append([])
 
@@ -180,6 +180,12 @@ class Messages:
         while self._sent:
             _finish(self._sent.popleft())
         assert not self._receives, f"received but never used: {', '.join(map(str, self._receives))}"
+
+    def _may_wait_for(self, sent: list[_Sent]) -> bool:
+        """With variable shapes a tensor is asked for only when its shape is read, by a peer that may have to wait for this
+        rank's next action before: waiting for such a send can deadlock, so it is given up when it has completed.
+        """
+        return not self.variable_shapes or all(handle.is_completed() for each in sent for handle in each.handles)
 
     def _read_shape(self, route: Route) -> None:
         header = self._unread_shapes.pop(route.group, None)
