@@ -161,8 +161,7 @@ def test_what_becomes_of_a_command_line(command, flags, chunks, layout, placemen
 @pytest.mark.parametrize("mtp_layers", [1, 2])
 def test_mtp_layers_stand_with_the_loss_and_count(command, mtp_layers):
     args, _ = command(*pp(4, "--num-layers", "30", V, "2", "--mtp-num-layers", str(mtp_layers), "--position-embedding-type", "rope"))
-    last = args.pipeline_model_parallel_layout.rpartition("|")[2]
-    assert last == {1: "t*2mL", 2: "t*2m*2L"}[mtp_layers]
+    assert args.pipeline_model_parallel_layout == {1: "Et*4|(t*4|)*6t*2mL", 2: "Et*4|t*5|(t*4|)*5tm*2L"}[mtp_layers]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def _name(flag: str) -> str:
 
 
 def _given(args: Any, flags: tuple[str, ...]) -> list[str]:
-    return [flag for flag in flags if getattr(args, _name(flag), None) not in (None, False)]
+    values = {flag: getattr(args, _name(flag), None) for flag in flags}
+    return [flag for flag, value in values.items() if value is not None and value is not False]
 
 
 def _num_layers(args: Any) -> int | None:
