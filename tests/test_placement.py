@@ -25,10 +25,11 @@ from megatron_bfpp.integration.batches import batch_sizes, microbatch_counts
 from megatron_bfpp.integration.layout import layers_of_stages, layout_of, other_layers
 from megatron_bfpp.integration.settings import add_flags
 
-MODEL = (
-    "--hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 128 --lr 1e-2 --pipeline-schedule breadth-first"
-).split()
+MODEL = [
+    "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32",
+    "--micro-batch-size", "1", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--lr", "1e-2",
+    "--pipeline-schedule", "breadth-first",
+]  # fmt: skip
 
 
 # --- the layout maker
@@ -140,7 +141,12 @@ EMBEDDING, LOSS = "--account-for-embedding-in-pipeline-split", "--account-for-lo
         (("--num-layers", "63", K, "4"), 4, "Et*4|(t*4|)*14t*3L", "4*15 3 (pp_rank 0 to 3: 16*3 15)"),
         (("--num-layers", "9"), 2, "Et|t*2|(t|)*5tL", "1 2 1*6 (pp_rank 0 to 3: 2 3 2*2)"),
         # the user's own say
-        (("--num-layers", "10", LAYOUT, "Ett|t|t|t|t|t|t|ttL"), 2, "Ett|t|t|t|t|t|t|ttL", "2 1*6 2 (pp_rank 0 to 3: 3 2*2 3)"),
+        (
+            ("--num-layers", "10", LAYOUT, "Ett|t|t|t|t|t|t|ttL"),
+            2,
+            "Ett|t|t|t|t|t|t|ttL",
+            "2 1*6 2 (pp_rank 0 to 3: 3 2*2 3)",
+        ),
         (("--num-layers", "30", EMBEDDING, LOSS), 8, None, "0 1*30 0 (pp_rank 0 to 3: 7 8*2 7)"),
         (("--num-layers", "30", EMBEDDING, LOSS, V, "2"), 2, None, "3 4*6 3 (pp_rank 0 to 3: 7 8*2 7)"),
         (("--num-layers", "30", EMBEDDING, LOSS, K, "4"), 2, None, "3 4*6 3 (pp_rank 0 to 3: 7 8*2 7)"),
@@ -160,14 +166,19 @@ def test_what_becomes_of_a_command_line(command, flags, chunks, layout, placemen
 
 @pytest.mark.parametrize("mtp_layers", [1, 2])
 def test_mtp_layers_stand_with_the_loss_and_count(command, mtp_layers):
-    args, _ = command(*pp(4, "--num-layers", "30", V, "2", "--mtp-num-layers", str(mtp_layers), "--position-embedding-type", "rope"))
+    args, _ = command(
+        *pp(4, "--num-layers", "30", V, "2", "--mtp-num-layers", str(mtp_layers), "--position-embedding-type", "rope")
+    )
     assert args.pipeline_model_parallel_layout == {1: "Et*4|(t*4|)*6t*2mL", 2: "Et*4|t*5|(t*4|)*5tm*2L"}[mtp_layers]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--num-layers", "4"), ("4 x 2 stages", "--num-layers is 4", "--num-layers 8", "--pipeline-model-parallel-size 2")),
+        (
+            ("--num-layers", "4"),
+            ("4 x 2 stages", "--num-layers is 4", "--num-layers 8", "--pipeline-model-parallel-size 2"),
+        ),
         (("--num-layers", "15", V, "4"), ("4 x 4 stages", f"{V} 3 or less", "--pipeline-model-parallel-size 3")),
         (("--num-layers", "8", V, "1"), (f"{V} is 1",)),
         (("--num-layers", "8", K, "0"), (f"{K} is 0",)),
@@ -213,7 +224,11 @@ def test_hybrid_models_are_left_to_megatron(command):
 
 def test_the_namespace_answers_as_megatrons_real_configuration():
     for extra in (
-        {"pipeline_model_parallel_layout": "Et*3|(t*4|)*14t*3L", "num_layers": 62, "virtual_pipeline_model_parallel_size": 4},
+        {
+            "pipeline_model_parallel_layout": "Et*3|(t*4|)*14t*3L",
+            "num_layers": 62,
+            "virtual_pipeline_model_parallel_size": 4,
+        },
         {"num_layers": 30, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
         {"num_layers": 10, "num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 4},
     ):
@@ -233,7 +248,10 @@ def test_the_namespace_answers_as_megatrons_real_configuration():
     "wrong, words",
     [
         ({"layers": lambda stage, layers: layers - (stage == 5)}, "hold 7 layers, but --num-layers is 8"),
-        ({"offset": lambda stage, offset: offset + (stage == 5)}, "stage 5 begins with layer 6, but 5 layers stand before it"),
+        (
+            {"offset": lambda stage, offset: offset + (stage == 5)},
+            "stage 5 begins with layer 6, but 5 layers stand before it",
+        ),
     ],
 )
 def test_a_layer_that_megatron_would_drop_is_an_error(monkeypatch, wrong, words):
@@ -262,7 +280,9 @@ def test_the_line_stays_short():
 
 
 def test_a_yaml_files_model_is_placed_as_its_configuration_says():
-    described = SimpleNamespace(num_layers=30, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True)
+    described = SimpleNamespace(
+        num_layers=30, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+    )
     sizes = {"num_layers": 30, "pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
     assert placed.check_placement(SimpleNamespace(**sizes, language_model=described)).endswith(
         "3 4*6 3 (pp_rank 0 to 3: 7 8*2 7)"
@@ -276,7 +296,9 @@ def test_too_few_microbatches_are_told_with_what_they_cost_and_what_to_change(co
     few = ("--train-iters", "3", "--pipeline-model-parallel-size", "6", "--num-layers", "24", V, "4")
     _, lines = command(*few, "--global-batch-size", "24", "--micro-batch-size", "2", world_size=24)
     (warning,) = [line for line in lines if line.startswith("WARNING")]
-    assert "3 micro-batches for 6 pipeline ranks: predicted bubble 54% of the step (17% with 6 micro-batches)" in warning
+    assert (
+        "3 micro-batches for 6 pipeline ranks: predicted bubble 54% of the step (17% with 6 micro-batches)" in warning
+    )
     assert "3 = global batch 24 / (micro batch 2 x data parallel 4). Raise --global-batch-size to 48" in warning
     assert "lower --micro-batch-size to 1" in warning
     assert not [line for line in command(*pp(4, "--num-layers", "8"))[1] if line.startswith("WARNING")]
@@ -303,7 +325,11 @@ def test_a_growing_batch_is_told_as_one(command):
 
 def test_a_schedule_of_batch_sizes_that_cannot_be_read_is_named(command):
     with pytest.raises(UserError, match="--step-batch-size-schedule 0:many"):
-        microbatch_counts(SimpleNamespace(step_batch_size_schedule="0:many", global_batch_size=8, micro_batch_size=1, data_parallel_size=1))
+        microbatch_counts(
+            SimpleNamespace(
+                step_batch_size_schedule="0:many", global_batch_size=8, micro_batch_size=1, data_parallel_size=1
+            )
+        )
 
 
 # --- other refusals

@@ -119,7 +119,9 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse("--no-overlap-p2p-communication", why, "use 3 or more pipeline ranks")
     if settings.engine == "megatron" and settings.group_size is not None:
         why = "Megatron's loop has one group here, all micro-batches"
-        _refuse("--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan")
+        _refuse(
+            "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
+        )
     _check_warmup(args)
     _check_data(args)
 

@@ -61,11 +61,9 @@ def few_microbatches(args: Any) -> list[str]:
     smaller = sizes[0] // (pp_size * replicas)
     if smaller and sizes[0] % (smaller * replicas) == 0:
         change += f", or lower --micro-batch-size to {smaller}"
-    return [
-        f"WARNING: {few} micro-batches for {pp_size} pipeline ranks{when}: predicted bubble {bubbles[few]:.0%} of the step "
-        f"({bubbles[pp_size]:.0%} with {pp_size} micro-batches).\n"
-        f"  {few} = global batch {sizes[0]} / (micro batch {args.micro_batch_size} x data parallel {replicas}). {change}."
-    ]
+    cost = f"predicted bubble {bubbles[few]:.0%} of the step ({bubbles[pp_size]:.0%} with {pp_size} micro-batches)"
+    source = f"{few} = global batch {sizes[0]} / (micro batch {args.micro_batch_size} x data parallel {replicas})"
+    return [f"WARNING: {few} micro-batches for {pp_size} pipeline ranks{when}: {cost}.\n  {source}. {change}."]
 
 
 def _sizes_of_steps(steps: str) -> list[int]:

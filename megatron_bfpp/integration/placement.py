@@ -179,10 +179,9 @@ def _lay_out(args: Any, num_layers: int, flag: str | None, value: Any) -> list[s
     args.num_virtual_stages_per_pipeline_rank = args.num_layers_per_virtual_pipeline_stage = None
     args.pipeline_model_parallel_layout = layout_of(layers, mtp_layers)
     instead = f" in place of {flag} {value}" if flag else ""
-    return [
-        f"set {LAYOUT} '{args.pipeline_model_parallel_layout}'{instead}: {num_layers} layers do not divide evenly; "
-        f"{pp_size} x {chunks} stages with embedding and loss counted as a layer each"
-    ]
+    how = f"{pp_size} x {chunks} stages with embedding and loss counted as a layer each"
+    made = f"{LAYOUT} '{args.pipeline_model_parallel_layout}'{instead}"
+    return [f"set {made}: {num_layers} layers do not divide evenly; {how}"]
 
 
 def _chunks_of_at_most(most: int, num_layers: int, pp_size: int, mtp_layers: int) -> int:

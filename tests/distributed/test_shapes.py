@@ -27,20 +27,26 @@ def assert_same(ours: list[dict], reference: list[dict]) -> None:
     assert ours == reference
 
 
-def test_layers_that_do_not_divide(tmp_path):
-    flags = pp(2, 4, "--num-layers", "10")
+@pytest.mark.parametrize(
+    "mtp_layers, placement",
+    [(0, "1 2 1*4 2 1 (pp_rank 0 to 1: 5*2)"), (1, "1 2*2 1*3 2 1 (pp_rank 0 to 1: 6 5)")],
+)
+def test_layers_that_do_not_divide(tmp_path, mtp_layers, placement):
+    mtp = ("--mtp-num-layers", str(mtp_layers), "--position-embedding-type", "rope") if mtp_layers else ()
+    num_layers = 10 + mtp_layers
+    flags = pp(2, 4, "--num-layers", str(num_layers), *mtp)
     ours = train(tmp_path, 2, *flags, V, "4", *BREADTH_FIRST)
-    layout = layout_of(layers_of_stages(10, 2, 4))
+    layout = layout_of(layers_of_stages(num_layers, 2, 4, mtp_layers), mtp_layers)
     first = (tmp_path / "rank0.log").read_text()
-    assert f"set {LAYOUT} '{layout}' in place of {V} 4: 10 layers" in first
-    assert "placement of 10 layers, 8 stages in order: 1 2 1*4 2 1 (pp_rank 0 to 1: 5*2)" in first
+    assert f"set {LAYOUT} '{layout}' in place of {V} 4: {num_layers} layers" in first
+    assert f"placement of {num_layers} layers, 8 stages in order: {placement}" in first
     assert_same(ours, train(tmp_path, 2, *flags, LAYOUT, layout))
 
 
-def test_the_users_own_layout_with_embedding_and_loss_alone(tmp_path):
-    flags = pp(4, 8, LAYOUT, "E|tt|t|t|tt|t|t|L", *UNTIED, *ZERO_1)
+def test_the_users_own_layout_with_embedding_and_loss_alone_and_an_empty_stage(tmp_path):
+    flags = pp(4, 8, LAYOUT, "E|tt|t||tt|tt|t|L", *UNTIED, *ZERO_1)
     ours = train(tmp_path, 4, *flags, *BREADTH_FIRST)
-    assert "8 stages in order: 0 2 1*2 2 1*2 0 (pp_rank 0 to 3: 2 3 2 1)" in (tmp_path / "rank0.log").read_text()
+    assert "8 stages in order: 0 2 1 0 2*2 1 0 (pp_rank 0 to 3: 2 4 2 0)" in (tmp_path / "rank0.log").read_text()
     assert_same(ours, train(tmp_path, 4, *flags))
 
 
@@ -70,7 +76,9 @@ def test_embedding_and_loss_accounted_for_and_evaluation_with_other_numbers_of_m
     # The same samples in 3 micro-batches, which Megatron's interleaved loop refuses on 2 ranks.
     odd = ("--eval-global-batch-size", "6", "--eval-micro-batch-size", "2")
     assert_same(train(tmp_path, 2, *flags, *odd, *BREADTH_FIRST), reference)
-    assert [float(loss) for loss in validation_losses(tmp_path)] == pytest.approx([float(loss) for loss in expected], abs=2e-6)
+    assert [float(loss) for loss in validation_losses(tmp_path)] == pytest.approx(
+        [float(loss) for loss in expected], abs=2e-6
+    )
 
 
 @growing_batches
@@ -87,7 +95,8 @@ def test_a_batch_that_grows_between_steps(tmp_path):
 def test_a_batch_that_grows_over_sizes_that_megatron_refuses(tmp_path):
     flags = ("--pipeline-model-parallel-size", "2", V, "2", "--step-batch-size-schedule", "0:1 32:3 128:5")
     eager, late = (
-        train(tmp_path, 2, *flags, *BREADTH_FIRST, "--breadth-first-backward", backward) for backward in ("eager", "late")
+        train(tmp_path, 2, *flags, *BREADTH_FIRST, "--breadth-first-backward", backward)
+        for backward in ("eager", "late")
     )
     ran = (tmp_path / "rank0.log").read_text()
     assert all(f"stages, {count} micro-batches, late backward" in ran for count in (1, 3, 5))
