@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
@@ -41,6 +41,7 @@ def uneven(draw):
     return draw(st.integers(pp_size * chunks, 6 * pp_size * chunks)), pp_size, chunks, draw(st.integers(0, 3))
 
 
+@settings(deadline=None)
 @given(uneven())
 def test_the_layout_holds_every_layer_once_in_megatrons_eyes(case):
     num_layers, pp_size, chunks, mtp_layers = case
@@ -54,6 +55,7 @@ def test_the_layout_holds_every_layer_once_in_megatrons_eyes(case):
     assert stages[-1].count("mtp") == mtp_layers
 
 
+@settings(deadline=None)
 @given(uneven())
 def test_no_stage_could_give_a_layer_to_another_and_make_the_longest_shorter(case):
     layers = layers_of_stages(*case)
@@ -62,6 +64,7 @@ def test_no_stage_could_give_a_layer_to_another_and_make_the_longest_shorter(cas
     assert not movable or max(movable) - min(loads) <= 1
 
 
+@settings(deadline=None)
 @given(uneven())
 def test_longer_stages_share_chunks(case):
     num_layers, pp_size, chunks, _ = case
