@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -115,6 +116,12 @@ def train(folder: Path, ranks: int, *flags: str, prepare=None) -> list[dict]:
     run_job(_train, ranks, folder, str(log), [*MODEL, *flags], prepare)
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return [{name: value for name, value in step.items() if name.endswith(" hex")} for step in steps]
+
+
+def validation_losses(folder: Path) -> list[str]:
+    """What the job that ran last in `folder` printed as its validation losses, in order; six digits after the point."""
+    logs = [log.read_text() for log in sorted(folder.glob("rank*.log"))]
+    return [loss for log in logs for loss in re.findall(r"validation loss at .*?lm loss value: (\S+)", log)]
 
 
 def refused(folder: Path, ranks: int, *flags: str) -> tuple[list[int | None], list[str]]:
