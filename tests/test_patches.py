@@ -103,7 +103,8 @@ assert arguments.validate_args is not validate
 assert get_forward_backward_func(4, 2).__wrapped__ is original
 assert parse("--pipeline-schedule", "1f1b").pipeline_schedule == "1f1b"  # again: the flags are there once
 
-import megatron_bfpp
+import megatron_bfpp, torch
+assert megatron_bfpp.enable() == ("cuda" if torch.cuda.is_available() else "cpu")  # as before, though CUDA is imitated now
 megatron_bfpp.disable()
 for name in [name for name in sys.modules if name.startswith("megatron_bfpp")]:
     sys.modules[name] = None  # as if it were not installed
