@@ -6,6 +6,7 @@ from .ir import Action, Op, PipelineShape, Schedule
 from .simulate import simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
+Communicator = tuple[Op, int]  # (SEND_F or SEND_B, color)
 
 
 def lower(order: Schedule, shape: PipelineShape) -> Schedule:
@@ -29,15 +30,29 @@ def peer(action: Action, shape: PipelineShape) -> Action | None:
 
 
 def channel(send: Action, shape: PipelineShape) -> Channel:
-    """The in-order channel of a send. The runtime gives each channel a communicator that carries nothing else.
+    """The in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
 
-    NCCL matches the sends and receives of a pair of ranks by order alone. With one direction of one kind of message
-    per communicator, that order is the sender's own, and neither kind of traffic can block the other. With 2 ranks
-    the forward traffic of both ranks would share a pair, so channels are directed.
+    NCCL matches the sends and receives of a pair of ranks by order alone. With a channel to itself, each kind keeps the
+    sender's own order, and neither kind of traffic can block the other. With 2 ranks the forward traffic of both ranks
+    would share a pair, so channels are directed.
     """
     received = peer(send, shape)
     assert received is not None, f"{send} has no receiver"
     return send.op, shape.rank_of(send.stage), shape.rank_of(received.stage)
+
+
+def communicator(key: Channel, pp_size: int) -> Communicator:
+    """The communicator that carries a channel; it carries no other channel of either rank.
+
+    A communicator may run all operations of a rank in one stream (torch does, where it creates NCCL communicators
+    eagerly), so the channels of one rank must not share one. The ranks form a ring, and edge e joins ranks e and
+    e + 1 modulo P. Edges that meet in a rank get two colors, taking turns; the last edge of an odd ring needs a third.
+    One communicator per kind of message and color then holds pairs of ranks that have nothing to do with each other.
+    """
+    kind, source, target = key
+    edge = source if kind is Op.SEND_F else target
+    color = 2 if pp_size % 2 == 1 and edge == pp_size - 1 else edge % 2
+    return kind, color
 
 
 def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
