@@ -168,8 +168,8 @@ class _Run:
                 far = peer(near, self.shape)
                 if far is not None:
                     name = communicator(channel(near if op in SENDS else far, self.shape), self.shape.pp_size)
-                    streams = (self._stream(self.shape.rank_of(end.stage), name) for end in (near, far))
-                    yield (stage, op), _End(*streams, far.stage, far.op)
+                    stream, other = (self._stream(self.shape.rank_of(end.stage), name) for end in (near, far))
+                    yield (stage, op), _End(stream, other, far.stage, far.op)
 
     def _stream(self, pp_rank: int, name: Communicator) -> _Stream:
         return self.streams.setdefault((pp_rank, name), _Stream(pp_rank))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from .ir import Action, Op, PipelineShape, Schedule
 from .simulate import simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
+Message = tuple[Action, Action]  # a send and its receive
 Communicator = tuple[Op, int]  # (SEND_F or SEND_B, color)
+
+# Where the other end of a message is: how many stages on, and its op.
+_PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
 
 
 def lower(order: Schedule, shape: PipelineShape) -> Schedule:
@@ -23,8 +29,7 @@ def peer(action: Action, shape: PipelineShape) -> Action | None:
 
     None at the two ends of the model, where nothing is sent.
     """
-    step = 1 if action.op in (Op.SEND_F, Op.RECV_B) else -1
-    other = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}[action.op]
+    step, other = _PEER[action.op]
     stage = action.stage + step
     return Action(stage, other, action.microbatch) if 0 <= stage < shape.num_stages else None
 
@@ -65,31 +70,29 @@ def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     deadlock whatever the real durations are: every wait points back in time.
     """
     timeline = simulate(order, shape)
-    receives: list[list[list[Action]]] = [[[] for _ in actions] for actions in order]
-    starts = [[span.start for span in spans] for spans in timeline.spans]
-    at = [0] * shape.pp_size  # sends are visited by time, so positions only grow
-    sends = [(span.end, _send_after(span.action)) for spans in timeline.spans for span in spans]
-    for end, send in sorted(sends):
-        receive = peer(send, shape)
-        if receive is not None:
-            rank = shape.rank_of(receive.stage)
-            while at[rank] + 1 < len(starts[rank]) and starts[rank][at[rank] + 1] < end:
-                at[rank] += 1
-            receives[rank][at[rank]].append(receive)
+    messages = [[_message(span.action, shape) for span in spans] for spans in timeline.spans]
+    arriving: list[list[tuple[float, Message]]] = [[] for _ in order]  # at each rank; with the time when it is sent
+    for spans, sent in zip(timeline.spans, messages):
+        for span, message in zip(spans, sent):
+            if message is not None:
+                arriving[shape.rank_of(message[1].stage)].append((span.end, message))
     plan: Schedule = []
-    for rank, actions in enumerate(order):
-        plan.append([])
-        for position, action in enumerate(actions):
-            plan[rank] += receives[rank][position] + [action]
-            send = _send_after(action)
-            if peer(send, shape) is not None:
-                plan[rank].append(send)
+    for rank, spans in enumerate(timeline.spans):
+        actions: list[Action] = []
+        latest_first = sorted(arriving[rank], reverse=True)
+        for span, following, message in zip_longest(spans, spans[1:], messages[rank]):
+            while latest_first and (following is None or latest_first[-1][0] <= following.start):
+                actions.append(latest_first.pop()[1][1])
+            actions.append(span.action)
+            if message is not None:
+                actions.append(message[0])
+        plan.append(actions)
     return plan
 
 
 def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
     """Reduce a chunk's gradients once, right after its last backward and the send that follows it."""
-    last = Op.B, shape.num_microbatches - 1
+    last = shape.num_microbatches - 1
     lowered: Schedule = []
     for actions in plan:
         lowered.append([])
@@ -99,7 +102,7 @@ def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
                 lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
                 pending = None
             lowered[-1].append(action)
-            if (action.op, action.microbatch) == last:
+            if action.microbatch == last and action.op is Op.B:
                 pending = action.stage
         if pending is not None:
             lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
@@ -120,5 +123,11 @@ def add_unshard(plan: Schedule, shape: PipelineShape) -> Schedule:
     return lowered
 
 
-def _send_after(action: Action) -> Action:
-    return Action(action.stage, Op.SEND_F if action.op is Op.F else Op.SEND_B, action.microbatch)
+def _message(action: Action, shape: PipelineShape) -> Message | None:
+    """How the result of a forward or backward travels; None where the model ends."""
+    stage, op, microbatch = action
+    if op is Op.F:
+        if stage == shape.num_stages - 1:
+            return None
+        return Action(stage, Op.SEND_F, microbatch), Action(stage + 1, Op.RECV_F, microbatch)
+    return None if stage == 0 else (Action(stage, Op.SEND_B, microbatch), Action(stage - 1, Op.RECV_B, microbatch))
