@@ -8,7 +8,6 @@ from .ir import Action, Op, PipelineShape, Schedule
 from .simulate import simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
-Message = tuple[Action, Action]  # a send and its receive
 Communicator = tuple[Op, int]  # (SEND_F or SEND_B, color)
 
 # Where the other end of a message is: how many stages on, and its op.
@@ -70,22 +69,23 @@ def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     deadlock whatever the real durations are: every wait points back in time.
     """
     timeline = simulate(order, shape)
-    messages = [[_message(span.action, shape) for span in spans] for spans in timeline.spans]
-    arriving: list[list[tuple[float, Message]]] = [[] for _ in order]  # at each rank; with the time when it is sent
-    for spans, sent in zip(timeline.spans, messages):
-        for span, message in zip(spans, sent):
-            if message is not None:
-                arriving[shape.rank_of(message[1].stage)].append((span.end, message))
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):
+        before, after = timeline.spans[rank - 1], timeline.spans[(rank + 1) % shape.pp_size]
+        results = [(span.end, span.action) for span in before if span.action.op is Op.F]
+        results += [(span.end, span.action) for span in after if span.action.op is Op.B]
+        results.sort(reverse=True)  # the first to come is the last in the list
         actions: list[Action] = []
-        latest_first = sorted(arriving[rank], reverse=True)
-        for span, following, message in zip_longest(spans, spans[1:], messages[rank]):
-            while latest_first and (following is None or latest_first[-1][0] <= following.start):
-                actions.append(latest_first.pop()[1][1])
+        for span, following in zip_longest(spans, spans[1:]):
+            while results and (following is None or results[-1][0] <= following.start):
+                send = _send_after(results.pop()[1], shape)
+                receive = send and peer(send, shape)
+                if receive is not None:
+                    actions.append(receive)
             actions.append(span.action)
-            if message is not None:
-                actions.append(message[0])
+            send = _send_after(span.action, shape)
+            if send is not None:
+                actions.append(send)
         plan.append(actions)
     return plan
 
@@ -123,11 +123,9 @@ def add_unshard(plan: Schedule, shape: PipelineShape) -> Schedule:
     return lowered
 
 
-def _message(action: Action, shape: PipelineShape) -> Message | None:
-    """How the result of a forward or backward travels; None where the model ends."""
+def _send_after(action: Action, shape: PipelineShape) -> Action | None:
+    """The send of the result of a forward or backward; None where the model ends."""
     stage, op, microbatch = action
     if op is Op.F:
-        if stage == shape.num_stages - 1:
-            return None
-        return Action(stage, Op.SEND_F, microbatch), Action(stage + 1, Op.RECV_F, microbatch)
-    return None if stage == 0 else (Action(stage, Op.SEND_B, microbatch), Action(stage - 1, Op.RECV_B, microbatch))
+        return Action(stage, Op.SEND_F, microbatch) if stage < shape.num_stages - 1 else None
+    return Action(stage, Op.SEND_B, microbatch) if stage > 0 else None
