@@ -25,5 +25,3 @@ def check_config(config: Any) -> None:
         raise ValueError("overlap_moe_expert_parallel_comm does not work with breadth-first: it is a 1F1B schedule")
     if getattr(config, "cuda_graph_impl", "none") not in ("none", None):
         raise ValueError(f"cuda_graph_impl={config.cuda_graph_impl} does not work with breadth-first: set it to none")
-    if getattr(config, "fine_grained_activation_offloading", False):
-        raise ValueError("fine_grained_activation_offloading has not been tested with breadth-first: switch it off")

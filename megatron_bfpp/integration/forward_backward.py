@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import megatron.core.utils as core_utils
 import torch
+import yaml
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -27,7 +29,7 @@ from .. import __version__
 from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
 from ..runtime.p2p import ChannelGroups, Messages
-from ..schedule import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
+from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
 from .checks import check_call, check_config
 from .settings import Settings
@@ -56,38 +58,38 @@ def plan_of(shape: PipelineShape, group_size: int | None, eager: bool, evaluatio
     return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
 
 
-@dataclass
 class MegatronCompute:
-    """Megatron's forward and backward of one micro-batch, for the executor. One object per step."""
+    """Megatron's forward and backward of one micro-batch, for the executor. One object per step.
 
-    call: dict[str, Any]  # what the schedule was called with
-    config: Any
-    shape: PipelineShape
-    pp_rank: int
-    cp_size: int
-    total_num_tokens: torch.Tensor
-    max_outstanding: int
-    store: list[Any]  # what the loss function reports, on the last stage
-    _forwards: int = 0
+    call: what the schedule was called with. max_outstanding: the most forwards of this rank that await their backward.
+    """
+
+    def __init__(
+        self, call: dict[str, Any], config: Any, is_last_rank: bool, cp_size: int, device: torch.device, max_outstanding: int
+    ):
+        self.store: list[Any] = []  # what the loss function reports, on the last stage
+        self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
+        self._iterators, self._model, self._config = call["data_iterator"], call["model"], config
+        self._first_val_step, self._forward_only = call["first_val_step"], call["forward_only"]
+        self._is_last_rank, self._max_outstanding = is_last_rank, max_outstanding
+        self._partial = config.num_microbatches_with_partial_activation_checkpoints
+        self._forwards = 0
+        self._forward_step = partial(
+            schedules.forward_step, call["forward_step_func"], num_microbatches=call["num_microbatches"],
+            forward_data_store=self.store, config=config, cp_group_size=cp_size,
+            collect_non_loss_data=call["collect_non_loss_data"],
+        )  # fmt: skip
 
     def forward(self, chunk: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        call, stage = self.call, chunk * self.shape.pp_size + self.pp_rank
-        is_first = schedules.check_first_val_step(call["first_val_step"], call["forward_only"], microbatch == 0)
-        output, num_tokens = schedules.forward_step(
-            call["forward_step_func"],
-            call["data_iterator"][chunk],
-            call["model"][chunk],
-            call["num_microbatches"],
-            received,
-            self.store,
-            self.config,
-            cp_group_size=self.cp_size,
-            collect_non_loss_data=call["collect_non_loss_data"],
+        output, num_tokens = self._forward_step(
+            self._iterators[chunk],
+            self._model[chunk],
+            input_tensor=received,
             checkpoint_activations_microbatch=self._checkpoints_all_layers(),
-            is_first_microbatch=is_first,
+            is_first_microbatch=schedules.check_first_val_step(self._first_val_step, self._forward_only, microbatch == 0),
             current_microbatch=microbatch,
             vp_stage=chunk,
-            is_last_stage=stage == self.shape.num_stages - 1,
+            is_last_stage=self._is_last_rank and chunk == len(self._model) - 1,
         )
         self.total_num_tokens += num_tokens
         self._forwards += 1
@@ -96,15 +98,14 @@ class MegatronCompute:
     def backward(
         self, received: torch.Tensor | None, output: torch.Tensor, grad: torch.Tensor | None
     ) -> torch.Tensor | None:
-        return schedules.backward_step(received, output, grad, self.config)
+        return schedules.backward_step(received, output, grad, self._config)
 
     def release(self, output: torch.Tensor) -> None:
-        schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+        schedules.deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
 
     def _checkpoints_all_layers(self) -> bool | None:
         """Megatron's window of partial activation checkpointing (arXiv 2205.05198, appendix C), None without it."""
-        partial = self.config.num_microbatches_with_partial_activation_checkpoints
-        return None if partial is None else self._forwards % self.max_outstanding >= partial
+        return None if self._partial is None else self._forwards % self._max_outstanding >= self._partial
 
 
 def run(
@@ -144,21 +145,21 @@ def run(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-    compute = MegatronCompute(
-        call, config, shape, pp_rank, groups.cp.size(), torch.zeros([], dtype=torch.int, device=device),
-        plan.peak_live_activations[pp_rank], [],
-    )  # fmt: skip
+    peak = plan.peak_live_activations[pp_rank]
+    compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
     messages = Messages(
         _channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
     )  # fmt: skip
     with _data_parallel(config, model, forward_only) as gates:
-        Executor(shape, compute, messages, gates, forward_only, _nvtx_span).run(plan.actions[pp_rank])
+        Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
 
     if finalize is not None:
         schedules.finish_embedding_wgrad_compute(config, embedding, is_last_rank, groups.tp)
         tokens = compute.total_num_tokens if config.calculate_per_token_loss else None
         finalize(model, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+    if getattr(config, "fine_grained_activation_offloading", False):
+        schedules.off_interface.reset()
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return compute.store
@@ -212,8 +213,24 @@ def _process_groups(
 
 def _channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
     if pp_group not in _groups:
-        _groups[pp_group] = ChannelGroups(pp_group, device, _timeout())
+        options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
+        # create_group: Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init changes.
+        _groups[pp_group] = ChannelGroups(pp_group, device, _timeout(), options, parallel_state.create_group)
     return _groups[pp_group]
+
+
+def _nccl_options() -> Any:
+    """What --high-priority-stream-groups and --nccl-communicator-config-path ask of Megatron's own pipeline group."""
+    args = _megatron_args()
+    if args is None:
+        return None
+    choices: dict[str, Any] = {}
+    if getattr(args, "nccl_communicator_config_path", None):
+        with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
+            choices = yaml.safe_load(file)
+    if "pp" in (getattr(args, "high_priority_stream_groups", None) or ()):
+        choices.setdefault("pp", {})["is_high_priority_stream"] = True
+    return parallel_state.get_nccl_options("pp", choices)
 
 
 def _timeout() -> timedelta | None:
@@ -246,8 +263,7 @@ def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) 
         [function] * len(model) if function is not None and not isinstance(function, list) else function
         for function in (config.grad_sync_func, config.param_sync_func)
     )
-    parameters = [list(chunk.parameters()) for chunk in model]
-    return DataParallel(config.no_sync_func, grad_sync, param_sync, parameters)
+    return DataParallel(config.no_sync_func, grad_sync, param_sync, model)
 
 
 def _reset_stash(config: Any, evaluation: bool) -> None:
@@ -264,9 +280,9 @@ def _nvtx(action: Action) -> Iterator[None]:
         nvtx_range_pop(f"PP:{action}")
 
 
-def _nvtx_span(action: Action) -> AbstractContextManager[object]:
-    """A range named as the action, under Megatron's --nvtx-ranges (or --profile); the functions do nothing else."""
-    return _nvtx(action) if action.op in (Op.F, Op.B) else nullcontext()
+def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
+    """Ranges named as the actions of the plan where Megatron makes ranges: under --nvtx-ranges."""
+    return _nvtx if core_utils._nvtx_enabled else None
 
 
 @contextmanager

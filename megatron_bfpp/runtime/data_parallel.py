@@ -6,14 +6,15 @@ The callbacks are those that Megatron's DistributedDataParallel offers and that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
+from typing import Self
 
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 NoSync = Callable[[], AbstractContextManager[object]]
-Sync = Callable[[list[Parameter]], None]
+Sync = Callable[[Iterator[Parameter]], None]
 
 
 class DataParallel:
@@ -23,7 +24,7 @@ class DataParallel:
     grad_sync: per chunk, launches its reduction explicitly. None: leaving no_sync before the last backward lets
         Megatron's hooks launch it, bucket by bucket, while that backward runs.
     param_sync: per chunk, launches the gather of its parameters. None: whoever needs them gathers them.
-    parameters: per chunk, what the two are called with.
+    model: the chunks, whose parameters the two are called with.
     """
 
     def __init__(
@@ -31,15 +32,15 @@ class DataParallel:
         no_sync: list[NoSync] | NoSync | None,
         grad_sync: list[Sync] | None,
         param_sync: list[Sync] | None,
-        parameters: list[list[Parameter]],
+        model: list[Module],
     ):
         self._no_sync = no_sync
         self._grad_sync, self._param_sync = grad_sync, param_sync
-        self._parameters = parameters
+        self._model = model
         self._closed: dict[int, ExitStack] = {}  # chunk -> its entered no_sync; key 0 stands for all with a single one
-        self._unreduced = set(range(len(parameters)))
+        self._unreduced = set(range(len(model)))
 
-    def __enter__(self) -> DataParallel:
+    def __enter__(self) -> Self:
         for chunk in range(len(self._no_sync) if isinstance(self._no_sync, list) else 1):
             self._close(chunk)
         return self
@@ -60,14 +61,14 @@ class DataParallel:
         self._unreduced.discard(chunk)
         self._open(chunk)
         if self._grad_sync is not None:
-            self._grad_sync[chunk](self._parameters[chunk])
+            self._grad_sync[chunk](self._model[chunk].parameters())
         if not isinstance(self._no_sync, list) and self._unreduced:
             self._close(chunk)  # one no_sync for all chunks: the others still accumulate
 
     def unshard(self, chunk: int) -> None:
         """Launch the gather of the chunk's parameters."""
         if self._param_sync is not None:
-            self._param_sync[chunk](self._parameters[chunk])
+            self._param_sync[chunk](self._model[chunk].parameters())
 
     def _key(self, chunk: int) -> int:
         return chunk if isinstance(self._no_sync, list) else 0

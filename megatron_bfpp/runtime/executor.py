@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class Executor:
     messages: Messages
     data_parallel: DataParallel
     forward_only: bool = False
-    span: Callable[[Action], AbstractContextManager[object]] = lambda action: nullcontext()
+    span: Callable[[Action], AbstractContextManager[object]] | None = None  # around every action; None costs nothing
     _inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # (stage, microbatch) ->
     _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _input_grads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -55,13 +55,17 @@ class Executor:
             Op.UNSHARD: self._unshard,
             Op.REDUCE_GRAD: self._reduce_grad,
         }
-        for action in actions:
-            try:
-                with self.span(action):
+        span = self.span
+        try:
+            for action in actions:
+                if span is None:
                     handlers[action.op](action)
-            except Exception as error:
-                error.add_note(f"megatron_bfpp: pp_rank {self.shape.rank_of(action.stage)} was running {action}")
-                raise
+                else:
+                    with span(action):
+                        handlers[action.op](action)
+        except Exception as error:
+            error.add_note(f"megatron_bfpp: pp_rank {self.shape.rank_of(action.stage)} was running {action}")
+            raise
         self.messages.assert_finished()
         assert not self._inputs and not self._outputs and not self._input_grads, "a tensor was never used"
 

@@ -11,6 +11,7 @@ The transport that the proof assumes is NCCL's, the strictest in use, on the com
     block: before its backward, for the send of the same output. The gradient that the backward has waited for was
     computed from that output, so the send is complete.
 On GPUs the plan of a rank is the order of its compute stream, for which torch has each send and receive wait as well.
+Not covered: variable shapes, where a receive is two operations and the second is posted only once the first has arrived.
 """
 
 from __future__ import annotations
@@ -268,6 +269,8 @@ class _Run:
                 what = f"{end.peer_op} of pp_rank {end.far.pp_rank}"
             else:
                 what = f"the receive of its {blocker.op} by pp_rank {end.far.pp_rank}"
-            first = end.stream.actions[0] if end.stream.actions else blocker
-            behind = "" if first.op is blocker.op else f", behind its {first} on the same communicator"
+            # A stream of one direction of one kind of message holds nothing else that could stand in the way.
+            ways = (end.stream, blocker.op), (end.far, end.peer_op)
+            others = [way.actions[0] for way, op in ways if way.actions and way.actions[0].op is not op]
+            behind = f", behind {others[0]} on one communicator" if others else ""
             yield f"  pp_rank {pp_rank}: step {position} {self.plan[pp_rank][position]} waits for {what}{behind}"

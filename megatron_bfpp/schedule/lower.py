@@ -8,7 +8,7 @@ from .ir import Action, Op, PipelineShape, Schedule
 from .simulate import simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
-Communicator = tuple[Op, int]  # (SEND_F or SEND_B, color)
+Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
 
 # Where the other end of a message is: how many stages on, and its op.
 _PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
@@ -46,17 +46,16 @@ def channel(send: Action, shape: PipelineShape) -> Channel:
 
 
 def communicator(key: Channel, pp_size: int) -> Communicator:
-    """The communicator that carries a channel; it carries no other channel of either rank.
+    """(kind, colour): the communicator, a process group of all ranks, that carries a channel.
 
-    A communicator may run all operations of a rank in one stream (torch does, where it creates NCCL communicators
-    eagerly), so the channels of one rank must not share one. The ranks form a ring, and edge e joins ranks e and
-    e + 1 modulo P. Edges that meet in a rank get two colors, taking turns; the last edge of an odd ring needs a third.
-    One communicator per kind of message and color then holds pairs of ranks that have nothing to do with each other.
+    The operations of a rank on one communicator may be serialized (torch does that where it initializes NCCL eagerly),
+    so no two channels of a rank may share one: a receive that is posted ahead would stand in the way of later sends.
+    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges that
+    meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
     """
     kind, source, target = key
     edge = source if kind is Op.SEND_F else target
-    color = 2 if pp_size % 2 == 1 and edge == pp_size - 1 else edge % 2
-    return kind, color
+    return kind, 2 if pp_size % 2 and edge == pp_size - 1 else edge % 2
 
 
 def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
 
-
 Key = tuple[int, Op, int | None]  # of an Action in dicts: equal to it, and made in a quarter of the time
 
 

@@ -5,6 +5,7 @@ process that has imported it once, so every job still starts from a fresh, unuse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -67,12 +68,22 @@ def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None]
                 deadline = min(deadline, time.monotonic() + 10)
     finally:
         for process in processes:
+            _kill_group(process.pid)
             process.kill()
             process.join()
     return codes, [log.read_text() for log in logs]
 
 
+def _kill_group(leader: int | None) -> None:
+    """Also what a rank has started: Megatron's checkpoint writers outlive it otherwise."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # gone already, its children with it
+
+
 def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> None:
+    os.setpgrp()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -94,11 +105,14 @@ def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> No
     os._exit(code)  # not Python's own end: destroying gloo's groups can wait for ranks that are gone
 
 
-def train(folder: Path, ranks: int, *flags: str) -> list[dict]:
-    """Train with our GPT entry point; per step every loss and gradient norm, all bits, as hexadecimal text."""
+def train(folder: Path, ranks: int, *flags: str, prepare=None) -> list[dict]:
+    """Train with our GPT entry point; per step every loss and gradient norm, all bits, as hexadecimal text.
+
+    prepare: called in every rank before anything else.
+    """
     log = folder / "steps.jsonl"
     log.unlink(missing_ok=True)
-    run_job(_train, ranks, folder, str(log), [*MODEL, *flags])
+    run_job(_train, ranks, folder, str(log), [*MODEL, *flags], prepare)
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return [{name: value for name, value in step.items() if name.endswith(" hex")} for step in steps]
 
@@ -109,9 +123,11 @@ def refused(folder: Path, ranks: int, *flags: str) -> tuple[list[int | None], li
     return run_ranks(_train, ranks, folder, str(folder / "steps.jsonl"), [*model, *flags])
 
 
-def _train(log: str, flags: list[str]) -> None:
+def _train(log: str, flags: list[str], prepare=None) -> None:
     from megatron_bfpp import pretrain_gpt
     from megatron_bfpp.run import launch
 
+    if prepare is not None:
+        prepare()
     os.environ["BFPP_STEP_LOG"] = log
     launch(["--device", "cpu", *flags], pretrain_gpt.main)
