@@ -1,4 +1,4 @@
-"""Which layers go where: the layout that the plugin makes, what it leaves to Megatron, the line that tells it, the refusals.
+"""Which layers go where: what becomes of a command line, the line that tells it, the warnings, the refusals.
 
 The command lines go through Megatron's own parser and validate_args, wrapped as enable() wraps it; no model is built.
 """
@@ -7,13 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 
 from megatron.core import parallel_state
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments
@@ -21,8 +18,7 @@ from megatron.training import arguments
 from megatron_bfpp.errors import UserError
 from megatron_bfpp.integration import placed
 from megatron_bfpp.integration.arguments import validating
-from megatron_bfpp.integration.batches import batch_sizes, microbatch_counts
-from megatron_bfpp.integration.layout import layers_of_stages, layout_of, other_layers
+from megatron_bfpp.integration.layout import layers_of_stages
 from megatron_bfpp.integration.settings import add_flags
 
 MODEL = [
@@ -30,68 +26,6 @@ MODEL = [
     "--micro-batch-size", "1", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--lr", "1e-2",
     "--pipeline-schedule", "breadth-first",
 ]  # fmt: skip
-
-
-# --- the layout maker
-
-
-@st.composite
-def uneven(draw):
-    pp_size, chunks = draw(st.integers(2, 16)), draw(st.integers(2, 8))
-    return draw(st.integers(pp_size * chunks, 6 * pp_size * chunks)), pp_size, chunks, draw(st.integers(0, 3))
-
-
-@settings(deadline=None)
-@given(uneven())
-def test_the_layout_holds_every_layer_once_in_megatrons_eyes(case):
-    num_layers, pp_size, chunks, mtp_layers = case
-    layers = layers_of_stages(*case)
-    assert sum(layers) == num_layers and len(layers) == pp_size * chunks and min(layers) >= 1
-    layout = PipelineParallelLayerLayout(layout_of(layers, mtp_layers), pp_size)
-    assert not layout.validate_layer_layout(num_layers, mtp_layers or None), "MTP layers away from the loss"
-    assert layout.virtual_pipeline_model_parallel_size == chunks
-    stages = [[kind.name for kind in layout.layout[s % pp_size][s // pp_size]] for s in range(len(layers))]
-    assert [stage.count("decoder") for stage in stages] == layers
-    assert stages[-1].count("mtp") == mtp_layers
-
-
-@settings(deadline=None)
-@given(uneven())
-def test_no_stage_could_give_a_layer_to_another_and_make_the_longest_shorter(case):
-    layers = layers_of_stages(*case)
-    loads = [count + other for count, other in zip(layers, other_layers(len(layers), case[3]))]
-    movable = [load for load, count in zip(loads, layers) if count > 1]
-    assert not movable or max(movable) - min(loads) <= 1
-
-
-@settings(deadline=None)
-@given(uneven())
-def test_longer_stages_share_chunks(case):
-    num_layers, pp_size, chunks, _ = case
-    layers = layers_of_stages(num_layers, pp_size, chunks)
-    loads = [count + other for count, other in zip(layers, other_layers(len(layers), 0))]
-    longest = [max(loads[first : first + pp_size]) for first in range(0, len(loads), pp_size)]
-    # Rounded up for each chunk, no sum of longest stages is smaller; 1 more where first and last stage are fixed at 2.
-    assert sum(longest) <= -(-sum(loads) // pp_size) + 1
-
-
-@pytest.mark.parametrize(
-    "num_layers, pp_size, chunks, mtp_layers, layout",
-    [
-        (62, 4, 4, 0, "Et*3|(t*4|)*14t*3L"),
-        (61, 4, 4, 0, "Et*3|(t*4|)*14t*2L"),
-        (62, 4, 4, 1, "Et*4|(t*4|)*14t*2mL"),
-        (10, 2, 4, 0, "Et|t*2|(t|)*4t*2|tL"),
-        (8, 4, 2, 2, "Et|(t|)*6tm*2L"),
-    ],
-)
-def test_layouts(num_layers, pp_size, chunks, mtp_layers, layout):
-    assert layout_of(layers_of_stages(num_layers, pp_size, chunks, mtp_layers), mtp_layers) == layout
-
-
-def test_fewer_layers_than_stages_have_no_layout():
-    with pytest.raises(ValueError, match="7 layers for 8 stages"):
-        layers_of_stages(7, 4, 2)
 
 
 # --- the command line, through Megatron's validate_args
@@ -308,15 +242,6 @@ def test_too_few_microbatches_are_told_with_what_they_cost_and_what_to_change(co
 
 
 def test_a_growing_batch_is_told_as_one(command):
-    args = SimpleNamespace(
-        step_batch_size_schedule="0:2 1K:4,2K:8", global_batch_size=None, micro_batch_size=1, world_size=4,
-        tensor_model_parallel_size=1, pipeline_model_parallel_size=4,
-    )  # fmt: skip
-    assert microbatch_counts(args) == [2, 4, 8]
-    ramp = SimpleNamespace(
-        rampup_batch_size=["2", "4", "100"], global_batch_size=12, micro_batch_size=1, data_parallel_size=2,
-    )  # fmt: skip
-    assert batch_sizes(ramp) == ([2, 6, 10, 12], "--rampup-batch-size") and microbatch_counts(ramp) == [1, 3, 5, 6]
     if not hasattr(command(*pp(4, "--num-layers", "8"))[0], "step_batch_size_schedule"):
         pytest.skip("this release grows the batch with --rampup-batch-size")
     growing = ("--step-batch-size-schedule", "0:2 1K:8", "--pipeline-model-parallel-size", "4", "--num-layers", "8")
@@ -324,15 +249,6 @@ def test_a_growing_batch_is_told_as_one(command):
     (warning,) = [line for line in lines if line.startswith("WARNING")]
     assert "2 micro-batches for 4 pipeline ranks while the batch is small" in warning
     assert "2 to 8 micro-batches a step" in warning and "Begin --step-batch-size-schedule with 4 or more" in warning
-
-
-def test_a_schedule_of_batch_sizes_that_cannot_be_read_is_named(command):
-    with pytest.raises(UserError, match="--step-batch-size-schedule 0:many"):
-        microbatch_counts(
-            SimpleNamespace(
-                step_batch_size_schedule="0:many", global_batch_size=8, micro_batch_size=1, data_parallel_size=1
-            )
-        )
 
 
 # --- other refusals

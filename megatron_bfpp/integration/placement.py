@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from ..schedule import PipelineShape, breadth_first, simulate
-from .batches import microbatch_counts
+from ..schedule import PipelineShape
+from .batches import microbatch_counts, predicted_bubble
 from .layout import layers_of_stages, layout_of, other_layers
 
 # Few chunks mean few messages, many mean a small bubble: the first choice with less than this is taken.
@@ -65,11 +65,6 @@ def place(args: Any) -> list[str]:
 def is_hybrid(args: Any) -> bool:
     """Whether the model mixes kinds of layers: its own pattern then says which stage gets which, Megatron's business."""
     return any(getattr(args, name, None) is not None for name in ("hybrid_layer_pattern", "hybrid_override_pattern"))
-
-
-def predicted_bubble(shape: PipelineShape) -> float:
-    """Of equal stages, backward twice as long as forward, without a network; a fraction of the step."""
-    return simulate(breadth_first(shape), shape).bubble_fraction
 
 
 def _named(args: Any) -> tuple[str | None, Any]:
