@@ -59,11 +59,17 @@ SOME_CASES = {
     "fp16": (2, 4, ["num zeros"], (*PP_2, *FP16, "--log-num-zeros-in-grad", "--train-iters", "6")),
     "mtp": (2, 4, ["mtp_1 loss"], (*PP_2, *ROPE, "--mtp-num-layers", "1", "--bf16")),
     "batched_p2p": (4, 8, [], (*PP_4, "--no-overlap-p2p-communication", *UNTIED)),
-    "warmup_flush": (
-        *(2, 4, []),
-        (*PP_2, "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss", "--timing-log-level", "2"),
+    "rerun": (
+        *(2, 4, ["First rerun: unexpected result is not reproducible"]),
+        (
+            *PP_2,
+            *RERUN,
+            "--overlap-p2p-communication-warmup-flush",
+            "--calculate-per-token-loss",
+            "--timing-log-level",
+            "2",
+        ),
     ),
-    "rerun": (2, 4, ["First rerun: unexpected result is not reproducible"], (*PP_2, *RERUN)),
     "deferred_embedding_gradients": (2, 4, ["drained 2 "], (*PP_2, *UNTIED, *DEFERRED)),
 }
 MORE_CASES = {
@@ -78,7 +84,8 @@ MORE_CASES = {
     ),
     "experts_and_tensor_parallel": (
         *(4, 4, ["load_balancing_loss"]),
-        (*PP_2, *TP_2, "--sequence-parallel", *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall"),
+        (*PP_2, *TP_2, "--sequence-parallel", *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall",
+         "--expert-tensor-parallel-size", "1"),
     ),
     "experts_and_mtp_per_token": (
         *(2, 4, ["load_balancing_loss", "mtp_1 loss"]),
