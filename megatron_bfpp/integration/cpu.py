@@ -24,7 +24,10 @@ from megatron_bfpp.integration.cpu_cuda import cuda_patches
 from megatron_bfpp.integration.cpu_modules import module_patches
 from megatron_bfpp.integration.cpu_optimizer import optimizer_patches
 
-__all__ = ["choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "skip_compile_without_makefile"]
+__all__ = [
+    *("choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "is_cpu_enabled"),
+    "skip_compile_without_makefile",
+]
 
 _MISSING = object()
 _undo: list[Callable[[], object]] = []  # what disable_cpu runs, last first; empty means not enabled
@@ -40,6 +43,8 @@ def choose_device(requested: str) -> tuple[str, str]:
         raise UserError(f"--device {requested} does not exist.\n  Use --device auto, cuda or cpu.")
     if requested == "cpu":
         return "cpu", "--device cpu was given"
+    if requested == "auto" and is_cpu_enabled():  # the device count is one of the things that enable_cpu replaced
+        return "cpu", "it was chosen before"
     ranks, devices = _local_world_size(), torch.cuda.device_count()
     numbers = f"{devices} CUDA device(s) for {ranks} rank(s) on this node"
     if devices >= ranks:
@@ -57,6 +62,11 @@ def _set(owner: Any, name: str, value: Any) -> None:
     previous = vars(owner).get(name, _MISSING)
     _undo.append(lambda: delattr(owner, name) if previous is _MISSING else setattr(owner, name, previous))
     setattr(owner, name, value)
+
+
+def is_cpu_enabled() -> bool:
+    """Whether `enable_cpu` is in effect."""
+    return bool(_undo)
 
 
 def enable_cpu() -> None:

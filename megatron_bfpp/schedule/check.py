@@ -1,19 +1,28 @@
 """Prove a plan: complete, in order, its messages matched, and free of deadlock. Standard library only.
 
-The transport that the proof assumes is NCCL's, the strictest in use: every channel (`lower.channel`) is one
-communicator whose operations run in the order in which they were launched, matched by that order alone; a send
-completes only once its receive is posted; sends and receives are launched without waiting; a compute action waits for
-its message, and before it runs, for the sends that its rank launched SEND_WINDOW or more compute actions earlier.
-The runtime waits in exactly these places (runtime/executor.py, runtime/p2p.py).
+The transport that the proof assumes is NCCL's, the strictest in use, on the communicators that the runtime makes
+(`lower.communicator`):
+  - A communicator of a rank is one in-order stream: a send or receive starts only once the one before it is complete.
+  - A send and its receive complete together, when both have started. Nothing but their order tells messages of one
+    pair of ranks apart.
+  - Sends and receives are launched without waiting, in the order of the plan.
+  - A compute action waits for its message, and for the sends that its rank launched SEND_WINDOW or more compute actions
+    earlier. The runtime waits in these places (runtime/executor.py, runtime/p2p.py) and in one more, which cannot
+    block: before its backward, for the send of the same output. The gradient that the backward has waited for was
+    computed from that output, so the send is complete.
+On GPUs the plan of a rank is the order of its compute stream, for which torch has each send and receive wait as well.
+Not covered: variable shapes, where a receive is two operations and the second is posted only once the first has arrived.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .ir import CHUNK_OPS, COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
-from .lower import Channel, channel, peer
+from .lower import Communicator, channel, communicator, peer
 from .simulate import ScheduleError
 
 # A sent tensor may be reused this many compute actions after its send was launched. By then the receiver has
@@ -21,8 +30,13 @@ from .simulate import ScheduleError
 # very next forward, as it does in Megatron since 0.18 (PR 4047).
 SEND_WINDOW = 2
 
-_RESULT = {Op.SEND_F: Op.F, Op.SEND_B: Op.B}
+# What must stand before an action in the list of its rank: the same stage and microbatch, these ops.
+_CAUSES = {Op.F: [Op.RECV_F], Op.B: [Op.RECV_B, Op.F], Op.SEND_F: [Op.F], Op.SEND_B: [Op.B]}
 _MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
+
+# Where each action of a rank stands: steps[stage, op][microbatch], _ABSENT if nowhere.
+Steps = dict[tuple[int, Op], dict[int | None, int]]
+_ABSENT = -1
 
 
 def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False) -> None:
@@ -33,38 +47,71 @@ def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False) -> N
     if len(plan) != shape.pp_size:
         raise ScheduleError(f"the plan has {len(plan)} ranks, the shape {shape.pp_size}")
     for pp_rank, actions in enumerate(plan):
-        _check_complete(actions, pp_rank, shape, forward_only)
-        _check_order(actions, pp_rank, shape)
+        steps = _check_complete(actions, pp_rank, shape, forward_only)
+        _check_order(steps, pp_rank, shape)
     _check_chunk_ops(plan, shape)
-    sends, receives = _messages(plan, SENDS, shape), _messages(plan, RECEIVES, shape)
-    for key in sorted(sends.keys() | receives.keys(), key=str):
-        _check_matched(key, sends[key], receives[key])
     _Run(plan, shape).to_the_end()
 
 
-def _check_complete(actions: list[Action], pp_rank: int, shape: PipelineShape, forward_only: bool) -> None:
-    """Every action that the rank owes stands exactly once in its list, and no other."""
-    seen: dict[Action, int] = {}
+def _check_complete(actions: list[Action], pp_rank: int, shape: PipelineShape, forward_only: bool) -> Steps:
+    """Every action that the rank owes stands exactly once in its list, and no other. Returns where each stands."""
+    microbatches, chunk_ops = range(shape.num_microbatches), {Op.UNSHARD} if forward_only else CHUNK_OPS
+    owed: Steps = {key: {mb: _ABSENT for mb in microbatches} for key in _owed(pp_rank, shape, forward_only)}
+    allowed: Steps = {(stage, op): {None: _ABSENT} for stage in shape.stages_on(pp_rank) for op in chunk_ops}
+    steps = owed | allowed
     for step, action in enumerate(actions):
-        if action in seen:
-            raise ScheduleError(f"pp_rank {pp_rank}: {action} stands at step {seen[action]} and again at step {step}")
-        seen[action] = step
-    owed = set(_owed(pp_rank, shape, forward_only))
-    for action, step in seen.items():
-        if action not in owed and not (action.op in CHUNK_OPS and action.stage in shape.stages_on(pp_rank)):
+        stage, op, microbatch = action
+        row = steps.get((stage, op), {})
+        earlier = row.get(microbatch)
+        if earlier is None:
             raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} does not belong to this rank")
-    missing = [action for action in owed if action not in seen]
+        if earlier != _ABSENT:
+            raise ScheduleError(f"pp_rank {pp_rank}: {action} stands at step {earlier} and again at step {step}")
+        row[microbatch] = step
+    missing = sorted(Action(*key, mb) for key, row in owed.items() for mb, step in row.items() if step == _ABSENT)
     if missing:
-        listed = ", ".join(map(str, sorted(missing)[:4])) + (" ..." if len(missing) > 4 else "")
+        listed = ", ".join(map(str, missing[:4])) + (" ..." if len(missing) > 4 else "")
         raise ScheduleError(f"pp_rank {pp_rank}: {len(missing)} of its actions are missing: {listed}")
+    return steps
 
 
-def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool) -> Iterator[Action]:
-    ops = (Op.F, Op.SEND_F, Op.RECV_F) if forward_only else (Op.F, Op.B, *_RESULT, *_MESSAGE.values())
+def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool) -> Iterator[tuple[int, Op]]:
+    """The stages and ops of which a rank owes one action per microbatch."""
+    ops = (Op.F, Op.RECV_F, Op.SEND_F) if forward_only else (Op.F, Op.B, *RECEIVES, *SENDS)
     for stage in shape.stages_on(pp_rank):
-        for op in ops:
-            if op in COMPUTE or peer(Action(stage, op), shape) is not None:
-                yield from (Action(stage, op, microbatch) for microbatch in range(shape.num_microbatches))
+        yield from ((stage, op) for op in ops if op in COMPUTE or peer(Action(stage, op), shape) is not None)
+
+
+def _check_order(steps: Steps, pp_rank: int, shape: PipelineShape) -> None:
+    """Within a rank: cause before effect, and the microbatches of a stage in order.
+
+    The order of the microbatches is the order of the data iterator (F) and of gradient accumulation (B): another one
+    would train on other batches, or to other bits than Megatron's schedule.
+    """
+    found = min(_disorder(steps, shape), default=None)
+    if found is not None:
+        step, action, complaint = found
+        raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} comes {complaint}")
+
+
+def _disorder(steps: Steps, shape: PipelineShape) -> Iterator[tuple[int, Action, str]]:
+    """Each action out of order with its step, and what it should have come after or before."""
+    for (stage, op), row in steps.items():
+        for cause in _CAUSES.get(op, ()):
+            causes = steps.get((stage, cause), {})  # empty at the ends of the model, where nothing is received
+            for (mb, step), before in zip(row.items(), causes.values()):
+                if step < before:
+                    yield step, Action(stage, op, mb), f"before {Action(stage, cause, mb)}"
+        if op in COMPUTE:
+            for (earlier, before), (mb, step) in pairwise(row.items()):
+                if step < before:
+                    yield step, Action(stage, op, mb), f"before {Action(stage, op, earlier)}"
+    last = shape.num_microbatches - 1
+    for (stage, op), row in steps.items():
+        if op is Op.REDUCE_GRAD and _ABSENT < row[None] < steps[stage, Op.B][last]:
+            yield row[None], Action(stage, op), f"before {Action(stage, Op.B, last)}"
+        if op is Op.UNSHARD and row[None] > steps[stage, Op.F][0]:
+            yield row[None], Action(stage, op), f"after {Action(stage, Op.F, 0)}"
 
 
 def _check_chunk_ops(plan: Schedule, shape: PipelineShape) -> None:
@@ -72,148 +119,158 @@ def _check_chunk_ops(plan: Schedule, shape: PipelineShape) -> None:
 
     A chunk left out would train on the gradients of its own replica alone.
     """
-    for op in sorted(CHUNK_OPS):
-        stages = {action.stage for actions in plan for action in actions if action.op is op}
+    present = {action for actions in plan for action in actions if action.microbatch is None}
+    for op in sorted({action.op for action in present}):
         for stage in range(shape.num_stages):
-            if stages and stage not in stages:
-                missing = Action(stage, op)
+            missing = Action(stage, op)
+            if missing not in present:
                 raise ScheduleError(f"pp_rank {shape.rank_of(stage)}: {missing} is missing; other stages have theirs")
 
 
-def _check_order(actions: list[Action], pp_rank: int, shape: PipelineShape) -> None:
-    """Within a rank: cause before effect, and the microbatches of a stage in order.
+@dataclass(eq=False)
+class _Stream:
+    """The sends and receives that one rank has launched on one communicator and that are not complete, in order."""
 
-    The order of the microbatches is the order of the data iterator (F) and of gradient accumulation (B): another one
-    would train on other batches, or to other bits than Megatron's schedule.
-    """
-    done: set[Action] = set()
-    following: dict[tuple[int, Op], int] = defaultdict(int)
-    for step, action in enumerate(actions):
-        for cause in _causes(action, shape):
-            if cause not in done:
-                raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} comes before {cause}")
-        if action.op in COMPUTE:
-            key = action.stage, action.op
-            if action.microbatch != following[key]:
-                expected = Action(action.stage, action.op, following[key])
-                raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} comes before {expected}")
-            following[key] += 1
-        done.add(action)
-        if action.op is Op.UNSHARD and Action(action.stage, Op.F, 0) in done:
-            raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} comes after {action.stage}F0")
+    pp_rank: int
+    actions: deque[Action] = field(default_factory=deque)
 
 
-def _causes(action: Action, shape: PipelineShape) -> Iterator[Action]:
-    """The actions of the same rank that must stand before `action`."""
-    stage, op, microbatch = action
-    if op in SENDS:
-        yield Action(stage, _RESULT[op], microbatch)
-    elif op is Op.REDUCE_GRAD:
-        yield Action(stage, Op.B, shape.num_microbatches - 1)
-    elif op in COMPUTE:
-        if peer(Action(stage, _MESSAGE[op], microbatch), shape) is not None:
-            yield Action(stage, _MESSAGE[op], microbatch)
-        if op is Op.B:
-            yield Action(stage, Op.F, microbatch)
+@dataclass(frozen=True)
+class _End:
+    """What all sends of one stage have in common; also of its receives, of either kind."""
 
-
-def _messages(plan: Schedule, ops: frozenset[Op], shape: PipelineShape) -> dict[Channel, list[tuple[Action, int]]]:
-    """Per channel, the sends (or receives) of its one rank in launch order, each with its step."""
-    found: dict[Channel, list[tuple[Action, int]]] = defaultdict(list)
-    for actions in plan:
-        for step, action in enumerate(actions):
-            if action.op in ops:
-                send = action if ops is SENDS else peer(action, shape)
-                assert send is not None, "_check_complete admits no message without a peer"
-                found[channel(send, shape)].append((action, step))
-    return found
-
-
-def _check_matched(key: Channel, sends: list[tuple[Action, int]], receives: list[tuple[Action, int]]) -> None:
-    """The n-th send of a channel must be what its n-th receive expects: nothing else tells messages apart."""
-    _, source, target = key
-    for (send, sent_at), (receive, received_at) in zip(sends, receives, strict=True):
-        step = 1 if send.op is Op.SEND_F else -1
-        if (send.stage + step, send.microbatch) != (receive.stage, receive.microbatch):
-            raise ScheduleError(
-                f"messages from pp_rank {source} to pp_rank {target} are crossed: pp_rank {source} step {sent_at} "
-                f"{send} meets pp_rank {target} step {received_at} {receive}"
-            )
+    stream: _Stream  # that they are launched on
+    far: _Stream  # that their other ends are launched on
+    peer_stage: int
+    peer_op: Op
 
 
 class _Run:
-    """A dry run of all ranks, each as far as it comes, until all are done or none can move."""
+    """A dry run of all ranks, each as far as it comes, until all are done or none can move.
+
+    In which order the ranks take turns does not matter: what one of them does never takes away what another can do.
+    """
 
     def __init__(self, plan: Schedule, shape: PipelineShape):
         self.plan, self.shape = plan, shape
         self.position = [0] * shape.pp_size
-        self.launched: dict[Channel, int] = defaultdict(int)  # sends
-        self.posted: dict[Channel, int] = defaultdict(int)  # receives
-        self.expected: dict[Action, tuple[Channel, int]] = {}  # compute action -> its message's number
-        # Per rank, the sends of the last SEND_WINDOW compute actions and before: (channel, number).
-        self.unfinished: list[list[list[tuple[Channel, int]]]] = [[[]] for _ in plan]
-        self.waiting: dict[Channel, set[int]] = defaultdict(set)
+        self.blocker: list[Action | None] = [None] * shape.pp_size  # the send or receive that the rank waits for
+        self.ready = list(range(shape.pp_size))
+        self.complete: set[Action] = set()  # sends and receives
+        # Per rank, what it sent after each of its last compute actions; with SEND_WINDOW of them, the oldest is due.
+        self.sent: list[deque[list[Action]]] = [deque([[]], SEND_WINDOW) for _ in plan]
+        self.streams: dict[tuple[int, Communicator], _Stream] = {}
+        self.ends = dict(self._ends())
+
+    def _ends(self) -> Iterator[tuple[tuple[int, Op], _End]]:
+        for stage in range(self.shape.num_stages):
+            for op in (*SENDS, *RECEIVES):
+                near = Action(stage, op)
+                far = peer(near, self.shape)
+                if far is not None:
+                    name = communicator(channel(near if op in SENDS else far, self.shape), self.shape.pp_size)
+                    stream, other = (self._stream(self.shape.rank_of(end.stage), name) for end in (near, far))
+                    yield (stage, op), _End(stream, other, far.stage, far.op)
+
+    def _stream(self, pp_rank: int, name: Communicator) -> _Stream:
+        return self.streams.setdefault((pp_rank, name), _Stream(pp_rank))
 
     def to_the_end(self) -> None:
-        ready = set(range(self.shape.pp_size))
-        while ready:
-            ready |= self._advance(ready.pop())
-        if any(position < len(actions) for position, actions in zip(self.position, self.plan)):
-            raise ScheduleError("\n".join(["no rank can run its next action:", *self._blocked()]))
+        """ScheduleError with every blocked rank, unless all compute actions run.
 
-    def _advance(self, rank: int) -> set[int]:
-        """Run `rank` until it must wait; the ranks that may go on because of it."""
-        woken: set[int] = set()
-        actions = self.plan[rank]
-        while self.position[rank] < len(actions):
-            action = actions[self.position[rank]]
-            if action.op in COMPUTE:
-                blocker = self._blocker(action, rank)
+        Then the messages are complete too: each receive is waited for by an action, and a send ends with its receive.
+        """
+        while self.ready:
+            self._advance(self.ready.pop())
+        blocked = list(self._blocked())
+        if blocked:
+            raise ScheduleError("\n".join(["no rank can run its next action:", *blocked]))
+
+    def _advance(self, pp_rank: int) -> None:
+        """Run a rank until it must wait."""
+        actions, sent = self.plan[pp_rank], self.sent[pp_rank]
+        for position in range(self.position[pp_rank], len(actions)):
+            action = actions[position]
+            op = action.op
+            if op in COMPUTE:
+                blocker = self._blocker_of(action, sent)
                 if blocker is not None:
-                    self.waiting[blocker].add(rank)
-                    break
-                self._retire(rank)
-            elif action.op not in CHUNK_OPS:
-                woken |= self.waiting.pop(self._launch(action, rank), set())
-            self.position[rank] += 1
-        return woken
+                    self.position[pp_rank], self.blocker[pp_rank] = position, blocker
+                    return
+                sent.append([])
+            elif op not in CHUNK_OPS:
+                if op in SENDS:
+                    sent[-1].append(action)
+                stream = self.ends[action.stage, op].stream
+                stream.actions.append(action)
+                if len(stream.actions) == 1:
+                    self._meet(stream)
 
-    def _launch(self, action: Action, rank: int) -> Channel:
-        if action.op in SENDS:
-            key = channel(action, self.shape)
-            self.unfinished[rank][-1].append((key, self.launched[key]))
-            self.launched[key] += 1
-        else:
-            send = peer(action, self.shape)
-            assert send is not None, "_check_complete admits no message without a peer"
-            key = channel(send, self.shape)
-            compute = Op.F if action.op is Op.RECV_F else Op.B
-            self.expected[Action(action.stage, compute, action.microbatch)] = key, self.posted[key]
-            self.posted[key] += 1
-        return key
-
-    def _blocker(self, action: Action, rank: int) -> Channel | None:
-        """The channel that `action` waits for: its own message, or a send whose tensor is due for reuse."""
-        message = self.expected.get(action)
-        if message is not None and self.launched[message[0]] <= message[1]:
-            return message[0]
-        for sends in self.unfinished[rank][: 1 - SEND_WINDOW]:
-            for key, number in sends:
-                if self.posted[key] <= number:
-                    return key
+    def _blocker_of(self, action: Action, sent: deque[list[Action]]) -> Action | None:
+        """What `action` waits for: its own message, or a send whose tensor is due for reuse."""
+        stage, op, microbatch = action
+        message = stage, _MESSAGE[op], microbatch  # a plain tuple equals the Action, and costs a quarter of it
+        if message not in self.complete and message[:2] in self.ends:
+            return Action(*message)
+        if len(sent) == SEND_WINDOW:
+            for send in sent[0]:
+                if send not in self.complete:
+                    return send
         return None
 
-    def _retire(self, rank: int) -> None:
-        unfinished = self.unfinished[rank]
-        unfinished.append([])
-        del unfinished[:-SEND_WINDOW]
+    def _meet(self, stream: _Stream) -> None:
+        """Complete the first action of `stream` if its other end is a first one too; then those behind the two."""
+        changed = [stream]
+        while changed:
+            near = changed.pop()
+            if not near.actions:
+                continue
+            action = near.actions[0]
+            end = self.ends[action.stage, action.op]
+            far = end.far
+            if not far.actions:
+                continue
+            if far.actions[0] == (end.peer_stage, end.peer_op, action.microbatch):
+                self._complete_first(near)
+                self._complete_first(far)
+                changed += near, far
+            else:
+                self._check_not_crossed(near, far)
+
+    def _complete_first(self, stream: _Stream) -> None:
+        action = stream.actions.popleft()
+        self.complete.add(action)
+        if self.blocker[stream.pp_rank] == action:
+            self.blocker[stream.pp_rank] = None
+            self.ready.append(stream.pp_rank)
+
+    def _check_not_crossed(self, near: _Stream, far: _Stream) -> None:
+        """The heads of two streams, not meant for each other, must not be a send and a receive between the two ranks.
+
+        NCCL would pair them: nothing else tells messages apart.
+        """
+        for source, target in ((near, far), (far, near)):
+            send, receive = source.actions[0], target.actions[0]
+            meet = self.ends[send.stage, send.op].far is target and self.ends[receive.stage, receive.op].far is source
+            if meet and send.op in SENDS and receive.op in RECEIVES:
+                sent_at, received_at = (self.plan[end.pp_rank].index(end.actions[0]) for end in (source, target))
+                raise ScheduleError(
+                    f"messages from pp_rank {source.pp_rank} to pp_rank {target.pp_rank} are crossed: "
+                    f"pp_rank {source.pp_rank} step {sent_at} {send} meets "
+                    f"pp_rank {target.pp_rank} step {received_at} {receive}"
+                )
 
     def _blocked(self) -> Iterator[str]:
-        for rank, (actions, position) in enumerate(zip(self.plan, self.position)):
-            if position == len(actions):
+        for pp_rank, blocker in enumerate(self.blocker):
+            if blocker is None:
                 continue
-            key = self._blocker(actions[position], rank)
-            assert key is not None, "a rank that stopped early is blocked"
-            op, source, target = key
-            verb = f"{op} of pp_rank {source}" if target == rank else f"the receive of its {op} by pp_rank {target}"
-            yield f"  pp_rank {rank}: step {position} {actions[position]} waits for {verb}"
+            position, end = self.position[pp_rank], self.ends[blocker.stage, blocker.op]
+            if blocker.op in RECEIVES:
+                what = f"{end.peer_op} of pp_rank {end.far.pp_rank}"
+            else:
+                what = f"the receive of its {blocker.op} by pp_rank {end.far.pp_rank}"
+            # A stream of one direction of one kind of message holds nothing else that could stand in the way.
+            ways = (end.stream, blocker.op), (end.far, end.peer_op)
+            others = [way.actions[0] for way, op in ways if way.actions and way.actions[0].op is not op]
+            behind = f", behind {others[0]} on one communicator" if others else ""
+            yield f"  pp_rank {pp_rank}: step {position} {self.plan[pp_rank][position]} waits for {what}{behind}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -31,7 +32,6 @@ class Op(str, Enum):
     REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
 
     __str__ = str.__str__
-    __hash__ = str.__hash__  # Enum's own is written in Python, and every look-up of an action takes it
 
 
 COMPUTE = frozenset({Op.F, Op.B})
@@ -51,7 +51,8 @@ class Action(NamedTuple):
     microbatch: int | None = None  # None for the ops in CHUNK_OPS
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.op.value}{'' if self.microbatch is None else self.microbatch}"
+        stage, op, microbatch = self
+        return f"{stage}{op!s}" if microbatch is None else f"{stage}{op!s}{microbatch}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
@@ -86,7 +87,7 @@ class PipelineShape:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return self.pp_size * self.num_chunks
 

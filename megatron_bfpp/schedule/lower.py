@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from .ir import Action, Op, PipelineShape, Schedule
 from .simulate import simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
+Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
+
+# Where the other end of a message is: how many stages on, and its op.
+_PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
 
 
 def lower(order: Schedule, shape: PipelineShape) -> Schedule:
@@ -22,29 +28,30 @@ def peer(action: Action, shape: PipelineShape) -> Action | None:
 
     None at the two ends of the model, where nothing is sent.
     """
-    step = 1 if action.op in (Op.SEND_F, Op.RECV_B) else -1
-    other = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}[action.op]
+    step, other = _PEER[action.op]
     stage = action.stage + step
     return Action(stage, other, action.microbatch) if 0 <= stage < shape.num_stages else None
 
 
 def channel(send: Action, shape: PipelineShape) -> Channel:
-    """The in-order channel of a send. The runtime gives each channel a communicator that carries nothing else.
+    """The in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
 
-    NCCL matches the sends and receives of a pair of ranks by order alone. With one direction of one kind of message
-    per communicator, that order is the sender's own, and neither kind of traffic can block the other. With 2 ranks
-    the forward traffic of both ranks would share a pair, so channels are directed.
+    NCCL matches the sends and receives of a pair of ranks by order alone. With a channel to itself, each kind keeps the
+    sender's own order, and neither kind of traffic can block the other. With 2 ranks the forward traffic of both ranks
+    would share a pair, so channels are directed.
     """
     received = peer(send, shape)
     assert received is not None, f"{send} has no receiver"
     return send.op, shape.rank_of(send.stage), shape.rank_of(received.stage)
 
 
-def communicator(key: Channel, pp_size: int) -> tuple[Op, int]:
-    """(kind, colour): the process group that carries a channel.
+def communicator(key: Channel, pp_size: int) -> Communicator:
+    """(kind, colour): the communicator, a process group of all ranks, that carries a channel.
 
-    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Of one kind
-    and colour a rank thus has one edge at most, so its communicator carries one direction of one kind of message.
+    The operations of a rank on one communicator may be serialized (torch does that where it initializes NCCL eagerly),
+    so no two channels of a rank may share one: a receive that is posted ahead would stand in the way of later sends.
+    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges that
+    meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
     """
     kind, source, target = key
     edge = source if kind is Op.SEND_F else target
@@ -61,31 +68,30 @@ def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     deadlock whatever the real durations are: every wait points back in time.
     """
     timeline = simulate(order, shape)
-    receives: list[list[list[Action]]] = [[[] for _ in actions] for actions in order]
-    starts = [[span.start for span in spans] for spans in timeline.spans]
-    at = [0] * shape.pp_size  # sends are visited by time, so positions only grow
-    sends = [(span.end, _send_after(span.action)) for spans in timeline.spans for span in spans]
-    for end, send in sorted(sends):
-        receive = peer(send, shape)
-        if receive is not None:
-            rank = shape.rank_of(receive.stage)
-            while at[rank] + 1 < len(starts[rank]) and starts[rank][at[rank] + 1] < end:
-                at[rank] += 1
-            receives[rank][at[rank]].append(receive)
     plan: Schedule = []
-    for rank, actions in enumerate(order):
-        plan.append([])
-        for position, action in enumerate(actions):
-            plan[rank] += receives[rank][position] + [action]
-            send = _send_after(action)
-            if peer(send, shape) is not None:
-                plan[rank].append(send)
+    for rank, spans in enumerate(timeline.spans):
+        before, after = timeline.spans[rank - 1], timeline.spans[(rank + 1) % shape.pp_size]
+        results = [(span.end, span.action) for span in before if span.action.op is Op.F]
+        results += [(span.end, span.action) for span in after if span.action.op is Op.B]
+        results.sort(reverse=True)  # the first to come is the last in the list
+        actions: list[Action] = []
+        for span, following in zip_longest(spans, spans[1:]):
+            while results and (following is None or results[-1][0] <= following.start):
+                send = _send_after(results.pop()[1], shape)
+                receive = send and peer(send, shape)
+                if receive is not None:
+                    actions.append(receive)
+            actions.append(span.action)
+            send = _send_after(span.action, shape)
+            if send is not None:
+                actions.append(send)
+        plan.append(actions)
     return plan
 
 
 def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
     """Reduce a chunk's gradients once, right after its last backward and the send that follows it."""
-    last = Op.B, shape.num_microbatches - 1
+    last = shape.num_microbatches - 1
     lowered: Schedule = []
     for actions in plan:
         lowered.append([])
@@ -95,7 +101,7 @@ def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
                 lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
                 pending = None
             lowered[-1].append(action)
-            if (action.op, action.microbatch) == last:
+            if action.microbatch == last and action.op is Op.B:
                 pending = action.stage
         if pending is not None:
             lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
@@ -116,5 +122,9 @@ def add_unshard(plan: Schedule, shape: PipelineShape) -> Schedule:
     return lowered
 
 
-def _send_after(action: Action) -> Action:
-    return Action(action.stage, Op.SEND_F if action.op is Op.F else Op.SEND_B, action.microbatch)
+def _send_after(action: Action, shape: PipelineShape) -> Action | None:
+    """The send of the result of a forward or backward; None where the model ends."""
+    stage, op, microbatch = action
+    if op is Op.F:
+        return Action(stage, Op.SEND_F, microbatch) if stage < shape.num_stages - 1 else None
+    return Action(stage, Op.SEND_B, microbatch) if stage > 0 else None

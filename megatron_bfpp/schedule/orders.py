@@ -17,9 +17,12 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
     group: microbatches per group, 1 <= group <= M; None for all of them (the paper's schedule). Groups follow each
         other without a flush of the pipeline. If M is no multiple of it, groups are made even.
     eager_backward: on the last chunk a backward starts as soon as its loss gradient can be there. Same step time
-        with group None or at least P (smaller groups can take up to 1.6 times as long); at most
-        min(M V, (V-1) M + 2 (P-r-1) + 1) live activations on rank r instead of M V (group None).
+        with group None or at least P (smaller groups can take up to 1.6 times as long), fewer live activations.
         False: a whole group of forwards first; with all microbatches in it, the paper's plain order.
+
+    Live activations on rank r, at most: min(M V, C G + 2 min(P-r-1, g) + 1), where C is V-1 if eager and V if late, and
+    G and g are the sizes of the longest and the shortest group (both M for group None). They are the forwards ahead of
+    the first backward and the one after them; from there on each forward is followed by a backward.
 
     Source: Lamy-Poirier 2022, "Breadth-First Pipeline Parallelism", arXiv:2211.05953. Backwards keep the order
     0..M-1, unlike torch.distributed.pipelining's LoopedBFS, which reverses them.

@@ -8,16 +8,18 @@ M < P, where the textbook bubble (P-1)/(M V) does not hold.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
+
+Key = tuple[int, Op, int | None]  # of an Action in dicts: equal to it, and made in a quarter of the time
 
 
 class ScheduleError(ValueError):
     """A schedule that is incomplete, out of order, or that would deadlock."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One compute action of one rank, in the units of the durations given to `simulate`."""
 
     action: Action
@@ -64,43 +66,50 @@ def simulate(
     """
     orders = [[action for action in actions if action.op in COMPUTE] for actions in schedule]
     spans: list[list[Span]] = [[] for _ in orders]
-    ends: dict[Action, float] = {}
-    waiting: dict[Action, list[int]] = {}
+    last_stage = shape.num_stages - 1
+    ends: dict[Key, float] = {}
+    waiting: dict[Key, list[int]] = {}
     clock = [0.0] * len(orders)
     ready = list(range(len(orders)))
     while ready:
         rank = ready.pop()
-        order, done = orders[rank], spans[rank]
-        for action in order[len(done) :]:
-            need = dependency(action, shape)
-            if need is not None and need not in ends:
-                waiting.setdefault(need, []).append(rank)
-                break
-            arrival = 0.0 if need is None else ends[need] + (0.0 if need.stage == action.stage else hop)
-            start = max(clock[rank], arrival)
-            clock[rank] = ends[action] = start + (forward if action.op is Op.F else backward)
-            done.append(Span(action, start, clock[rank]))
-            ready.extend(waiting.pop(action, ()))
+        order, done, now = orders[rank], spans[rank], clock[rank]
+        for position in range(len(done), len(order)):
+            action = order[position]
+            need = dependency(action, last_stage)
+            if need is not None:
+                arrival = ends.get(need)
+                if arrival is None:
+                    waiting.setdefault(need, []).append(rank)
+                    break
+                now = max(now, arrival if need[0] == action.stage else arrival + hop)
+            start = now
+            now += forward if action.op is Op.F else backward
+            ends[action] = now
+            done.append(Span(action, start, now))
+            if action in waiting:
+                ready += waiting.pop(action)
+        clock[rank] = now
     if any(len(done) < len(order) for done, order in zip(spans, orders)):
         raise ScheduleError(_stuck(orders, [len(done) for done in spans], shape))
     return Timeline(shape, spans)
 
 
-def dependency(action: Action, shape: PipelineShape) -> Action | None:
+def dependency(action: Action, last_stage: int) -> Key | None:
     """The compute action whose result `action` (F or B) needs, beside those before it on its own rank."""
-    if action.op is Op.F:
-        return Action(action.stage - 1, Op.F, action.microbatch) if action.stage > 0 else None
-    if action.stage == shape.num_stages - 1:
-        return Action(action.stage, Op.F, action.microbatch)
-    return Action(action.stage + 1, Op.B, action.microbatch)
+    stage, op, microbatch = action
+    if op is Op.F:
+        return (stage - 1, op, microbatch) if stage > 0 else None
+    return (stage, Op.F, microbatch) if stage == last_stage else (stage + 1, op, microbatch)
 
 
 def _stuck(orders: Schedule, positions: list[int], shape: PipelineShape) -> str:
     lines = ["no rank can run its next action:"]
     for rank, (order, position) in enumerate(zip(orders, positions)):
         if position < len(order):
-            need = dependency(order[position], shape)
-            assert need is not None, "an action without dependency always runs"
+            key = dependency(order[position], shape.num_stages - 1)
+            assert key is not None, "an action without dependency always runs"
+            need = Action(*key)
             where = f"of pp_rank {shape.rank_of(need.stage)}"
             lines.append(f"  pp_rank {rank}: step {position} {order[position]} waits for {need} {where}")
     return "\n".join(lines)

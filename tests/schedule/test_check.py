@@ -1,4 +1,4 @@
-"""The checker accepts what the orders make, and rejects exactly the damage that changes what a plan computes."""
+"""The checker rejects exactly the damage that changes what a plan computes."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import meaning
-from shapes import parse, shapes
+from shapes import parse
 
 from megatron_bfpp.schedule import (
     Action,
@@ -18,33 +18,11 @@ from megatron_bfpp.schedule import (
     breadth_first,
     check,
     formats,
-    forward_only,
-    interleaved_1f1b,
     lower,
 )
 from megatron_bfpp.schedule.ir import CHUNK_OPS, RECEIVES
 
 NAMES_AN_ACTION = re.compile(r"\b\d+((F|B|SEND_F|RECV_F|SEND_B|RECV_B)\d+|UNSHARD|REDUCE_GRAD)\b")
-
-
-@given(shapes, st.data(), st.booleans())
-@settings(deadline=None, max_examples=150)
-def test_every_plan_of_breadth_first_is_accepted(shape, data, eager):
-    group = data.draw(st.none() | st.integers(1, shape.num_microbatches))
-    check(lower(breadth_first(shape, group, eager), shape), shape)
-
-
-@given(shapes)
-@settings(deadline=None, max_examples=50)
-def test_every_plan_of_an_evaluation_is_accepted(shape):
-    check(lower(forward_only(shape), shape), shape, forward_only=True)
-
-
-def test_every_plan_of_interleaved_1f1b_is_accepted():
-    for size in range(2, 7):
-        for microbatches in range(size, 4 * size + 1, size):
-            shape = PipelineShape(size, 3, microbatches)
-            check(lower(interleaved_1f1b(shape), shape), shape)
 
 
 @cache
@@ -92,7 +70,7 @@ verdicts: Counter = Counter()
 
 
 @given(damaged_plans())
-@settings(deadline=None, max_examples=4000, suppress_health_check=list(HealthCheck), database=None)
+@settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck), database=None)
 def rejects_exactly_what_changes_the_meaning(damaged):
     kind, shape, plan, wanted = damaged
     try:

@@ -48,18 +48,6 @@ def test_every_stage_runs_each_microbatch_once_forward_and_once_backward_in_orde
                 assert found == list(range(shape.num_microbatches))
 
 
-@given(shapes)
-@settings(deadline=None)
-def test_peak_live_activations_are_those_of_the_formula(shape):
-    size, chunks, microbatches = shape.pp_size, shape.num_chunks, shape.num_microbatches
-    late = simulate(breadth_first(shape, eager_backward=False), shape).peak_live_activations()
-    eager = simulate(breadth_first(shape), shape).peak_live_activations()
-    assert late == [microbatches * chunks] * size
-    assert eager == [
-        min(microbatches * chunks, (chunks - 1) * microbatches + 2 * (size - rank - 1) + 1) for rank in range(size)
-    ]
-
-
 @given(shapes, st.data(), st.booleans())
 @settings(deadline=None)
 def test_step_time_is_that_of_the_exact_formula_for_every_group_that_fills_the_pipeline(shape, data, eager):

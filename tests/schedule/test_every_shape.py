@@ -1,0 +1,90 @@
+"""The proof and the memory of every shape and group; of a part of them in each run.
+
+BFPP_ALL_CASES=1 goes through the whole product and the large shapes, on all cores.
+"""
+
+import multiprocessing
+import os
+from itertools import product
+
+import pytest
+
+from megatron_bfpp.schedule import (
+    PipelineShape,
+    ScheduleError,
+    breadth_first,
+    check,
+    forward_only,
+    interleaved_1f1b,
+    lower,
+    simulate,
+)
+
+ORDERS = {
+    "eager": lambda shape, group: breadth_first(shape, group, eager_backward=True),
+    "late": lambda shape, group: breadth_first(shape, group, eager_backward=False),
+    "evaluation": lambda shape, group: forward_only(shape),
+    "1f1b": interleaved_1f1b,
+}
+
+
+def every_case():
+    for sizes in product(range(2, 9), range(1, 5), range(1, 25)):
+        size, _, microbatches = sizes
+        yield sizes, "evaluation", None
+        for group in range(1, microbatches + 1):
+            yield sizes, "eager", group
+            yield sizes, "late", group
+            if group >= size and (microbatches % group == 0 or microbatches % group >= size):
+                yield sizes, "1f1b", group
+
+
+ALL_CASES = list(every_case())
+# 61 divides none of the sizes, so the part meets all of them.
+CASES = ALL_CASES if os.environ.get("BFPP_ALL_CASES") else ALL_CASES[::61]
+LARGE = [((64, 8, 512), "eager", None), ((64, 8, 512), "late", None), ((64, 8, 512), "eager", 128),
+         ((64, 8, 512), "late", 128), ((64, 8, 512), "evaluation", None), ((64, 8, 512), "1f1b", 64)]  # fmt: skip
+
+
+def complaint(case):
+    """What is wrong with the plan of a case, or None."""
+    sizes, kind, group = case
+    shape = PipelineShape(*sizes)
+    order = ORDERS[kind](shape, group)
+    try:
+        check(lower(order, shape), shape, forward_only=kind == "evaluation")
+    except ScheduleError as error:
+        return f"{case}: {error}"
+    if kind in ("eager", "late"):
+        found, wanted = simulate(order, shape).peak_live_activations(), peaks(*sizes, group, kind)
+        if found != wanted:
+            return f"{case}: peaks {found}, but the formula says {wanted}"
+    return None
+
+
+def peaks(size, chunks, microbatches, group, kind):
+    """The formula of breadth_first's docstring; the group's sizes worked out anew."""
+    group = microbatches if group is None else group
+    count = next(n for n in range(1, microbatches + 1) if n * group >= microbatches)  # groups of at most `group`,
+    if microbatches // count < min(group, size):  # or fewer and longer ones, where one could not fill the pipeline
+        count = max(n for n in range(1, microbatches + 1) if n * group <= microbatches)
+    shortest, longest = microbatches // count, -(-microbatches // count)
+    ahead = (chunks - 1 if kind == "eager" else chunks) * longest
+    return [min(microbatches * chunks, ahead + 2 * min(size - rank - 1, shortest) + 1) for rank in range(size)]
+
+
+def test_every_plan_is_proved_and_its_peaks_are_those_of_the_formula():
+    assert {kind for _, kind, _ in CASES} == ORDERS.keys()
+    assert {sizes[:2] for sizes, _, _ in CASES} == set(product(range(2, 9), range(1, 5)))
+    if len(CASES) < len(ALL_CASES):
+        complaints = list(map(complaint, CASES))
+    else:
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            complaints = list(pool.imap_unordered(complaint, CASES, chunksize=32))
+    assert len(complaints) == len(CASES) and not any(complaints), "\n".join(filter(None, complaints))
+
+
+@pytest.mark.skipif(not os.environ.get("BFPP_ALL_CASES"), reason="1.6 million actions each; with BFPP_ALL_CASES=1")
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_shapes_are_proved(case):
+    assert complaint(case) is None
