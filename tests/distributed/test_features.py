@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,11 @@ RERUN = (
     *("--rerun-mode", "validate_results", "--check-for-spiky-loss", "--no-check-for-nan-in-loss-and-grad"),
     *("--error-injection-rate", "3", "--error-injection-type", "transient_error", "--train-iters", "5"),
 )
+OVERLAP = ("--overlap-p2p-communication-warmup-flush",)
 DEFERRED = ("--defer-embedding-wgrad-compute", "--wgrad-deferral-limit", "2")
+_TRAINING = Path(find_spec("megatron.training").submodule_search_locations[0])
+_CAN_EVALUATE_OTHERWISE = "eval_global_batch_size" in (_TRAINING / "training.py").read_text()  # 0.18 and later
+OTHER_BATCH = ("--eval-global-batch-size", "6") if _CAN_EVALUATE_OTHERWISE else ()
 BLOCK = ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1")
 
 # name: ranks, micro-batches, words that the log must have for the feature to be on, flags
@@ -54,16 +59,15 @@ SOME_CASES = {
     ),
     "context_parallel": (
         *(4, 4, ["validation loss"]),
-        (*PP_2, *ROPE, "--context-parallel-size", "2", *BLOCK, *EVALUATION, "--eval-global-batch-size", "6"),
+        (*PP_2, *ROPE, "--context-parallel-size", "2", *BLOCK, *EVALUATION, *OTHER_BATCH),
     ),
     "fp16": (2, 4, ["num zeros"], (*PP_2, *FP16, "--log-num-zeros-in-grad", "--train-iters", "6")),
     "mtp": (2, 4, ["mtp_1 loss"], (*PP_2, *ROPE, "--mtp-num-layers", "1", "--bf16")),
     "batched_p2p": (4, 8, [], (*PP_4, "--no-overlap-p2p-communication", *UNTIED)),
-    "warmup_flush": (
-        *(2, 4, []),
-        (*PP_2, "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss", "--timing-log-level", "2"),
+    "rerun": (
+        *(2, 4, ["First rerun: unexpected result is not reproducible"]),
+        (*PP_2, *RERUN, *OVERLAP, "--calculate-per-token-loss", "--timing-log-level", "2"),
     ),
-    "rerun": (2, 4, ["First rerun: unexpected result is not reproducible"], (*PP_2, *RERUN)),
     "deferred_embedding_gradients": (2, 4, ["drained 2 "], (*PP_2, *UNTIED, *DEFERRED)),
 }
 MORE_CASES = {
@@ -78,7 +82,8 @@ MORE_CASES = {
     ),
     "experts_and_tensor_parallel": (
         *(4, 4, ["load_balancing_loss"]),
-        (*PP_2, *TP_2, "--sequence-parallel", *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall"),
+        (*PP_2, *TP_2, "--sequence-parallel", *EXPERTS, *GATED, *EXPERT_PARALLEL, "alltoall",
+         "--expert-tensor-parallel-size", "1"),
     ),
     "experts_and_mtp_per_token": (
         *(2, 4, ["load_balancing_loss", "mtp_1 loss"]),
