@@ -24,7 +24,11 @@ from megatron_bfpp.integration.cpu_cuda import cuda_patches
 from megatron_bfpp.integration.cpu_optimizer import optimizer_patches
 
 __all__ = [
-    *("choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "is_cpu_enabled"),
+    "choose_device",
+    "cpu_arguments",
+    "disable_cpu",
+    "enable_cpu",
+    "is_cpu_enabled",
     "skip_compile_without_makefile",
 ]
 
