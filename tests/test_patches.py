@@ -1,4 +1,4 @@
-"""The patches for forks of Megatron-LM: they apply, they go back, and a patched Megatron has the flag without a launcher."""
+"""The patches for forks of Megatron-LM apply and go back, and a patched Megatron has the flag without a launcher."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def installed() -> tuple[Path, Path]:
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of the installed megatron.training. In front on the path it is the one imported: `megatron` is a namespace."""
+    """A copy of the installed megatron.training; first on the path it is the one imported: `megatron` is a namespace."""
     _, site = installed()
     shutil.copytree(site / "megatron" / "training", tmp_path / "fork" / "megatron" / "training")
     # As a fork is. Elsewhere `git apply` may belong to a repository further up, and then skips the file without a word.
@@ -123,7 +123,7 @@ def test_a_patched_megatron_trains_breadth_first_without_a_launcher_to_the_bits_
 
     reference = train(tmp_path, 2, *SHAPE)
     script, log = tmp_path / "pretrain.py", tmp_path / "fork.jsonl"
-    # pretrain_gpt.main calls Megatron's pretrain() as any script of a fork does. It enables nothing: that is the launcher's.
+    # pretrain_gpt.main calls Megatron's pretrain() as a script of a fork does; enabling is the launcher's, not its.
     script.write_text(
         f"""
 import sys
