@@ -1,6 +1,8 @@
 """Breadth-first pipeline parallelism (Lamy-Poirier, arXiv 2211.05953) for Megatron-LM and Megatron-Core."""
 
-__all__ = ["__version__", "disable", "enable"]
+import argparse
+
+__all__ = ["__version__", "add_arguments", "disable", "enable"]
 
 __version__ = "0.1.0"
 
@@ -18,6 +20,18 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     from .integration.activation import enable
 
     return enable(pipeline_schedule, device)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the plugin's flags to a parser before `enable`, which else does it: for forks of Megatron, see patches/.
+
+    --pipeline-schedule is None where it is not given, so that a fork can leave the plugin alone. Returns the parser, as
+    Megatron's own functions do.
+    """
+    from .integration.settings import add_flags
+
+    add_flags(parser, default=None)
+    return parser
 
 
 def disable() -> None:

@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 
-from . import __version__
+from . import __version__, bench
 from .errors import UserError
 from .files import write_whole
 from .report.grid import grid, summary
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,bench}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--chunks", type=int, help="model chunks per rank")
     prove.add_argument("--microbatches", type=int, help="micro-batches")
     prove.set_defaults(run=_check)
+    bench.add_command(commands)
     return parser
 
 

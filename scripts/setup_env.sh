@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# bash scripts/setup_env.sh [--extras test]
+# bash scripts/setup_env.sh [--extras test] [--megatron RELEASE]
 #
 # Makes .venv at the root of the repository with the versions in constraints.txt and this package, editable.
 # A second run with nothing changed does nothing. scripts/quickstart.sh and scripts/test.sh call it.
 #
+#   --megatron 0.17.1        that megatron-core instead of the pinned one, in .venv-0.17.1; all else stays pinned
 #   PYTHON=/path/to/python   the interpreter to build with; default: 3.12 or newer from PATH, then from pyenv
-#   VENV=/path/to/venv       where to build; default: .venv
+#   VENV=/path/to/venv       where to build; default: .venv, or .venv-RELEASE
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="${VENV:-${root}/.venv}"
+pinned="$(sed --quiet 's/^megatron-core==//p' -- "${root}/constraints.txt")"
+megatron="${pinned}"
 extras=""
 while (($#)); do
     case "$1" in
@@ -17,12 +19,24 @@ while (($#)); do
             extras="${2:?--extras needs a value: test}"
             shift 2
             ;;
+        --megatron)
+            megatron="${2:?--megatron needs a value: a release of megatron-core, as ${pinned}}"
+            if [[ ! "${megatron}" =~ ^[0-9]+(\.[0-9]+)+[a-z0-9.]*$ ]]; then
+                echo "setup_env: --megatron ${megatron} is not a release of megatron-core; name one as ${pinned}" >&2
+                exit 2
+            fi
+            shift 2
+            ;;
         *)
-            echo "setup_env: unknown option $1; usage: bash scripts/setup_env.sh [--extras test]" >&2
+            echo "setup_env: unknown option $1; usage: bash scripts/setup_env.sh [--extras test] [--megatron RELEASE]" >&2
             exit 2
             ;;
     esac
 done
+# The pinned release is what .venv holds: it needs no second environment of 5.5 GB.
+default_venv="${root}/.venv"
+[[ "${megatron}" == "${pinned}" ]] || default_venv+="-${megatron}"
+venv="${VENV:-${default_venv}}"
 
 packages=(setuptools torch megatron-core numpy PyYAML einops psutil)
 case "${extras}" in
@@ -85,6 +99,10 @@ show_downloads() {
     [[ ! -t 1 ]] || printf '\r\033[K'
 }
 
+constraints() {
+    sed "s/^megatron-core==.*/megatron-core==${megatron}/" -- "${root}/constraints.txt"
+}
+
 python="$(find_python)"
 version="$("${python}" -c 'import platform; print(platform.python_version())')"
 stamp="${venv}/.setup_env"
@@ -92,19 +110,19 @@ stamp="${venv}/.setup_env"
 # The stamp is the last thing written, so an interrupted set-up has none. The smaller package list is a part of the
 # larger one: an environment with extras serves a run without.
 stamp_of() {
-    printf '%s\n' "${version}" "${root}" "$1" | cat - "${root}/constraints.txt" "${root}/pyproject.toml" | sha256sum | cut --delimiter=' ' --fields=1
+    printf '%s\n' "${version}" "${root}" "$1" | cat - <(constraints) "${root}/pyproject.toml" | sha256sum | cut --delimiter=' ' --fields=1
 }
 if [[ -f "${stamp}" && -x "${venv}/bin/python" ]]; then
     recorded="$(cat -- "${stamp}")"
     if [[ "${recorded}" == "$(stamp_of "${extras}")" || "${recorded}" == "$(stamp_of test)" ]]; then
-        echo "setup_env: ${venv} is ready (Python ${version})"
+        echo "setup_env: ${venv} is ready (Python ${version}, megatron-core ${megatron})"
         exit 0
     fi
 fi
 
 pip_install() {
     # --upgrade-strategy is left at its default: what is installed at the pinned version already is not touched.
-    "${venv}/bin/python" -m pip install --disable-pip-version-check --no-input --constraint "${root}/constraints.txt" "$@"
+    "${venv}/bin/python" -m pip install --disable-pip-version-check --no-input --constraint "${venv}/constraints.txt" "$@"
 }
 
 # In place only from a finished set-up of the same Python. One without a stamp was broken off, perhaps in the middle of a
@@ -120,7 +138,8 @@ if [[ -z "${finished}" || "$("${venv}/bin/python" -c 'import pip, platform; prin
     mkdir --parents -- "${venv}"
     step "new environment ${venv} with Python ${version}" "${python}" -m venv "${venv}"
 fi
-step "installing ${#packages[@]} pinned packages (torch brings CUDA libraries: about 5.5 GB)" pip_install "${packages[@]}"
+constraints >"${venv}/constraints.txt"
+step "installing ${#packages[@]} pinned packages, megatron-core ${megatron} (torch brings CUDA libraries: about 5.5 GB)" pip_install "${packages[@]}"
 # No build isolation: it would download setuptools once more, in a version nobody pinned.
 step "installing megatron_bfpp, editable" pip_install --no-deps --no-build-isolation --editable "${root}"
 stamp_of "${extras}" >"${stamp}.new"

@@ -87,7 +87,7 @@ def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
         check_call({**call, "data_iterator": None})
 
 
-def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch):
+def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys):
     # --yaml-cfg replaces the parsed command line; without our check Megatron would train its own schedule in silence.
     import sys
     from types import SimpleNamespace
@@ -97,10 +97,14 @@ def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch):
 
     left_alone = []
     wrapped = validating_yaml(lambda args, defaults=None: args, None, lambda: left_alone.append(True))
-    file = {"pipeline_model_parallel_size": 4, "mock_data": True}
+    file = {
+        "pipeline_model_parallel_size": 4, "mock_data": True, "num_layers": 8, "rank": 0, "data_parallel_size": 1,
+        "micro_batch_size": 1, "global_batch_size": 8,
+    }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"])
     placed = wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=2))
     assert placed.pipeline_schedule == "breadth-first" and not left_alone
+    assert "placement of 8 layers, 8 stages in order: 1*8" in capsys.readouterr().out
     with pytest.raises(UserError, match="at least 2 model chunks per rank"):
         wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml"])

@@ -10,6 +10,7 @@ import torch
 from megatron_bfpp.errors import UserError
 from megatron_bfpp.integration import cpu
 from megatron_bfpp.integration.cpu_arguments import _CHANGES, _REFUSALS, cpu_arguments
+from megatron_bfpp.integration.cpu_modules import zigzag_positions
 from megatron_bfpp.integration.cpu_optimizer import CpuAdam
 
 
@@ -72,9 +73,12 @@ def test_disable_undoes_every_attribute():
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as base
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import layers, random
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    owners = [torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
+    owners = [layers, DotProductAttention, token_dispatcher, WrappedTorchNorm, torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
     owners += [distrib_optimizer.DistributedOptimizer, torch.distributed.distributed_c10d]
     owners += [loader.DataLoader, loader._BaseDataLoaderIter, optimizer, clip_grads, distrib_optimizer, base, random]
     training = pytest.importorskip("megatron.training.training")
@@ -151,6 +155,61 @@ def test_a_data_loader_leaves_dropout_alone(cpu_enabled):
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_norms_are_marked_for_the_reduction_over_a_cut_sequence(cpu_enabled, normalization, sequence_parallel):
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = argparse.Namespace(normalization=normalization, sequence_parallel=sequence_parallel, persist_layer_norm=False,
+                                layernorm_zero_centered_gamma=False, memory_efficient_layer_norm=False)  # fmt: skip
+    norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-6)
+    assert isinstance(norm, getattr(torch.nn, normalization)) and norm.eps == 1e-6
+    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * len(list(norm.parameters()))
+    assert config.sequence_parallel == sequence_parallel
+    config.persist_layer_norm = True
+    with pytest.raises(AssertionError, match="persist_layer_norm"):  # what torch's norms cannot do stays refused
+        WrappedTorchNorm(config=config, hidden_size=8)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_ranks_of_a_cut_sequence_hold_every_position_once_as_megatron_cuts_it(monkeypatch, size):
+    from megatron.core import utils
+
+    whole = torch.arange(12 * size)[None]  # [micro-batch, sequence]
+    cut = getattr(utils, "_get_batch_on_this_cp_rank_per_sequence_balancing", None)
+    held = []
+    for rank in range(size):
+        held.append(zigzag_positions(12, rank, size))
+        if cut is not None:  # 0.19; before, it is inside a function that reads the process groups
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: size)
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+            assert torch.equal(cut({"tokens": whole.clone()}, None)["tokens"][0], held[-1])
+    assert torch.equal(torch.cat(held).sort().values, whole[0])
+
+
+def test_a_reduction_over_one_rank_is_not_a_view(cpu_enabled):
+    from megatron.core.tensor_parallel import layers
+
+    class Alone:
+        def size(self):
+            return 1
+
+    x = torch.ones(2, requires_grad=True)
+    y = layers.reduce_from_tensor_model_parallel_region(x * 2, group=Alone())
+    y += 1  # as experts add their bias
+    y.sum().backward()
+    assert y.tolist() == [3, 3] and x.grad.tolist() == [2, 2]
+
+
+def test_the_dispatcher_of_experts_gets_numpy_counts(cpu_enabled):
+    from megatron.core.transformer.moe import token_dispatcher
+
+    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3, 1]), as_numpy=True)
+    assert counts.tolist() == [3, 1] and type(counts).__module__ == "numpy"
+    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+    assert torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(1)))
+
+
 @pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
 def test_cpu_adam_equals_torch_and_resumes(adam_w_mode, reference):
     torch.manual_seed(0)
@@ -193,8 +252,7 @@ def test_every_refusal_names_its_flag_in_three_lines(name):
     "asked",
     [
         {"cuda_graph_impl": "local"},
-        {"sequence_parallel": True, "tensor_model_parallel_size": 2},
-        {"context_parallel_size": 2},
+        {"context_parallel_size": 2, "window_size": (4, 0)},
         {"transformer_impl": "inference_optimized"},
         {"profile": True, "use_pytorch_profiler": False},
     ],

@@ -33,10 +33,10 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     if pipeline_schedule is not None and pipeline_schedule not in SCHEDULES:
         raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
     check_version()
-    from .cpu import choose_device, enable_cpu, skip_compile_without_makefile
+    from .cpu import choose_device, enable_cpu, is_cpu_enabled, skip_compile_without_makefile
 
     device, reason = choose_device(device)
-    if device == "cpu":
+    if device == "cpu" and not is_cpu_enabled():
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron_bfpp: running on CPU over gloo: {reason}", flush=True)
         enable_cpu()

@@ -9,21 +9,34 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from . import placement
+from .batches import few_microbatches
+from .placed import check_placement
+from .placement import place
 from .settings import Settings, add_flags, settings_of
 
-# argument, flag, why. Each is tied to another schedule by its nature, or untested with this one.
+_ONLY_1F1B = "use --pipeline-schedule 1f1b"
+_TE_GRAPHS = "Transformer Engine's graphs are captured in 1F1B's order"
+_LOCAL_GRAPHS = "graphs share buffers in the order of the first step, and breadth-first's has not run on a GPU yet"
+# argument, flag, why it does not work with this schedule, what to do instead of leaving it out.
 _REFUSED = (
     ("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm",
-     "it pairs forwards with backwards as 1F1B does"),
-    ("delay_wgrad_compute", "--delay-wgrad-compute", "it splits the backward as the combined 1F1B schedule does"),
-    ("hybrid_context_parallel", "--hybrid-context-parallel", "Megatron has it without pipeline ranks only"),
-    ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP fails with pipeline ranks"),
-    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading",
-     "its order of chunks has not been tested here"),
-    ("external_cuda_graph", "--external-cuda-graph", "graphs are captured in 1F1B's order"),
-    ("enable_cuda_graph", "--enable-cuda-graph", "graphs are captured in 1F1B's order"),
+     "it runs forwards and backwards in pairs, as only 1F1B has them", _ONLY_1F1B),
+    ("delay_wgrad_compute", "--delay-wgrad-compute",
+     "Megatron takes it only with --overlap-moe-expert-parallel-comm, which needs the pairs of 1F1B", _ONLY_1F1B),
+    ("hybrid_context_parallel", "--hybrid-context-parallel", "Megatron has it without pipeline ranks only",
+     "use --context-parallel-size"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP cannot be built with pipeline ranks",
+     "use --use-distributed-optimizer (--use-torch-fsdp2 with pipeline ranks is not supported yet)"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", "parameters sharded by FSDP2 are not supported with pipeline ranks yet",
+     "use --use-distributed-optimizer"),
+    ("external_cuda_graph", "--external-cuda-graph", _TE_GRAPHS, _ONLY_1F1B),
+    ("enable_cuda_graph", "--enable-cuda-graph", _LOCAL_GRAPHS, _ONLY_1F1B),
 )  # fmt: skip
+_GRAPHS = {
+    "transformer_engine": _TE_GRAPHS,
+    "local": _LOCAL_GRAPHS,
+    "full_iteration": "a graph of a whole step with its messages has not run on a GPU yet",
+}
 
 
 def validating(
@@ -48,14 +61,11 @@ def validating(
             lines.append("1f1b: Megatron's own schedule, untouched")
         else:
             refuse(args, settings)
-            lines += _place(args)
-            lines += _warnings(args, settings)
+            lines += place(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule != "1f1b":
-            _check_placed(args)
-        if args.rank == 0:
-            for line in lines:
-                print(f"megatron_bfpp {__version__}: {line}", flush=True)
+            lines += _validated(args)
+        _tell(args, lines)
         return validated
 
     return wrapper
@@ -84,7 +94,7 @@ def validating_yaml(
             on_1f1b()
         else:
             refuse(validated, settings)
-            _check_placed(validated)
+            _tell(validated, _validated(validated))
         return validated
 
     return wrapper
@@ -98,21 +108,52 @@ def refuse(args: Any, settings: Settings) -> None:
             f"{args.pipeline_model_parallel_size}.\n"
             "  Use --pipeline-model-parallel-size 2 or more, or --pipeline-schedule 1f1b."
         )
-    for name, flag, why in _REFUSED:
+    for name, flag, why, instead in _REFUSED:
         if getattr(args, name, None):
-            _refuse(flag, why)
-    if getattr(args, "cuda_graph_impl", None) not in (None, "none"):
-        _refuse(f"--cuda-graph-impl {args.cuda_graph_impl}", "graphs are captured in 1F1B's order")
+            _refuse(flag, why, instead)
+    graphs = getattr(args, "cuda_graph_impl", None) or "none"
+    if graphs != "none":
+        _refuse(f"--cuda-graph-impl {graphs}", _GRAPHS.get(graphs, _LOCAL_GRAPHS), _ONLY_1F1B)
+    if args.pipeline_model_parallel_size == 2 and getattr(args, "overlap_p2p_comm", True) is False:
+        why = "on 2 pipeline ranks Megatron takes chunks only with the overlap"
+        _refuse("--no-overlap-p2p-communication", why, "use 3 or more pipeline ranks")
     if settings.engine == "megatron" and settings.group_size is not None:
-        _refuse("--breadth-first-engine megatron", "it has one group, all micro-batches: see --breadth-first-group-size")
+        why = "Megatron's loop has one group here, all micro-batches"
+        _refuse(
+            "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
+        )
+    _check_warmup(args)
     _check_data(args)
 
 
-def _refuse(flag: str, why: str) -> None:
+def _refuse(flag: str, why: str, instead: str) -> None:
     raise UserError(
-        f"{flag} does not work with --pipeline-schedule breadth-first: {why}.\n"
-        f"  Leave out {flag.split()[0]}, or use --pipeline-schedule 1f1b."
+        f"{flag} does not work with --pipeline-schedule breadth-first: {why}.\n  Leave out {flag.split()[0]}, or {instead}."
     )
+
+
+def _check_warmup(args: Any) -> None:
+    """A learning rate that is still warming up when it should have decayed; Megatron finds out after the model is built."""
+    if getattr(args, "skip_train", False):
+        return
+    for unit in ("iters", "samples"):
+        total = getattr(args, f"train_{unit}", None)
+        if total:
+            break
+    else:
+        return
+    decay, flag = getattr(args, f"lr_decay_{unit}", None), f"--lr-decay-{unit}"
+    if decay is None:
+        decay, flag = total, f"--train-{unit}"
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    if fraction is not None and fraction >= 1:
+        raise UserError(f"--lr-warmup-fraction is {fraction}: no step is left to decay in.\n  Use a number below 1.")
+    warmup = getattr(args, f"lr_warmup_{unit}", None) or 0
+    if fraction is None and warmup >= decay:
+        raise UserError(
+            f"--lr-warmup-{unit} is {warmup}, but the learning rate has decayed after {decay} ({flag}).\n"
+            f"  Use --lr-warmup-{unit} {max(0, decay - 1)} or less, or a larger {flag}."
+        )
 
 
 def _check_data(args: Any) -> None:
@@ -140,45 +181,18 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _place(args: Any) -> list[str]:
-    """Choose the number of chunks where the command line has none, and set what Megatron needs for it."""
-    if placement.has_chunks(args):
-        if getattr(args, "num_virtual_stages_per_pipeline_rank", None) == 1:
-            raise UserError(
-                "--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but "
-                "--num-virtual-stages-per-pipeline-rank is 1.\n"
-                "  Use 2 or more, or leave the flag out: the plugin chooses."
-            )
-        return []
-    chunks, why = placement.choose_num_chunks(args)
-    args.num_virtual_stages_per_pipeline_rank = chunks
-    return [f"chose --num-virtual-stages-per-pipeline-rank {chunks}: {why}"]
-
-
-def _check_placed(args: Any) -> None:
-    """Megatron's own validation is over: with fewer than 2 chunks it would run another schedule, in silence."""
-    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None)
-    if chunks is None or chunks < 2:
-        raise UserError(
-            "--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but the layers are split into "
-            f"{chunks or 1}.\n  Use --num-virtual-stages-per-pipeline-rank 2 or more, or a --pipeline-model-parallel-layout "
-            f"with {2 * args.pipeline_model_parallel_size} or more stages."
-        )
-
-
-def _warnings(args: Any, settings: Settings) -> list[str]:
-    lines = []
-    pp_size, microbatches = args.pipeline_model_parallel_size, placement.num_microbatches(args)
-    if microbatches < pp_size:
-        lines.append(
-            f"WARNING: {microbatches} micro-batches for {pp_size} pipeline ranks leave ranks idle; "
-            f"raise --global-batch-size to {args.global_batch_size * -(-pp_size // microbatches)} to fill the pipeline"
-            if args.global_batch_size
-            else f"WARNING: --global-batch-size is not given: 1 micro-batch for {pp_size} pipeline ranks"
-        )
+def _validated(args: Any) -> list[str]:
+    """What is checked and told when Megatron has completed the arguments, and no model is built yet."""
+    lines = [check_placement(args), *few_microbatches(args)]
     if getattr(args, "microbatch_group_size_per_vp_stage", None) is not None:
         lines.append(
             "WARNING: --microbatch-group-size-per-virtual-pipeline-stage belongs to 1f1b and has no effect; "
             "see --breadth-first-group-size"
         )
     return lines
+
+
+def _tell(args: Any, lines: list[str]) -> None:
+    if args.rank == 0:
+        for line in lines:
+            print(f"megatron_bfpp {__version__}: {line}", flush=True)

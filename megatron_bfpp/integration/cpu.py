@@ -21,9 +21,17 @@ import torch
 from megatron_bfpp.errors import UserError
 from megatron_bfpp.integration.cpu_arguments import cpu_arguments
 from megatron_bfpp.integration.cpu_cuda import cuda_patches
+from megatron_bfpp.integration.cpu_modules import module_patches
 from megatron_bfpp.integration.cpu_optimizer import optimizer_patches
 
-__all__ = ["choose_device", "cpu_arguments", "disable_cpu", "enable_cpu", "skip_compile_without_makefile"]
+__all__ = [
+    "choose_device",
+    "cpu_arguments",
+    "disable_cpu",
+    "enable_cpu",
+    "is_cpu_enabled",
+    "skip_compile_without_makefile",
+]
 
 _MISSING = object()
 _undo: list[Callable[[], object]] = []  # what disable_cpu runs, last first; empty means not enabled
@@ -39,6 +47,8 @@ def choose_device(requested: str) -> tuple[str, str]:
         raise UserError(f"--device {requested} does not exist.\n  Use --device auto, cuda or cpu.")
     if requested == "cpu":
         return "cpu", "--device cpu was given"
+    if requested == "auto" and is_cpu_enabled():  # the device count is one of the things that enable_cpu replaced
+        return "cpu", "it was chosen before"
     ranks, devices = _local_world_size(), torch.cuda.device_count()
     numbers = f"{devices} CUDA device(s) for {ranks} rank(s) on this node"
     if devices >= ranks:
@@ -56,6 +66,11 @@ def _set(owner: Any, name: str, value: Any) -> None:
     previous = vars(owner).get(name, _MISSING)
     _undo.append(lambda: delattr(owner, name) if previous is _MISSING else setattr(owner, name, previous))
     setattr(owner, name, value)
+
+
+def is_cpu_enabled() -> bool:
+    """Whether `enable_cpu` is in effect."""
+    return bool(_undo)
 
 
 def enable_cpu() -> None:
@@ -195,8 +210,8 @@ def _patch_megatron() -> None:
     logger = logging.getLogger(random.__name__)
     logger.addFilter(_not_about_the_generator)
     _undo.append(lambda: logger.removeFilter(_not_about_the_generator))
-    for module, name, value in optimizer_patches():
-        _set(module, name, value)
+    for owner, name, value in (*module_patches(), *optimizer_patches()):
+        _set(owner, name, value)
     barrier = torch.distributed.barrier
 
     def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

@@ -71,10 +71,8 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
         _refuse("--transformer-impl inference_optimized", "use --transformer-impl local")
     if getattr(args, "cuda_graph_impl", None) not in (None, "none"):
         _refuse(f"--cuda-graph-impl {args.cuda_graph_impl}", "leave it out")
-    if getattr(args, "sequence_parallel", False) and getattr(args, "tensor_model_parallel_size", 1) > 1:
-        _refuse("--sequence-parallel", "leave it out: torch's layer norm, the one for CPUs, has no such mode")
-    if getattr(args, "context_parallel_size", 1) > 1:
-        _refuse(f"--context-parallel-size {args.context_parallel_size}", "use --context-parallel-size 1")
+    if getattr(args, "context_parallel_size", 1) > 1 and getattr(args, "window_size", None):
+        _refuse("--window-size with --context-parallel-size", "leave out one of the two")
     if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
         _refuse("--profile", "add --use-pytorch-profiler: Nsight's range needs CUDA")
     lines = []

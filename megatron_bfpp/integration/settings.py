@@ -37,8 +37,10 @@ class Settings:
             )
 
 
-def add_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the plugin's flags. Values are checked by Settings: argparse would answer with Megatron's whole usage."""
+def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the plugin's flags, once. Values are checked by Settings: argparse would answer with Megatron's whole usage."""
+    if "--pipeline-schedule" in parser._option_string_actions:  # the parser of a patched fork, see patches/
+        return
     group = parser.add_argument_group("breadth-first pipeline parallelism (megatron_bfpp)")
     group.add_argument(
         "--pipeline-schedule", default=default, metavar="{1f1b,breadth-first}",

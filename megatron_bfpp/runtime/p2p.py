@@ -127,7 +127,8 @@ class Messages:
     device: torch.device
     variable_shapes: bool = False  # each tensor is preceded by its three sizes
     _receives: dict[Action, _Receive] = field(default_factory=dict)
-    _unread_shapes: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)
+    _unread_shapes: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # one at most per channel
+    _postponed: dict[dist.ProcessGroup, deque[Action]] = field(default_factory=dict)
     _sent: deque[list[_Sent]] = field(default_factory=lambda: deque([[]]))
 
     def __post_init__(self) -> None:
@@ -139,15 +140,16 @@ class Messages:
         if not self.variable_shapes:
             self._receives[action] = _irecv(action, route, self._empty(self.tensor_shape, action))
             return
-        # A channel is in order: the tensor that follows an earlier shape must be asked for before the next shape.
-        self._read_shape(route)
-        header = _irecv(action, route, torch.empty(3, dtype=torch.int64, device=self.device))
-        header.holds_shape = True
-        self._receives[action] = self._unread_shapes[route.group] = header
+        # A channel is in order: the tensor that follows an earlier shape must be asked for before the next shape. That one
+        # may not be there yet, and nothing waits here: `receive`, which has to wait anyway, goes on with the channel.
+        if route.group in self._unread_shapes:
+            self._postponed.setdefault(route.group, deque()).append(action)
+        else:
+            self._post_shape(action, route)
 
     def receive(self, action: Action) -> torch.Tensor:
         """The tensor of an earlier `post_receive`, once it has arrived."""
-        if self._receives[action].holds_shape:
+        while self.variable_shapes and (action not in self._receives or self._receives[action].holds_shape):
             self._read_shape(self._routes[action.stage, action.op])
         received = self._receives.pop(action)
         received.handle.wait()
@@ -164,7 +166,7 @@ class Messages:
 
     def before_compute(self) -> None:
         """Give up what was sent SEND_WINDOW or more compute actions ago. To be called before each F and B."""
-        while len(self._sent) >= SEND_WINDOW:
+        while len(self._sent) >= SEND_WINDOW and self._may_wait_for(self._sent[0]):
             _finish(self._sent.popleft())
         self._sent.append([])
 
@@ -181,12 +183,25 @@ class Messages:
             _finish(self._sent.popleft())
         assert not self._receives, f"received but never used: {', '.join(map(str, self._receives))}"
 
+    def _may_wait_for(self, sent: list[_Sent]) -> bool:
+        """With variable shapes a tensor is asked for only when its shape is read, by a peer that may have to wait for this
+        rank's next action before: waiting for such a send can deadlock, so it is given up when it has completed.
+        """
+        return not self.variable_shapes or all(handle.is_completed() for each in sent for handle in each.handles)
+
+    def _post_shape(self, action: Action, route: Route) -> None:
+        header = _irecv(action, route, torch.empty(3, dtype=torch.int64, device=self.device))
+        header.holds_shape = True
+        self._receives[action] = self._unread_shapes[route.group] = header
+
     def _read_shape(self, route: Route) -> None:
-        header = self._unread_shapes.pop(route.group, None)
-        if header is not None:
-            header.handle.wait()
-            buffer = self._empty(tuple(header.buffer.tolist()), header.action)
-            self._receives[header.action] = _irecv(header.action, route, buffer)
+        """Wait for the shape that a channel has asked for last; then ask for its tensor, and for the next shape."""
+        header = self._unread_shapes.pop(route.group)
+        header.handle.wait()
+        buffer = self._empty(tuple(header.buffer.tolist()), header.action)
+        self._receives[header.action] = _irecv(header.action, route, buffer)
+        if self._postponed.get(route.group):
+            self._post_shape(self._postponed[route.group].popleft(), route)
 
     def _empty(self, shape: tuple[int, ...], action: Action) -> torch.Tensor:
         # A stage's input is a leaf of its graph: backward_step reads the gradient to send back from it.

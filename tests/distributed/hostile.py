@@ -57,6 +57,9 @@ class Work:
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
         self.error: BaseException | None = None
 
+    def is_completed(self) -> bool:
+        return self.done.is_set()
+
     def wait(self) -> bool:
         self.is_waited_for.set()
         self.done.wait()

@@ -2,9 +2,11 @@
 process that has imported it once, so every job still starts from a fresh, unused Megatron.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -75,14 +77,13 @@ def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None]
 
 
 def _kill_group(leader: int | None) -> None:
-    """Also what a rank has started: Megatron's checkpoint writers outlive it otherwise."""
-    try:
+    """A rank and what it has started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended before it could become a leader
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # gone already, its children with it
 
 
 def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> None:
+    # A process group of its own: saving a checkpoint starts processes of 325 MiB that would outlive the rank.
     os.setpgrp()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -115,6 +116,12 @@ def train(folder: Path, ranks: int, *flags: str, prepare=None) -> list[dict]:
     run_job(_train, ranks, folder, str(log), [*MODEL, *flags], prepare)
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     return [{name: value for name, value in step.items() if name.endswith(" hex")} for step in steps]
+
+
+def validation_losses(folder: Path) -> list[str]:
+    """What the job that ran last in `folder` printed as its validation losses, in order; six digits after the point."""
+    logs = [log.read_text() for log in sorted(folder.glob("rank*.log"))]
+    return [loss for log in logs for loss in re.findall(r"validation loss at .*?lm loss value: (\S+)", log)]
 
 
 def refused(folder: Path, ranks: int, *flags: str) -> tuple[list[int | None], list[str]]:

@@ -30,12 +30,12 @@ def test_no_pipeline_ranks(refusal):
 
 def test_layers_that_leave_one_per_rank(refusal):
     message = refusal(*PP_4, "--num-layers", "4")
-    assert "4 layers on 4 pipeline ranks leave 1 per rank" in message and "--num-layers 8" in message
+    assert "4 x 2 stages" in message and "--num-layers is 4" in message and "--num-layers 8" in message
 
 
-def test_layers_that_cannot_be_shared_out(refusal):
-    message = refusal(*PP_4, "--num-layers", "62")
-    assert "62 layers" in message and "--pipeline-model-parallel-layout" in message
+def test_a_layout_with_another_number_of_layers_found_after_megatron_has_read_the_flags(refusal):
+    message = refusal(*PP_4, "--num-layers", "9", "--pipeline-model-parallel-layout", "Et|" + "t|" * 6 + "tL")
+    assert "hold 8 layers, but --num-layers is 9" in message and "--pipeline-model-parallel-layout" in message
 
 
 def test_a_data_file_that_is_missing_is_named(refusal):

@@ -9,8 +9,8 @@ from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, for
 
 torch = pytest.importorskip("torch")
 
-from megatron_bfpp.runtime.data_parallel import DataParallel  # noqa: E402
-from megatron_bfpp.runtime.executor import Executor  # noqa: E402
+from megatron_bfpp.runtime.data_parallel import DataParallel
+from megatron_bfpp.runtime.executor import Executor
 
 SHAPES = [(2, 1, 3), (2, 2, 2), (2, 4, 5), (3, 2, 4), (4, 2, 8), (4, 3, 3), (4, 4, 1), (8, 2, 16)]
 
@@ -128,10 +128,9 @@ def test_an_error_names_the_rank_and_the_action_and_leaves_no_no_sync_entered():
             entered.remove(self)
 
     gates = DataParallel([NoSync, NoSync], None, None, [torch.nn.Identity()] * 2)
-    with pytest.raises(RuntimeError, match="no memory") as error:
-        with gates:
-            assert len(entered) == 2
-            Executor(shape, Compute(fails_at=(1, 1)), Messages(), gates).run(lower(breadth_first(shape), shape)[0])
+    with pytest.raises(RuntimeError, match="no memory") as error, gates:
+        assert len(entered) == 2
+        Executor(shape, Compute(fails_at=(1, 1)), Messages(), gates).run(lower(breadth_first(shape), shape)[0])
     assert error.value.__notes__ == ["megatron_bfpp: pp_rank 0 was running 2F1"]
     assert entered == []
 

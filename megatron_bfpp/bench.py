@@ -1,0 +1,120 @@
+"""bfpp bench: the schedules themselves, in real processes on emulated stages and an emulated network, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from .errors import UserError
+from .files import write_whole
+from .report.bench import Result, as_json, table
+from .schedule import PipelineShape
+from .schedule.replay import Costs
+
+# pp, chunks, micro-batches; hop latency in forwards.
+SHORT = [((4, 2, 8), 0.5), ((4, 4, 8), 0.5)]
+FULL = [
+    ((pp, chunks, times * pp), hop) for pp in (4, 8) for chunks in (2, 4) for times in (2, 4) for hop in (0.0, 0.25, 0.5)
+]
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
+    bench.add_argument("--set", choices=("short", "full"), default="short", help="of shapes; default short, about 2 minutes")
+    bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
+    bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
+    bench.add_argument("--forward-ms", type=float, default=20.0, help="of a chunk and micro-batch; default 20 ms")
+    bench.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
+    bench.add_argument("--transfer", type=float, default=0.0, help="of a message at a card, in forwards: size / bandwidth")
+    bench.add_argument("--half-duplex", action="store_true", help="a card either sends or receives")
+    bench.add_argument("--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it")
+    bench.add_argument("--arm", action="append", help="run this arm; may be repeated. Default: all")
+    bench.add_argument("--repeat", type=int, default=3, help="steps of every arm; default 3, alternating between the arms")
+    bench.add_argument("--json", metavar="PATH", help="write all that was measured")
+    bench.add_argument("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
+    bench.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    cases = _cases(args)
+    results = _measure(args, cases)
+    print(table(results))
+    if args.json is not None:
+        write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
+        print(f"wrote {args.json}")
+    if args.plot is not None:
+        from .report.bench_plot import plot
+
+        plot(results, args.plot)
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _cases(args: argparse.Namespace) -> list[tuple[PipelineShape, float]]:
+    """Shapes with the hop latency in seconds."""
+    for flag, value, least in (("--forward-ms", args.forward_ms, 0.1), ("--backward-time", args.backward_time, 0.01),
+                               ("--repeat", args.repeat, 1), ("--transfer", args.transfer, 0)):  # fmt: skip
+        if not least <= value <= 10_000:
+            raise UserError(f"{flag} is {value:g}; it must lie between {least:g} and 10000.")
+    forward_s = args.forward_ms / 1e3
+    if args.shape is None and args.hop is None:
+        chosen = FULL if args.set == "full" else SHORT
+    else:
+        shapes = [_shape(text) for text in args.shape or ()] or list(dict.fromkeys(sizes for sizes, _ in SHORT))
+        chosen = [(sizes, hop) for sizes in shapes for hop in args.hop or (0.5,)]
+    return [(PipelineShape(*sizes), hop * forward_s) for sizes, hop in chosen]
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"--shape {text} is not PP,CHUNKS,MICROBATCHES.\n  Write it as 4,2,8.")
+    pp, chunks, microbatches = map(int, parts)
+    return pp, chunks, microbatches
+
+
+def _measure(args: argparse.Namespace, cases: list[tuple[PipelineShape, float]]) -> list[Result]:
+    # Megatron and torch are imported here: `bfpp show` does without.
+    from .emulate.network import Link
+    from .emulate.stages import StageTimes
+    from .integration.bench import ARMS, Case, run_case
+
+    arms = tuple(args.arm or ARMS)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
+    forward_s = args.forward_ms / 1e3
+    times = StageTimes(forward_s, forward_s * args.backward_time)
+    progress, results = _Progress(len(cases) * len(arms) * args.repeat), []
+    for shape, hop_s in cases:
+        # Messages of one byte on a card that needs --transfer for it: only the quotient counts.
+        link = Link(f"hop {hop_s / forward_s:g}", hop_s, 1 / (args.transfer * forward_s) if args.transfer else float("inf"),
+                    not args.half_duplex, args.jitter)  # fmt: skip
+        title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {link.name}"
+        found = run_case(Case(shape, times, link, 1.0, arms, args.repeat), lambda arm, _, title=title: progress.step(title, arm))
+        costs = Costs(times.forward_s, times.backward_s, hop_s, args.transfer * forward_s)
+        results += [Result(arm, shape, link.name, costs, step_times) for arm, step_times in found.items()]
+    progress.end()
+    return results
+
+
+class _Progress:
+    """A bar on a terminal, on standard error: the table can be piped."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.started = total, 0, time.monotonic()
+
+    def step(self, title: str, arm: str) -> None:
+        self.done += 1
+        if sys.stderr.isatty():
+            left_s = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+            bar = "#" * (20 * self.done // self.total)
+            print(f"\r\033[K[{bar:<20}] {title}: {arm}, about {left_s:.0f} s left", end="", file=sys.stderr, flush=True)
+        elif self.done % max(1, self.total // 20) == 0:
+            print(f"bench: {self.done} of {self.total} steps", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)

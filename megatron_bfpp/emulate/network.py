@@ -1,0 +1,169 @@
+"""An emulated network for real processes: torch.distributed's isend and irecv, with the time that a message would take.
+
+The processes, the process groups (gloo), the order of the calls and every wait are real; only the clock is a model. A message
+of an emulated stage (stages.py) says when its transfer began; the receiver's wait() returns no earlier than
+
+    max(begin, receive posted) + size / bandwidth + latency (+ jitter)
+
+and the sender's no earlier than begin + size / bandwidth. Transfers that leave one network card queue up in the order of their
+launch; with a shared (half-duplex) card, those that arrive at it as well. An emulated collective is the real one plus the
+modelled time, on the same card as the messages or on one of its own.
+
+What it stands for: dependencies, orders and waits of a schedule, overlap of messages with compute, queues at a card. What it
+does not: kernel launch queues and the CPU's lead over the GPU, communication kernels that take SMs from compute, in-order
+streams of NCCL communicators (schedule/check.py has those), congestion between different cards.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+
+class Lock(Protocol):
+    def __enter__(self) -> object: ...
+    def __exit__(self, *error: object) -> object: ...
+
+
+class Shared(Protocol):
+    """What of multiprocessing.Array("d", ...) is used: numbers that all ranks see, and a lock."""
+
+    def get_lock(self) -> Lock: ...
+    def __getitem__(self, index: int) -> float: ...
+    def __setitem__(self, index: int, value: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """The network of one run. Times in seconds, sizes in bytes."""
+
+    name: str = "none"
+    latency_s: float = 0.0
+    bandwidth: float = float("inf")  # bytes per second and direction of a card
+    full_duplex: bool = True
+    jitter: float = 0.0  # standard deviation of latency and compute times, as a part of them
+
+    def __post_init__(self) -> None:
+        if self.latency_s < 0 or self.bandwidth <= 0 or not 0 <= self.jitter < 1:
+            raise ValueError(
+                f"network {self.name}: latency {self.latency_s} s, bandwidth {self.bandwidth} bytes/s, jitter {self.jitter}; "
+                "they must be at least 0, above 0, and in [0, 1)"
+            )
+
+
+def sleep_until(moment_s: float) -> None:
+    """moment_s: of time.monotonic(), the one clock of all processes of a machine."""
+    left = moment_s - time.monotonic()
+    if left > 0:
+        time.sleep(left)
+
+
+@dataclass
+class Network:
+    """The emulated card of this rank. `cards` holds, for each rank, until when its card sends and receives.
+
+    message_bytes: of one message between stages, whatever the size of the tensor that stands for it.
+    """
+
+    link: Link
+    message_bytes: float
+    cards: Shared  # [2 * rank]: sending, [2 * rank + 1]: receiving; one of the two for both if not full-duplex
+    scale: float = 1.0  # of all durations; 0 for a step that only makes plans and process groups
+    random: random.Random = field(default_factory=random.Random)
+
+    def drawn(self, duration_s: float) -> float:
+        """A duration as it happens to be this time; never below half of it."""
+        jitter = max(0.5, self.random.gauss(1.0, self.link.jitter)) if self.link.jitter else 1.0
+        return duration_s * self.scale * jitter
+
+    @property
+    def transfer_s(self) -> float:
+        """How long a message takes a card."""
+        return self.scale * self.message_bytes / self.link.bandwidth
+
+    def occupy(self, sender: int, receiver: int | None, duration_s: float) -> float:
+        """When a transfer of `duration_s` that is launched now begins; the cards are taken for it."""
+        taken = [self._index(sender, 0)] + ([] if receiver is None else [self._index(receiver, 1)])
+        with self.cards.get_lock():
+            begin = max(time.monotonic(), *(self.cards[index] for index in taken))
+            for index in taken:
+                self.cards[index] = begin + duration_s
+        return begin
+
+    def _index(self, rank: int, direction: int) -> int:
+        return 2 * rank + (direction if self.link.full_duplex else 0)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace isend and irecv for everybody: this plugin, Megatron and torch.distributed.pipelining look them up here."""
+        real = dist.isend, dist.irecv
+
+        def isend(tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
+            transfer_s = self.transfer_s
+            target = dist.get_global_rank(group or dist.group.WORLD, more["group_dst"]) if dst is None else dst
+            begin = self.occupy(dist.get_rank(), target, transfer_s)
+            wire = stamped(tensor, begin)
+            work = real[0](wire, dst, group=group, tag=tag, **more)
+            return _Sent(work, wire, begin + transfer_s)
+
+        def irecv(tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
+            posted = time.monotonic()
+            duration_s = self.transfer_s + self.drawn(self.link.latency_s)
+            work = real[1](tensor, src, group=group, tag=tag, **more)
+            return _Received(work, tensor, posted, duration_s)
+
+        with _replaced(isend, irecv):
+            yield
+
+
+@contextmanager
+def _replaced(isend: Callable[..., dist.Work], irecv: Callable[..., dist.Work]) -> Iterator[None]:
+    before = {module: (module.isend, module.irecv) for module in (dist, c10d)}
+    for module in before:
+        module.isend, module.irecv = isend, irecv  # P2POp compares with the names of c10d
+    try:
+        yield
+    finally:
+        for module, functions in before.items():
+            module.isend, module.irecv = functions
+
+
+def stamped(tensor: torch.Tensor, begin_s: float) -> torch.Tensor:
+    """A copy whose last number says when its transfer began. Stages ignore that number; float64 holds a nanosecond."""
+    if tensor.dtype is not torch.float64:  # a shape that is passed on, not a stage's tensor
+        return tensor.detach()
+    wire = tensor.detach().clone()
+    wire.view(-1)[-1] = begin_s
+    return wire
+
+
+class _Sent(dist.Work):
+    def __init__(self, work: dist.Work, wire: torch.Tensor, end_s: float):
+        super().__init__()
+        self._work, self._wire, self._end_s = work, wire, end_s
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._work.wait()
+        sleep_until(self._end_s)
+        return True
+
+
+class _Received(dist.Work):
+    def __init__(self, work: dist.Work, buffer: torch.Tensor, posted_s: float, duration_s: float):
+        super().__init__()
+        self._work, self._buffer, self._posted_s, self._duration_s = work, buffer, posted_s, duration_s
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._work.wait()
+        if self._buffer.dtype is torch.float64:
+            begin = float(self._buffer.detach().view(-1)[-1])
+            sleep_until(max(begin, self._posted_s) + self._duration_s)
+        return True

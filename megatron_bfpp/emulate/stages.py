@@ -1,0 +1,72 @@
+"""Emulated model chunks: the forward and the backward of a stage sleep for the time they would take.
+
+They are real modules with real autograd, a real parameter and real gradients, small ones: what a schedule, DDP and the
+messages do with them is what they do with a model. Tensors are [1, 1, 2] in float64: a number and the stamp of the network.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .network import Network, sleep_until
+
+HIDDEN = 2  # of the tensors between stages
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """How long a stage takes, in seconds per micro-batch."""
+
+    forward_s: float
+    backward_s: float
+
+
+class Sleep(torch.autograd.Function):
+    """x -> x * weight, each way after a sleep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, times: StageTimes, network: Network) -> torch.Tensor:
+        until = time.monotonic() + network.drawn(times.forward_s)
+        ctx.save_for_backward(x, weight)
+        ctx.times, ctx.network = times, network
+        output = x * weight
+        sleep_until(until)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        until = time.monotonic() + ctx.network.drawn(ctx.times.backward_s)
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        # The last number is the stamp of the message that brought it, not a gradient.
+        of_weight = (grad * x)[..., :-1].sum().reshape(1)
+        of_input = grad * weight
+        sleep_until(until)
+        return of_input, of_weight, None, None
+
+
+class EmulatedChunk(torch.nn.Module):
+    """What Megatron's schedules ask of a model chunk. `repeat` stages in a row: a rank of a pipeline without chunks."""
+
+    def __init__(self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, repeat: int = 1):
+        super().__init__()
+        self.config, self.vp_stage, self.model_type = config, vp_stage, None
+        self.times, self.network, self.repeat = times, network, repeat
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self._received: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
+        self._received = tensors[0]
+
+    def forward(self, given: torch.Tensor | None = None) -> torch.Tensor:
+        """given: the input where a framework passes it as an argument (torch.distributed.pipelining)."""
+        x = self._received if given is None else given
+        if x is None:
+            x = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
+        for _ in range(self.repeat):
+            x = Sleep.apply(x, self.weight, self.times, self.network)
+        return x

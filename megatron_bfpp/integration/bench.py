@@ -1,0 +1,150 @@
+"""Run the arms of a benchmark case in real processes, one per rank, and time their steps. The processes are forked from one
+that has imported Megatron once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..emulate.network import Link, Network, sleep_until
+from ..emulate.stages import StageTimes
+from ..errors import UserError
+from ..schedule import PipelineShape
+
+ARMS = (
+    "1f1b",
+    "interleaved",
+    "interleaved-grouped",
+    "breadth-first",
+    "breadth-first-late",
+    "breadth-first-megatron",
+    "torch-interleaved",
+    "torch-looped-bfs",
+)
+
+_LEAD_S = 0.02  # between the agreement on a step's start and the start, for the slowest rank to hear of it
+_PATIENCE_S = 120.0  # beyond the expected duration; then a rank hangs
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["megatron_bfpp.integration.bench_arms", "megatron_bfpp.integration.cpu"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape on one network. message_bytes: of a message between stages."""
+
+    shape: PipelineShape
+    times: StageTimes
+    link: Link
+    message_bytes: float = 0.0
+    arms: tuple[str, ...] = ARMS
+    repeat: int = 3
+
+
+def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, step_s: None) -> dict[str, list[float]]:
+    """Per arm the step times in seconds, of steps that alternate between the arms. on_step: called after each.
+
+    Raises UserError where a rank fails or hangs, with its last words.
+    """
+    size, results = case.shape.pp_size, _context.Queue()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    cards = _context.Array("d", 2 * size)
+    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, results)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    found: dict[str, list[float]] = {arm: [] for arm in case.arms}
+    try:
+        for _ in range(case.repeat * len(case.arms)):
+            arm, step_s = _next(results, _expected_s(case))
+            found[arm].append(step_s)
+            on_step(arm, step_s)
+        for rank in ranks:
+            rank.join(_PATIENCE_S)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return found
+
+
+def _expected_s(case: Case) -> float:
+    shape = case.shape
+    slots = (shape.num_chunks - 1) * max(shape.num_microbatches, shape.pp_size) + shape.num_microbatches + shape.pp_size
+    return 4 * slots * (case.times.forward_s + case.times.backward_s + 2 * case.link.latency_s) + _PATIENCE_S
+
+
+def _next(results: Any, timeout_s: float) -> tuple[str, float]:
+    try:
+        arm, answer = results.get(timeout=timeout_s)
+    except queue.Empty:
+        raise UserError(f"no rank has finished a step for {timeout_s:.0f} s: a rank hangs or was killed.") from None
+    if isinstance(answer, str):
+        raise UserError(f"{arm} failed: {answer}")
+    return arm, answer
+
+
+def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
+    size = case.shape.pp_size
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
+    )
+    arm = "the set-up"
+    try:
+        with _process_group(rank, port, case.shape):
+            for arm, step_s in _steps(rank, case, cards):
+                if rank == 0:
+                    results.put((arm, step_s))
+    except BaseException as error:
+        results.put((f"rank {rank}", f"{type(error).__name__} in {arm}: {error}\n{traceback.format_exc(limit=-3)}"))
+        raise
+
+
+@contextmanager
+def _process_group(rank: int, port: int, shape: PipelineShape) -> Iterator[None]:
+    from megatron.core import parallel_state
+
+    from .cpu import enable_cpu
+
+    enable_cpu()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=shape.pp_size)
+    parallel_state.initialize_model_parallel(1, shape.pp_size, shape.num_chunks)
+    yield
+    dist.barrier()  # nobody leaves while another still waits for it
+    dist.destroy_process_group()
+
+
+def _steps(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, float]]:
+    from .bench_arms import Arms
+
+    network = Network(case.link, case.message_bytes, cards, scale=0.0)
+    network.random.seed(rank)
+    arms = Arms(case.shape, case.times, network).steps
+    with network.installed():
+        for arm in case.arms:  # plans and process groups are made in the first step, which takes no time
+            arms[arm]()
+        network.scale = 1.0
+        for _ in range(case.repeat):
+            for arm in case.arms:
+                yield arm, _timed(arms[arm])
+
+
+def _timed(step: Callable[[], None]) -> float:
+    """Seconds from a start that all ranks agree on to the end of the last rank."""
+    start = torch.tensor([time.monotonic() + _LEAD_S], dtype=torch.float64)
+    dist.broadcast(start, 0)
+    sleep_until(float(start))
+    step()
+    end = torch.tensor([time.monotonic()], dtype=torch.float64)
+    dist.all_reduce(end, op=dist.ReduceOp.MAX)
+    return float(end - start)

@@ -1,0 +1,95 @@
+"""The arms of `bfpp bench`: every schedule that is compared, on the same emulated stages and network. Runs in each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.pipeline_parallel import schedules
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleLoopedBFS
+
+from ..emulate.network import Network
+from ..emulate.stages import HIDDEN, EmulatedChunk, StageTimes
+from ..schedule import PipelineShape
+from . import forward_backward
+from .settings import Settings
+
+Step = Callable[[], None]
+
+
+class Arms:
+    """The arms of one shape on this rank, whose process groups exist. `steps` has a function per arm that runs one step."""
+
+    def __init__(self, shape: PipelineShape, times: StageTimes, network: Network):
+        self.shape, self.times, self.network = shape, times, network
+        self._chunks = [EmulatedChunk(self._config(True), chunk, times, network) for chunk in range(shape.num_chunks)]
+        late, megatron = Settings("breadth-first", "late"), Settings("breadth-first", engine="megatron")
+        interleaved = schedules.forward_backward_pipelining_with_interleaving
+        interleaved = getattr(interleaved, "__wrapped__", interleaved)
+        self.steps: dict[str, Step] = {
+            "1f1b": self._not_interleaved(),
+            "interleaved": lambda: self._grouped(interleaved, shape.pp_size),
+            "interleaved-grouped": lambda: self._grouped(interleaved, shape.num_microbatches),
+            "breadth-first": lambda: self._run(forward_backward.run, Settings("breadth-first")),
+            "breadth-first-late": lambda: self._run(forward_backward.run, late),
+            "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
+            "torch-interleaved": self._torch(ScheduleInterleaved1F1B),
+            "torch-looped-bfs": self._torch(ScheduleLoopedBFS),
+        }
+
+    def _config(self, has_chunks: bool) -> Any:
+        """As Megatron's command line makes it, with the flag that overlaps the messages of warm-up and cool-down."""
+        size = self.shape.pp_size
+        config = ModelParallelConfig(
+            pipeline_model_parallel_size=size,
+            virtual_pipeline_model_parallel_size=self.shape.num_chunks if has_chunks else None,
+            pipeline_dtype=torch.float64, deallocate_pipeline_outputs=True,
+            overlap_p2p_comm=has_chunks, batch_p2p_comm=not has_chunks, overlap_p2p_comm_warmup_flush=has_chunks,
+        )  # fmt: skip
+        config.hidden_size = HIDDEN  # of TransformerConfig; all that the schedules read of it
+        return config
+
+    def _run(self, schedule: Callable[..., Any], *first: Any, model: Any = None) -> None:
+        model = self._chunks if model is None else model
+        iterators = [None] * len(model) if isinstance(model, list) else None
+        schedule(*first, forward_step_func=_forward_step, data_iterator=iterators, model=model,
+                 num_microbatches=self.shape.num_microbatches, seq_length=1, micro_batch_size=1)  # fmt: skip
+
+    def _grouped(self, interleaved: Callable[..., Any], group: int) -> None:
+        with forward_backward._changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
+            self._run(interleaved)
+
+    def _not_interleaved(self) -> Step:
+        chunk = EmulatedChunk(self._config(False), None, self.times, self.network, repeat=self.shape.num_chunks)
+        return lambda: self._run(schedules.forward_backward_pipelining_without_interleaving, model=chunk)
+
+    def _torch(self, kind: Any) -> Step:
+        shape, group = self.shape, parallel_state.get_pipeline_model_parallel_group()
+        example = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
+        stages = [
+            PipelineStage(
+                chunk, stage, shape.num_stages, torch.device("cpu"), group=group,
+                input_args=example if stage == 0 else example.clone().requires_grad_(), output_args=example.clone().requires_grad_(),
+            )
+            for chunk, stage in zip(self._chunks, shape.stages_on(group.rank()), strict=True)
+        ]  # fmt: skip
+        schedule = kind(stages, shape.num_microbatches, loss_fn=lambda output, target: _loss(output)[0], scale_grads=False)
+        batch = torch.ones(shape.num_microbatches, 1, HIDDEN, dtype=torch.float64)
+
+        def step() -> None:
+            given = (batch,) if group.rank() == 0 else ()
+            target = {"target": batch} if group.rank() == shape.pp_size - 1 else {}
+            schedule.step(*given, **target)
+
+        return step
+
+
+def _forward_step(iterator: Any, chunk: EmulatedChunk) -> tuple[torch.Tensor, Callable[..., Any]]:
+    return chunk(), _loss
+
+
+def _loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return output[..., :-1].sum(), {}

@@ -1,0 +1,128 @@
+"""Parts of the model that Megatron has for CUDA only, or only from Apex and Transformer Engine: what a CPU uses instead.
+
+Each is patched in the class or function itself, which serves every module that imported it by name.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["module_patches"]
+
+
+def module_patches() -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, value) of every name that makes norms, attention and experts work on CPU tensors."""
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    yield WrappedTorchNorm, "__new__", staticmethod(_marking_sequence_parallel(WrappedTorchNorm.__new__))
+    yield DotProductAttention, "__init__", _without_context_parallelism(DotProductAttention.__init__)
+    yield DotProductAttention, "forward", _over_the_whole_sequence(DotProductAttention.forward)
+    yield token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy
+    name = "reduce_from_tensor_model_parallel_region"
+    yield layers, name, _unless_alone(getattr(layers, name))
+
+
+# Norms
+
+
+def _marking_sequence_parallel(new: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's norms work on a part of the sequence as on the whole: what Megatron's wrapper misses is the mark by which
+    finalize_model_grads sums the gradients of such parameters over the tensor-parallel ranks.
+    """
+
+    def norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        module: torch.nn.Module = new(cls, _changed(config, sequence_parallel=False), *args, **kwargs)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    return norm
+
+
+def _changed(config: Any, **values: Any) -> Any:
+    config = copy.copy(config)
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+# Attention with context parallelism
+
+
+def _without_context_parallelism(init: Callable[..., None]) -> Callable[..., None]:
+    """It asserts a context-parallel size of 1, and then makes no use of it."""
+
+    def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, _changed(config, context_parallel_size=1), *args, **kwargs)
+        self.config = config
+
+    return construct
+
+
+def _over_the_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Context parallelism by gathering: the queries of this rank against the keys and values of all ranks.
+
+    query, key, value: [sequence / cp, micro-batch, heads, width]. Memory grows with the square of the whole sequence;
+    Transformer Engine's ring does not have that, nor this simplicity.
+    """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    def attend(
+        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        size = self.config.context_parallel_size
+        if size == 1:
+            return forward(self, query, key, value, mask, *args, **kwargs)
+        group = self.pg_collection.cp
+        positions = zigzag_positions(query.size(0), group.rank(), size)
+        key, value = (_gather_sequence(each, group) for each in (key, value))
+        if (
+            mask is None and self.attn_mask_type == AttnMaskType.causal
+        ):  # else it came with the batch, cut to the queries
+            mask = torch.arange(key.size(0)) > positions[:, None]  # True: not to be seen
+            mask = mask[None, None]  # [1, 1, sequence / cp, sequence]
+        return forward(self, query, key, value, mask, *args, **kwargs)
+
+    return attend
+
+
+def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:
+    """Which positions of the sequence a rank holds: chunks `rank` and `2 * size - 1 - rank` of 2 * size.
+
+    Megatron cuts so (core/utils.py, get_batch_on_this_cp_rank) to give each rank as much of the causal triangle.
+    """
+    half = torch.arange(length // 2)
+    return torch.cat([half + rank * (length // 2), half + (2 * size - 1 - rank) * (length // 2)])
+
+
+def _gather_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
+    """[sequence / cp, ...] of every rank -> [sequence, ...] in the order of positions. The gradient is summed back."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    gathered = gather_from_sequence_parallel_region(part, group=group)  # rank after rank
+    positions = torch.cat([zigzag_positions(part.size(0), rank, group.size()) for rank in range(group.size())])
+    return gathered[torch.argsort(positions)]
+
+
+# Experts
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The dispatcher counts tokens on the device and wants the counts as numpy's; Megatron converts CUDA tensors only."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _unless_alone(reduce: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Over a group of one rank the reduction returns its input, which autograd then takes for a view: experts with a
+    bias add to it in place, and torch refuses. Of Megatron's own linear layers, also on a GPU; here there are no others.
+    """
+
+    def reduce_or_pass(input_: torch.Tensor, group: Any = None) -> torch.Tensor:
+        return input_ if group is not None and group.size() == 1 else reduce(input_, group)
+
+    return reduce_or_pass

@@ -1,0 +1,114 @@
+"""What `bfpp bench` measured, as a table, as JSON and as a picture: ratios, which hold elsewhere, not times, which do not."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
+from ..schedule.replay import Costs, replay
+
+REFERENCE = "interleaved"  # Megatron's default; the arm that the others are compared with
+
+
+@dataclass(frozen=True)
+class Result:
+    """The steps of one arm in one case. Times in seconds."""
+
+    arm: str
+    shape: PipelineShape
+    network: str
+    costs: Costs  # in seconds: what the stages and the network were told to take
+    step_times_s: list[float]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.step_times_s)
+
+    @property
+    def spread(self) -> float:
+        """(longest - shortest) / median."""
+        return (max(self.step_times_s) - min(self.step_times_s)) / self.median_s
+
+    @property
+    def to_bound(self) -> float:
+        return self.median_s / lower_bound_s(self.shape, self.costs)
+
+    @property
+    def predicted_s(self) -> float | None:
+        plan = _plan_of(self.arm, self.shape)
+        return None if plan is None else replay(plan, self.shape, self.costs).step_time
+
+
+def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
+    """No schedule with looping placement is faster: the work of the last rank between the fill and the drain of the pipeline,
+    or the way of one micro-batch through all stages and back, whichever is longer. Equal stages.
+    """
+    assert isinstance(costs.forward, int | float) and isinstance(costs.backward, int | float), "equal stages"
+    both, hop = costs.forward + costs.backward, costs.hop + costs.transfer
+    work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * (both + 2 * hop)
+    return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop)
+
+
+def _plan_of(arm: str, shape: PipelineShape) -> Any:
+    """The plan that an arm runs, or one in its order with our sends and receives; None for orders we do not have."""
+    orders = {
+        "breadth-first": lambda: breadth_first(shape),
+        "breadth-first-late": lambda: breadth_first(shape, eager_backward=False),
+        "breadth-first-megatron": lambda: breadth_first(shape),
+        "interleaved": lambda: interleaved_1f1b(shape),
+        "interleaved-grouped": lambda: interleaved_1f1b(shape, shape.num_microbatches),
+    }
+    return lower(orders[arm](), shape) if arm in orders else None
+
+
+def table(results: list[Result]) -> str:
+    """One block per shape and network, arms in the order they were run."""
+    lines: list[str] = []
+    for (shape, network), arms in _cases(results):
+        reference = next((each.median_s for each in arms if each.arm == REFERENCE), None)
+        lines.append(
+            f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches, network {network} "
+            f"(median of {len(arms[0].step_times_s)})"
+        )
+        lines.append(f"  {'arm':<24}{'step':>10}{'spread':>9}{'to bound':>10}{'to ' + REFERENCE:>16}{'predicted':>11}")
+        for each in arms:
+            against = "" if reference is None else f"{each.median_s / reference:.3f}"
+            predicted = "" if each.predicted_s is None else f"{each.predicted_s / each.median_s - 1:+.1%}"
+            lines.append(
+                f"  {each.arm:<24}{each.median_s:>8.3f} s{each.spread:>9.1%}{each.to_bound:>10.3f}{against:>16}{predicted:>11}"
+            )
+    return "\n".join(lines)
+
+
+def _cases(results: list[Result]) -> Iterator[tuple[tuple[PipelineShape, str], list[Result]]]:
+    grouped: dict[tuple[PipelineShape, str], list[Result]] = {}
+    for each in results:
+        grouped.setdefault((each.shape, each.network), []).append(each)
+    yield from grouped.items()
+
+
+def as_json(results: list[Result]) -> dict[str, Any]:
+    """Everything that was measured; times in seconds."""
+    return {
+        "format": "megatron_bfpp bench 1",
+        "results": [
+            {
+                "arm": each.arm,
+                "pp_size": each.shape.pp_size,
+                "num_chunks": each.shape.num_chunks,
+                "num_microbatches": each.shape.num_microbatches,
+                "network": each.network,
+                "forward_s": each.costs.forward,
+                "backward_s": each.costs.backward,
+                "hop_s": each.costs.hop,
+                "transfer_s": each.costs.transfer,
+                "lower_bound_s": lower_bound_s(each.shape, each.costs),
+                "predicted_s": each.predicted_s,
+                "step_times_s": each.step_times_s,
+            }
+            for each in results
+        ],
+    }
