@@ -10,7 +10,8 @@ The transport that the proof assumes is NCCL's, the strictest in use, on the com
     earlier. The runtime waits in these places (runtime/executor.py, runtime/p2p.py) and in one more, which cannot
     block: before its backward, for the send of the same output. The gradient that the backward has waited for was
     computed from that output, so the send is complete.
-On GPUs the plan of a rank is the order of its compute stream, for which torch has each send and receive wait as well.
+On GPUs the plan of a rank is the order of its compute stream: torch starts a send or receive only after all that this
+stream held when it was launched.
 Not covered: variable shapes, where a receive is two operations and the second is posted only once the first has arrived.
 """
 
@@ -127,7 +128,7 @@ def _check_chunk_ops(plan: Schedule, shape: PipelineShape) -> None:
                 raise ScheduleError(f"pp_rank {shape.rank_of(stage)}: {missing} is missing; other stages have theirs")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Stream:
     """The sends and receives that one rank has launched on one communicator and that are not complete, in order."""
 
@@ -135,7 +136,7 @@ class _Stream:
     actions: deque[Action] = field(default_factory=deque)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _End:
     """What all sends of one stage have in common; also of its receives, of either kind."""
 
@@ -148,7 +149,8 @@ class _End:
 class _Run:
     """A dry run of all ranks, each as far as it comes, until all are done or none can move.
 
-    In which order the ranks take turns does not matter: what one of them does never takes away what another can do.
+    In which order the ranks take turns does not matter: each puts its actions on streams of its own, and what one of
+    them does never takes away what another can do.
     """
 
     def __init__(self, plan: Schedule, shape: PipelineShape):

@@ -68,21 +68,21 @@ def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     deadlock whatever the real durations are: every wait points back in time.
     """
     timeline = simulate(order, shape)
+    sends = [[_send_after(span.action, shape) for span in spans] for spans in timeline.spans]
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):
-        before, after = timeline.spans[rank - 1], timeline.spans[(rank + 1) % shape.pp_size]
-        results = [(span.end, span.action) for span in before if span.action.op is Op.F]
-        results += [(span.end, span.action) for span in after if span.action.op is Op.B]
-        results.sort(reverse=True)  # the first to come is the last in the list
+        arriving: list[tuple[float, Action]] = []
+        for source, op in ((rank - 1, Op.SEND_F), ((rank + 1) % shape.pp_size, Op.SEND_B)):
+            sent = zip(timeline.spans[source], sends[source])
+            arriving += [(span.end, send) for span, send in sent if send is not None and send.op is op]
+        arriving.sort(reverse=True)  # the first to arrive is the last of the list
         actions: list[Action] = []
-        for span, following in zip_longest(spans, spans[1:]):
-            while results and (following is None or results[-1][0] <= following.start):
-                send = _send_after(results.pop()[1], shape)
-                receive = send and peer(send, shape)
-                if receive is not None:
-                    actions.append(receive)
+        for span, following, send in zip_longest(spans, spans[1:], sends[rank]):
+            while arriving and (following is None or arriving[-1][0] <= following.start):
+                receive = peer(arriving.pop()[1], shape)
+                assert receive is not None, "a send has a receiver"
+                actions.append(receive)
             actions.append(span.action)
-            send = _send_after(span.action, shape)
             if send is not None:
                 actions.append(send)
         plan.append(actions)

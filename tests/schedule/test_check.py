@@ -89,7 +89,7 @@ def test_damaged_plans_are_rejected_exactly_when_their_meaning_changes():
     verdicts.clear()
     rejects_exactly_what_changes_the_meaning()
     for kind in KINDS:
-        assert verdicts[kind, "rejected"] > 50, verdicts
+        assert verdicts[kind, "rejected"] > 20, verdicts
     # A dropped, doubled or exchanged part always changes the meaning; a move often does not.
     for kind in ("drop", "double", "ranks"):
         assert verdicts[kind, "accepted"] == 0, verdicts
