@@ -17,7 +17,10 @@ SHARED = {"megatron_bfpp", "megatron_bfpp.errors", "megatron_bfpp.files"}  # the
 ROOMS = {
     "schedule": set(),
     "runtime": {"megatron_bfpp.schedule", "torch"},
-    "integration": {"megatron_bfpp.schedule", "megatron_bfpp.runtime", "torch", "numpy", "yaml", "megatron"},
+    "emulate": {"torch"},
+    "integration": {
+        *("megatron_bfpp.schedule", "megatron_bfpp.runtime", "megatron_bfpp.emulate", "torch", "numpy", "yaml", "megatron"),
+    },
     "estimate": {"megatron_bfpp.schedule"},
     "report": {"megatron_bfpp.schedule", "matplotlib", "rich", "scipy"},
 }

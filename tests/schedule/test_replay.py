@@ -1,0 +1,98 @@
+"""Replaying a plan: its messages and reductions take their time, and nothing else does."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import parse, shapes
+
+from megatron_bfpp.schedule import (
+    PipelineShape,
+    ScheduleError,
+    breadth_first,
+    forward_only,
+    interleaved_1f1b,
+    lower,
+    simulate,
+)
+from megatron_bfpp.schedule.replay import Costs, replay
+
+
+@given(shapes, st.data(), st.booleans(), st.sampled_from([0.5, 1.0, 2.0, 3.0]))
+@settings(deadline=None, max_examples=60)
+def test_without_a_network_a_plan_takes_what_its_order_takes(shape, data, eager, backward):
+    order = breadth_first(shape, data.draw(st.none() | st.integers(1, shape.num_microbatches)), eager)
+    expected = simulate(order, shape, backward=backward)
+    found = replay(lower(order, shape), shape, Costs(backward=backward))
+    assert found.spans == expected.spans and found.step_time == expected.step_time
+    assert found.peak_live_activations() == expected.peak_live_activations()
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize("hop", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("eager", [True, False])
+def test_latency_up_to_the_spare_microbatches_is_hidden_except_for_fill_and_drain(pp, chunks, times, hop, eager):
+    shape = PipelineShape(pp, chunks, times * pp)  # M >= P (1 + hop / forward)
+    found = replay(lower(breadth_first(shape, eager_backward=eager), shape), shape, Costs(hop=hop))
+    bound = 3 * (shape.num_microbatches * chunks + pp - 1) + 2 * (pp - 1) * hop
+    assert found.step_time == pytest.approx(bound, rel=1e-9)
+    assert sum(found.waiting()) > 0
+
+
+def test_megatrons_default_order_exposes_the_latency_at_every_group():
+    shape = PipelineShape(4, 4, 8)
+    ours, default = (
+        replay(lower(order, shape), shape, Costs(hop=0.5)).step_time
+        for order in (breadth_first(shape), interleaved_1f1b(shape))
+    )
+    assert default > 1.1 * ours
+
+
+def test_a_message_begins_when_its_receive_is_posted_and_waits_for_the_one_before_it():
+    shape = PipelineShape(2, 1, 2)
+    plan = parse(
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1",
+        "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
+    )
+    spans = replay(plan, shape, Costs(forward=1, backward=1, transfer=5, hop=1)).spans
+    starts = {str(span.action): span.start for rank in spans for span in rank}
+    # 0F0 ends at 1, its transfer at 6; 0F1 ends at 2, but its message leaves at 6 and takes until 11.
+    assert (starts["1F0"], starts["1F1"]) == (7, 12)
+    # The gradient of microbatch 0 leaves when rank 1 has it, at 9, and is posted long before: 9 + 5 + 1.
+    assert starts["0B0"] == 15
+
+
+def test_a_receive_that_is_posted_late_holds_its_message_back():
+    shape = PipelineShape(2, 1, 1)
+    early = parse("0F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0")
+    assert replay(early, shape, Costs(1, 1, hop=3)).step_time == 1 + 3 + 1 + 1 + 3 + 1
+
+
+def test_a_reduction_runs_beside_the_next_chunk_and_the_last_one_is_exposed():
+    shape = PipelineShape(2, 4, 4)
+    plan = lower(breadth_first(shape), shape)
+    alone = replay(plan, shape).step_time
+    # As long as the 4 backwards of the next chunk: three of four are hidden on every rank.
+    found = replay(plan, shape, Costs(reduction=8))
+    assert found.step_time == alone + 8 and found.exposed_reduction == 8
+    longer = replay(plan, shape, Costs(reduction=20))
+    assert longer.exposed_reduction > 20  # they no longer fit under the backwards, and queue
+
+
+def test_a_gather_is_waited_for_by_the_first_forward_of_its_chunk():
+    shape = PipelineShape(2, 2, 4)
+    plan = lower(breadth_first(shape), shape)
+    assert replay(plan, shape, Costs(gather=2)).step_time == replay(plan, shape).step_time + 2
+
+
+def test_stages_may_differ():
+    shape = PipelineShape(2, 2, 2)
+    found = replay(lower(forward_only(shape), shape), shape, Costs(forward=[1, 2, 3, 4]))
+    assert [span.end - span.start for span in found.spans[1]] == [2, 2, 4, 4]
+
+
+def test_a_plan_that_cannot_go_on_is_an_error_that_names_the_ranks():
+    shape = PipelineShape(2, 1, 1)
+    with pytest.raises(ScheduleError, match="pp_rank 1 at 1F0"):
+        replay(parse("0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"), shape)

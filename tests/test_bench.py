@@ -1,0 +1,75 @@
+"""bfpp bench: what it computes of measurements, and one short run of every arm in real processes."""
+
+import json
+import os
+
+import pytest
+
+from megatron_bfpp.cli import main
+from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, table
+from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
+from megatron_bfpp.schedule.replay import Costs, replay
+
+SHAPE, COSTS = PipelineShape(4, 2, 8), Costs(0.02, 0.04, hop=0.01)
+
+
+def test_the_lower_bound_is_what_a_plan_that_hides_its_latency_takes():
+    assert lower_bound_s(SHAPE, COSTS) == pytest.approx(0.06 * (16 + 3) + 0.01 * 6)
+    assert lower_bound_s(SHAPE, COSTS) == pytest.approx(replay(lower(breadth_first(SHAPE), SHAPE), SHAPE, COSTS).step_time)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (4, 2, 1), (4, 3, 3), (8, 2, 5), (3, 2, 9)])
+@pytest.mark.parametrize("hop", [0.0, 0.5, 2.0])
+def test_no_plan_is_faster_than_the_lower_bound(sizes, hop):
+    shape, costs = PipelineShape(*sizes), Costs(hop=hop, transfer=hop / 4)
+    for eager in (True, False):
+        plan = lower(breadth_first(shape, eager_backward=eager), shape)
+        assert replay(plan, shape, costs).step_time >= lower_bound_s(shape, costs) - 1e-9
+
+
+def test_the_table_has_medians_and_ratios():
+    results = [
+        Result("interleaved", SHAPE, "hop 0.5", COSTS, [1.5, 1.4, 2.0]),
+        Result("breadth-first", SHAPE, "hop 0.5", COSTS, [1.2, 1.3, 1.2]),
+        Result("1f1b", SHAPE, "hop 0.5", COSTS, [1.8, 1.8, 1.8]),
+    ]
+    lines = table(results).splitlines()
+    assert lines[0] == "PP 4 x 2 chunks, 8 micro-batches, network hop 0.5 (median of 3)"
+    assert lines[3].split() == ["breadth-first", "1.200", "s", "8.3%", "1.000", "0.800", "+0.0%"]
+    assert lines[4].split() == ["1f1b", "1.800", "s", "0.0%", "1.500", "1.200"]  # no plan of ours predicts it
+    first = as_json(results)["results"][0]
+    assert first["step_times_s"] == [1.5, 1.4, 2.0] and first["lower_bound_s"] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--shape", "4x2x8"], "--shape 4x2x8 is not PP,CHUNKS,MICROBATCHES"),
+        (["--shape", "1,2,8"], "pp_size is 1"),
+        (["--forward-ms", "0"], "--forward-ms is 0"),
+        (["--repeat", "0"], "--repeat is 0"),
+        (["--jitter", "2"], "jitter 2"),
+        (["--arm", "gpipe"], "--arm gpipe does not exist"),
+    ],
+)
+def test_bad_input_is_one_short_message(arguments, words, capsys):
+    pytest.importorskip("megatron.core")
+    assert main(["bench", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.strip().splitlines()) <= 3
+
+
+def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, capsys):
+    pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+    pytest.importorskip("matplotlib")
+    data, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["--shape", "2,2,4", "--hop", "0.5", "--forward-ms", "4", "--repeat", "1", "--transfer", "0.25"]
+    assert main(["bench", *options, "--json", str(data), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(data.read_text())["results"]
+    assert all(each["arm"] in printed for each in results)
+    assert len(results) == 8 and len({each["arm"] for each in results}) == 8
+    for each in results:
+        # Sleeps and messages take at least their time, whatever else the machine does; the bound is true for all arms.
+        assert min(each["step_times_s"]) >= each["lower_bound_s"]
+    assert picture.read_bytes().startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["bench.json", "bench.png"]
