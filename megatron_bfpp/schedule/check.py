@@ -12,7 +12,8 @@ The transport that the proof assumes is NCCL's, the strictest in use, on the com
     computed from that output, so the send is complete.
 On GPUs the plan of a rank is the order of its compute stream: torch starts a send or receive only after all that this
 stream held when it was launched.
-Not covered: variable shapes, where a receive is two operations and the second is posted only once the first has arrived.
+With variable shapes a message is its shape and then its tensor. The runtime then waits for messages alone, each after
+those before it on its channel, and never for a send before the end: less than what is proved here.
 """
 
 from __future__ import annotations
