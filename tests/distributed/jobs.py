@@ -3,6 +3,7 @@ process that has imported it once, so every job still starts from a fresh, unuse
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -27,6 +28,8 @@ _context.set_forkserver_preload(
     ["megatron.training.training", "megatron_bfpp.pretrain_gpt", "megatron_bfpp.integration.forward_backward",
      "megatron_bfpp.integration.gpt", __name__]
 )  # fmt: skip
+# In the server, once all is imported: the ranks' garbage collections then leave alone, and so do not copy, what they share.
+gc.freeze()
 
 
 class JobError(AssertionError):
