@@ -53,7 +53,7 @@ def plan_of(shape: PipelineShape, group_size: int | None, eager: bool, evaluatio
     group = None if group_size is None else min(group_size, shape.num_microbatches)
     order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
     timeline = simulate(order, shape)
-    actions = lower(order, shape)
+    actions = lower(order, shape, timeline)
     check(actions, shape, forward_only=evaluation)
     return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
 

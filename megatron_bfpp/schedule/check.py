@@ -204,10 +204,10 @@ class _Run:
             elif op not in CHUNK_OPS:
                 if op in SENDS:
                     sent[-1].append(action)
-                stream = self.ends[action.stage, op].stream
-                stream.actions.append(action)
-                if len(stream.actions) == 1:
-                    self._meet(stream)
+                end = self.ends[action.stage, op]
+                end.stream.actions.append(action)
+                if len(end.stream.actions) == 1 and end.far.actions:
+                    self._meet(end.stream)
 
     def _blocker_of(self, action: Action, sent: deque[list[Action]]) -> Action | None:
         """What `action` waits for: its own message, or a send whose tensor is due for reuse."""

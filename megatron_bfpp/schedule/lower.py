@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 
 from .ir import Action, Op, PipelineShape, Schedule
-from .simulate import simulate
+from .simulate import Timeline, simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
 Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
@@ -14,9 +14,12 @@ Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
 _PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
 
 
-def lower(order: Schedule, shape: PipelineShape) -> Schedule:
-    """The plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions."""
-    plan = add_send_recv(order, shape)
+def lower(order: Schedule, shape: PipelineShape, timeline: Timeline | None = None) -> Schedule:
+    """The plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions.
+
+    timeline: what `simulate(order, shape)` returned, from a caller that has it; made here otherwise.
+    """
+    plan = add_send_recv(order, shape, timeline)
     if any(action.op is Op.B for actions in order for action in actions):
         # Evaluation neither reduces gradients nor gathers parameters: Megatron gathers them before it starts.
         plan = add_unshard(add_reduce_grad(plan, shape), shape)
@@ -58,7 +61,7 @@ def communicator(key: Channel, pp_size: int) -> Communicator:
     return kind, 2 if pp_size % 2 and edge == pp_size - 1 else edge % 2
 
 
-def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
+def add_send_recv(order: Schedule, shape: PipelineShape, timeline: Timeline | None = None) -> Schedule:
     """Launch every send right after its result; post every receive before the action that runs as it is sent.
 
     The receive stands before the last action that the receiver starts before the sender ends, in a simulation with
@@ -67,7 +70,7 @@ def add_send_recv(order: Schedule, shape: PipelineShape) -> Schedule:
     microbatches of the next chunk while it still runs this one). The positions follow one clock, so plans cannot
     deadlock whatever the real durations are: every wait points back in time.
     """
-    timeline = simulate(order, shape)
+    timeline = timeline or simulate(order, shape)
     sends = [[_send_after(span.action, shape) for span in spans] for spans in timeline.spans]
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):

@@ -82,7 +82,9 @@ def simulate(
                 if arrival is None:
                     waiting.setdefault(need, []).append(rank)
                     break
-                now = max(now, arrival if need[0] == action.stage else arrival + hop)
+                if need[0] != action.stage:
+                    arrival += hop
+                now = max(now, arrival)
             start = now
             now += forward if action.op is Op.F else backward
             ends[action] = now
