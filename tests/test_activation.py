@@ -112,3 +112,47 @@ def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys
     assert left_alone
     with pytest.raises(UserError, match="--pipeline-schedule breadth does not exist"):
         wrapped(SimpleNamespace(**file, pipeline_schedule="breadth"))
+
+
+def test_megatrons_loop_gets_its_config_back_also_when_a_step_raises(monkeypatch):
+    import torch
+    from megatron.core import ModelParallelConfig
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_bfpp.integration import forward_backward
+    from megatron_bfpp.integration.settings import Settings
+
+    monkeypatch.setattr(forward_backward, "_announce", lambda *args: None)
+    config = ModelParallelConfig(
+        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, overlap_p2p_comm=True
+    )
+    chunk = torch.nn.Linear(1, 1)
+    chunk.config = config
+    before, warmup, seen = dict(vars(config)), schedules.get_pp_rank_microbatches, []
+
+    def original(**call):
+        seen.append((config.microbatch_group_size_per_vp_stage, schedules.get_pp_rank_microbatches is warmup))
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward_backward.run_megatron(
+            Settings("breadth-first", "late", engine="megatron"), original, model=[chunk] * 2, data_iterator=[None] * 2,
+            num_microbatches=12, forward_only=False,
+        )  # fmt: skip
+    assert seen == [(12, False)]
+    assert vars(config) == before and schedules.get_pp_rank_microbatches is warmup
+
+
+def test_the_channels_have_the_options_of_megatrons_pipeline_group(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from megatron_bfpp.integration import groups
+
+    settings = tmp_path / "nccl.yaml"
+    settings.write_text("pp: {max_ctas: 8}\ndp: {max_ctas: 2}\n")
+    args = SimpleNamespace(nccl_communicator_config_path=str(settings), high_priority_stream_groups=["pp", "ep"])
+    monkeypatch.setattr(groups, "_megatron_args", lambda: args)
+    options = groups._nccl_options()
+    assert options.is_high_priority_stream and options.config.max_ctas == 8
+    args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []
+    assert groups._nccl_options() is None

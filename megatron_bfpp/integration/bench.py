@@ -32,7 +32,7 @@ ARMS = (
     "torch-looped-bfs",
 )
 
-_LEAD_S = 0.02  # between the agreement on a step's start and the start, for the slowest rank to hear of it
+_LEAD_S = 0.05  # between the agreement on a step's start and the start, for the slowest rank to hear of it
 _PATIENCE_S = 120.0  # beyond the expected duration; then a rank hangs
 
 _context = multiprocessing.get_context("forkserver")

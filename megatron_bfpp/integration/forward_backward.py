@@ -7,19 +7,14 @@ own forward_step and backward_step. The function keeps nothing between calls and
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import megatron.core.utils as core_utils
 import torch
-import yaml
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,13 +23,12 @@ from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_pus
 from .. import __version__
 from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
-from ..runtime.p2p import ChannelGroups, Messages
+from ..runtime.p2p import Messages
 from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
 from .checks import check_call, check_config
+from .groups import channel_groups, process_groups, this_device
 from .settings import Settings
-
-_groups: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
 
 
 @dataclass(frozen=True)
@@ -131,10 +125,10 @@ def run(
     check_call(call)
     config = get_model_config(model[0])
     check_config(config)
-    pp_group, groups = _process_groups(p2p_communicator, pg_collection, config)
+    pp_group, groups = process_groups(p2p_communicator, pg_collection, config)
     shape = PipelineShape(pp_group.size(), len(model), num_microbatches)
     plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only)
-    pp_rank, device = pp_group.rank(), _device()
+    pp_rank, device = pp_group.rank(), this_device()
     _announce(settings, shape, plan, forward_only)
 
     _reset_stash(config, forward_only)
@@ -148,7 +142,7 @@ def run(
     peak = plan.peak_live_activations[pp_rank]
     compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
     messages = Messages(
-        _channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
+        channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
     )  # fmt: skip
     with _data_parallel(config, model, forward_only) as gates:
@@ -187,65 +181,6 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
         total = microbatches * len(call["model"])
         with _changed(schedules, get_pp_rank_microbatches=lambda *_, **__: (total, True, total, 0)):
             return original(**call)
-
-
-def _process_groups(
-    p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None, config: Any
-) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
-    """The pipeline group and the collection that finalize_model_grads gets: the caller's, or Megatron's global ones."""
-    if (p2p is None) != (groups is None):
-        raise ValueError("p2p_communicator and pg_collection must be given together, or neither")
-    if p2p is not None and groups is not None:
-        return p2p.pp_group, groups
-    if hasattr(schedules, "_build_default_pg_collection"):  # 0.19
-        groups = schedules._build_default_pg_collection()
-        return groups.pp, groups
-    groups = ProcessGroupCollection()
-    groups.tp = parallel_state.get_tensor_model_parallel_group()
-    groups.cp = parallel_state.get_context_parallel_group()
-    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
-    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
-    groups.pp = parallel_state.get_pipeline_model_parallel_group()
-    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
-    groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    return groups.pp, groups
-
-
-def _channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
-    if pp_group not in _groups:
-        options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
-        # create_group: Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init changes.
-        _groups[pp_group] = ChannelGroups(pp_group, device, _timeout(), options, parallel_state.create_group)
-    return _groups[pp_group]
-
-
-def _nccl_options() -> Any:
-    """What --high-priority-stream-groups and --nccl-communicator-config-path ask of Megatron's own pipeline group."""
-    args = _megatron_args()
-    if args is None:
-        return None
-    choices: dict[str, Any] = {}
-    if getattr(args, "nccl_communicator_config_path", None):
-        with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
-            choices = yaml.safe_load(file)
-    if "pp" in (getattr(args, "high_priority_stream_groups", None) or ()):
-        choices.setdefault("pp", {})["is_high_priority_stream"] = True
-    return parallel_state.get_nccl_options("pp", choices)
-
-
-def _timeout() -> timedelta | None:
-    """--distributed-timeout-minutes, where there is a command line."""
-    args = _megatron_args()
-    return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)
-
-
-def _megatron_args() -> Any:
-    variables = sys.modules.get("megatron.training.global_vars")
-    return None if variables is None else variables._GLOBAL_ARGS
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollection) -> tuple[int, int, int]:

@@ -214,7 +214,7 @@ def _paged_stash() -> None:
 
 
 def _twice() -> None:
-    """Nothing is left over from one call to the next; the rerun state machine relies on it. Nor from one that raised."""
+    """Nothing is left over from one call to the next; the rerun state machine relies on it."""
     model, (_, ours) = chunks(2), schedules()
     first = step(ours, model, batch(MICROBATCHES))
     assert_same(first, step(ours, model, batch(MICROBATCHES)))
