@@ -1,17 +1,19 @@
 """An emulated network for real processes: torch.distributed's isend and irecv, with the time that a message would take.
 
-The processes, the process groups (gloo), the order of the calls and every wait are real; only the clock is a model. A message
-of an emulated stage (stages.py) says when its transfer began; the receiver's wait() returns no earlier than
+The processes, the process groups (gloo), the order of the calls and every wait are real; only durations are modelled, and they
+pass in real time. Each rank has the clock of a GPU's compute stream (`Network.stream_s`): a stage (stages.py) starts when the
+stream is free and sleeps until it would be done; a wait() makes the stream wait, as it does under NCCL. What a rank's Python
+does in between is hidden behind the work of the stream, as on a GPU, unless it takes longer than that work. A message says
+when its transfer began; the receiver's stream waits until
 
     max(begin, receive posted) + size / bandwidth + latency (+ jitter)
 
-and the sender's no earlier than begin + size / bandwidth. Transfers that leave one network card queue up in the order of their
-launch; with a shared (half-duplex) card, those that arrive at it as well. An emulated collective is the real one plus the
-modelled time, on the same card as the messages or on one of its own.
+and the sender's, if the schedule waits for a send, until begin + size / bandwidth. Transfers that leave one network card queue
+up in the order of their launch; with a shared (half-duplex) card, those that arrive at it as well.
 
 What it stands for: dependencies, orders and waits of a schedule, overlap of messages with compute, queues at a card. What it
-does not: kernel launch queues and the CPU's lead over the GPU, communication kernels that take SMs from compute, in-order
-streams of NCCL communicators (schedule/check.py has those), congestion between different cards.
+does not: a host too slow for its GPU's queue, communication kernels that take SMs from compute, in-order streams of NCCL
+communicators (schedule/check.py has those; arms whose messages share one are flattered), congestion between different cards.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class Network:
     message_bytes: float
     cards: Shared  # [2 * rank]: sending, [2 * rank + 1]: receiving; one of the two for both if not full-duplex
     scale: float = 1.0  # of all durations; 0 for a step that only makes plans and process groups
+    stream_s: float = 0.0  # until when the compute stream of this rank has work, of time.monotonic()
     random: random.Random = field(default_factory=random.Random)
 
     def drawn(self, duration_s: float) -> float:
@@ -89,11 +92,20 @@ class Network:
         """How long a message takes a card."""
         return self.scale * self.message_bytes / self.link.bandwidth
 
-    def occupy(self, sender: int, receiver: int | None, duration_s: float) -> float:
-        """When a transfer of `duration_s` that is launched now begins; the cards are taken for it."""
-        taken = [self._index(sender, 0)] + ([] if receiver is None else [self._index(receiver, 1)])
+    def work(self, duration_s: float) -> float:
+        """Put work on the compute stream; when it will be done."""
+        self.stream_s += self.drawn(duration_s)
+        return self.stream_s
+
+    def wait_until(self, moment_s: float) -> None:
+        """Have the compute stream wait."""
+        self.stream_s = max(self.stream_s, moment_s)
+
+    def occupy(self, sender: int, receiver: int, duration_s: float) -> float:
+        """When a transfer of `duration_s` of what the stream has made begins; the cards are taken for it."""
+        taken = [self._index(sender, 0), self._index(receiver, 1)]
         with self.cards.get_lock():
-            begin = max(time.monotonic(), *(self.cards[index] for index in taken))
+            begin = max(self.stream_s, *(self.cards[index] for index in taken))
             for index in taken:
                 self.cards[index] = begin + duration_s
         return begin
@@ -112,13 +124,13 @@ class Network:
             begin = self.occupy(dist.get_rank(), target, transfer_s)
             wire = stamped(tensor, begin)
             work = real[0](wire, dst, group=group, tag=tag, **more)
-            return _Sent(work, wire, begin + transfer_s)
+            return _Sent(self, work, wire, begin + transfer_s)
 
         def irecv(tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
-            posted = time.monotonic()
+            posted = self.stream_s
             duration_s = self.transfer_s + self.drawn(self.link.latency_s)
             work = real[1](tensor, src, group=group, tag=tag, **more)
-            return _Received(work, tensor, posted, duration_s)
+            return _Received(self, work, tensor, posted, duration_s)
 
         with _replaced(isend, irecv):
             yield
@@ -146,24 +158,25 @@ def stamped(tensor: torch.Tensor, begin_s: float) -> torch.Tensor:
 
 
 class _Sent(dist.Work):
-    def __init__(self, work: dist.Work, wire: torch.Tensor, end_s: float):
+    def __init__(self, network: Network, work: dist.Work, wire: torch.Tensor, end_s: float):
         super().__init__()
-        self._work, self._wire, self._end_s = work, wire, end_s
+        self._network, self._work, self._wire, self._end_s = network, work, wire, end_s
 
     def wait(self, timeout: Any = None) -> bool:
         self._work.wait()
-        sleep_until(self._end_s)
+        self._network.wait_until(self._end_s)
         return True
 
 
 class _Received(dist.Work):
-    def __init__(self, work: dist.Work, buffer: torch.Tensor, posted_s: float, duration_s: float):
+    def __init__(self, network: Network, work: dist.Work, buffer: torch.Tensor, posted_s: float, duration_s: float):
         super().__init__()
-        self._work, self._buffer, self._posted_s, self._duration_s = work, buffer, posted_s, duration_s
+        self._network, self._work, self._buffer = network, work, buffer
+        self._posted_s, self._duration_s = posted_s, duration_s
 
     def wait(self, timeout: Any = None) -> bool:
         self._work.wait()
         if self._buffer.dtype is torch.float64:
             begin = float(self._buffer.detach().view(-1)[-1])
-            sleep_until(max(begin, self._posted_s) + self._duration_s)
+            self._network.wait_until(max(begin, self._posted_s) + self._duration_s)
         return True

@@ -6,7 +6,6 @@ messages do with them is what they do with a model. Tensors are [1, 1, 2] in flo
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ class Sleep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, times: StageTimes, network: Network) -> torch.Tensor:
-        until = time.monotonic() + network.drawn(times.forward_s)
+        until = network.work(times.forward_s)
         ctx.save_for_backward(x, weight)
         ctx.times, ctx.network = times, network
         output = x * weight
@@ -39,7 +38,7 @@ class Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        until = time.monotonic() + ctx.network.drawn(ctx.times.backward_s)
+        until = ctx.network.work(ctx.times.backward_s)
         x, weight = ctx.saved_tensors
         grad = grads[0]
         # The last number is the stamp of the message that brought it, not a gradient.

@@ -136,15 +136,17 @@ def _steps(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, float]]:
         network.scale = 1.0
         for _ in range(case.repeat):
             for arm in case.arms:
-                yield arm, _timed(arms[arm])
+                yield arm, _timed(arms[arm], network)
 
 
-def _timed(step: Callable[[], None]) -> float:
+def _timed(step: Callable[[], None], network: Network) -> float:
     """Seconds from a start that all ranks agree on to the end of the last rank."""
     start = torch.tensor([time.monotonic() + _LEAD_S], dtype=torch.float64)
     dist.broadcast(start, 0)
-    sleep_until(float(start))
+    network.stream_s = float(start)
+    sleep_until(network.stream_s)
     step()
+    sleep_until(network.stream_s)
     end = torch.tensor([time.monotonic()], dtype=torch.float64)
     dist.all_reduce(end, op=dist.ReduceOp.MAX)
     return float(end - start)
