@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
+from ..schedule import PipelineShape, Schedule, breadth_first, interleaved_1f1b, lower, one_f_one_b
 from ..schedule.replay import Costs, replay
 
 REFERENCE = "interleaved"  # Megatron's default; the arm that the others are compared with
@@ -38,8 +38,26 @@ class Result:
 
     @property
     def predicted_s(self) -> float | None:
-        plan = _plan_of(self.arm, self.shape)
-        return None if plan is None else replay(plan, self.shape, self.costs).step_time
+        """What `replay` says of the plan of the arm, or of one in its order; None for torch's arms, whose waits are their own."""
+        shape, costs = self.shape, self.costs
+        if self.arm == "1f1b":  # the chunks of a rank in a row are its one stage
+            whole = PipelineShape(shape.pp_size, 1, shape.num_microbatches)
+            costs = replace(costs, forward=costs.forward * shape.num_chunks, backward=costs.backward * shape.num_chunks)
+            return replay(lower(one_f_one_b(whole), whole), whole, costs, waits_for_forward_sends=True).step_time
+        if self.arm not in _ORDERS:
+            return None
+        plan = lower(_ORDERS[self.arm](shape), shape)
+        is_ours = self.arm in ("breadth-first", "breadth-first-late")
+        return replay(plan, shape, costs, waits_for_forward_sends=not is_ours).step_time
+
+
+_ORDERS: dict[str, Callable[[PipelineShape], Schedule]] = {
+    "breadth-first": breadth_first,
+    "breadth-first-late": lambda shape: breadth_first(shape, eager_backward=False),
+    "breadth-first-megatron": breadth_first,
+    "interleaved": interleaved_1f1b,
+    "interleaved-grouped": lambda shape: interleaved_1f1b(shape, shape.num_microbatches),
+}
 
 
 def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
@@ -50,18 +68,6 @@ def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
     both, hop = costs.forward + costs.backward, costs.hop + costs.transfer
     work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * (both + 2 * hop)
     return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop)
-
-
-def _plan_of(arm: str, shape: PipelineShape) -> Any:
-    """The plan that an arm runs, or one in its order with our sends and receives; None for orders we do not have."""
-    orders = {
-        "breadth-first": lambda: breadth_first(shape),
-        "breadth-first-late": lambda: breadth_first(shape, eager_backward=False),
-        "breadth-first-megatron": lambda: breadth_first(shape),
-        "interleaved": lambda: interleaved_1f1b(shape),
-        "interleaved-grouped": lambda: interleaved_1f1b(shape, shape.num_microbatches),
-    }
-    return lower(orders[arm](), shape) if arm in orders else None
 
 
 def table(results: list[Result]) -> str:

@@ -3,7 +3,7 @@
 from .check import check
 from .ir import Action, Op, PipelineShape, Schedule
 from .lower import lower
-from .orders import breadth_first, forward_only, interleaved_1f1b
+from .orders import breadth_first, forward_only, interleaved_1f1b, one_f_one_b
 from .simulate import ScheduleError, Span, Timeline, simulate
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "forward_only",
     "interleaved_1f1b",
     "lower",
+    "one_f_one_b",
     "simulate",
 ]

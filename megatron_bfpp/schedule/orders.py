@@ -66,6 +66,17 @@ def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule
     ]
 
 
+def one_f_one_b(shape: PipelineShape) -> Schedule:
+    """Megatron's 1F1B without model chunks (num_chunks 1): rank r runs P-r-1 forwards, then one forward and one backward in turn.
+
+    Source: megatron.core.pipeline_parallel.schedules, forward_backward_pipelining_without_interleaving.
+    """
+    if shape.num_chunks != 1:
+        raise ValueError(f"1F1B has one model chunk per rank, not {shape.num_chunks}; see interleaved_1f1b")
+    groups = [range(shape.num_microbatches)]
+    return [_alternate(shape, rank, groups, shape.pp_size - rank - 1) for rank in range(shape.pp_size)]
+
+
 def forward_only(shape: PipelineShape) -> Schedule:
     """The forward half of `breadth_first`, for evaluation."""
     return [

@@ -60,9 +60,15 @@ class Prediction(Timeline):
         return [spans[-1].end - sum(span.end - span.start for span in spans) for spans in self.spans]
 
 
-def replay(plan: Schedule, shape: PipelineShape, costs: Costs = Costs()) -> Prediction:
-    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why)."""
-    return _Replay(plan, shape, costs).to_the_end()
+def replay(
+    plan: Schedule, shape: PipelineShape, costs: Costs = Costs(), waits_for_forward_sends: bool = False
+) -> Prediction:
+    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why).
+
+    waits_for_forward_sends: each send of an output stands in the way of the next action, as in Megatron's own loop since
+        0.18 (PR 4047).
+    """
+    return _Replay(plan, shape, costs, waits_for_forward_sends).to_the_end()
 
 
 @dataclass(eq=False, slots=True)
@@ -77,8 +83,9 @@ class _Channel:
 
 
 class _Replay:
-    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs):
+    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits_for_forward_sends: bool):
         self.plan, self.shape, self.costs = plan, shape, costs
+        self.waits_for_forward_sends = waits_for_forward_sends
         size = shape.pp_size
         self.position, self.clock = [0] * size, [0.0] * size
         self.spans: list[list[Span]] = [[] for _ in range(size)]
@@ -152,12 +159,14 @@ class _Replay:
             if arrival is None:
                 return None
             now = max(now, arrival)
-        if len(window) == SEND_WINDOW:
-            for send in window[0]:
-                left = self.left.get(send)
-                if left is None:
-                    return None
-                now = max(now, left)
+        due = window[0] if len(window) == SEND_WINDOW else []
+        if self.waits_for_forward_sends:
+            due = due + [send for send in window[-1] if send[1] is Op.SEND_F]
+        for send in due:
+            left = self.left.get(send)
+            if left is None:
+                return None
+            now = max(now, left)
         return max(now, self.gathered.get(stage, 0.0)) if op is Op.F else now
 
     def _begin(self, queue: _Channel) -> None:
