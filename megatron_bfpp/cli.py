@@ -1,7 +1,8 @@
-"""bfpp: look at a schedule and prove a plan, without torch and without Megatron.
+"""bfpp: look at a schedule and prove a plan, without torch and without Megatron; run schedules on an emulated network.
 
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
     bfpp check plan.csv
+    bfpp bench --plot bench.png
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
