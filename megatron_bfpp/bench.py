@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 
 from .errors import UserError
 from .files import write_whole
@@ -99,7 +100,7 @@ def _measure(args: argparse.Namespace, cases: list[tuple[PipelineShape, float, f
         name = f"hop {hop:g}" + (f" + transfer {transfer:g}" if transfer else "")
         link = Link(name, hop * forward_s, bandwidth, not args.half_duplex, args.jitter)
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {name}"
-        found = run_case(Case(shape, times, link, 1.0, arms, args.repeat), lambda arm, _, title=title: progress.step(title, arm))
+        found = run_case(Case(shape, times, link, 1.0, arms, args.repeat), partial(progress.step, title))
         costs = Costs(times.forward_s, times.backward_s, link.latency_s, transfer * forward_s)
         results += [Result(arm, shape, name, costs, step_times) for arm, step_times in found.items()]
     progress.end()
@@ -112,7 +113,7 @@ class _Progress:
     def __init__(self, total: int):
         self.total, self.done, self.started = total, 0, time.monotonic()
 
-    def step(self, title: str, arm: str) -> None:
+    def step(self, title: str, arm: str, step_s: float) -> None:
         self.done += 1
         if sys.stderr.isatty():
             left_s = (time.monotonic() - self.started) / self.done * (self.total - self.done)

@@ -42,7 +42,8 @@ class Result:
         shape, costs = self.shape, self.costs
         if self.arm == "1f1b":  # the chunks of a rank in a row are its one stage
             whole = PipelineShape(shape.pp_size, 1, shape.num_microbatches)
-            costs = replace(costs, forward=costs.forward * shape.num_chunks, backward=costs.backward * shape.num_chunks)
+            forward, backward = _of_equal_stages(costs)
+            costs = replace(costs, forward=forward * shape.num_chunks, backward=backward * shape.num_chunks)
             return replay(lower(one_f_one_b(whole), whole), whole, costs, waits_for_forward_sends=True).step_time
         if self.arm not in _ORDERS:
             return None
@@ -64,10 +65,14 @@ def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
     """No schedule with looping placement is faster: the work of the last rank between the fill and the drain of the pipeline,
     or the way of one micro-batch through all stages and back, whichever is longer. Equal stages.
     """
-    assert isinstance(costs.forward, int | float) and isinstance(costs.backward, int | float), "equal stages"
-    both, hop = costs.forward + costs.backward, costs.hop + costs.transfer
+    both, hop = sum(_of_equal_stages(costs)), costs.hop + costs.transfer
     work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * (both + 2 * hop)
     return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop)
+
+
+def _of_equal_stages(costs: Costs) -> tuple[float, float]:
+    assert isinstance(costs.forward, int | float) and isinstance(costs.backward, int | float), "the bench has equal stages"
+    return costs.forward, costs.backward
 
 
 def table(results: list[Result]) -> str:
