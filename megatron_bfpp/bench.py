@@ -35,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--transfer", type=float, help="of a message at a card, in forwards: size / bandwidth")
     bench.add_argument("--half-duplex", action="store_true", help="a card either sends or receives")
     bench.add_argument("--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it")
-    bench.add_argument("--arm", action="append", help="run this arm; may be repeated. Default: all")
+    bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
     bench.add_argument("--repeat", type=int, default=2, help="steps of every arm, alternating between the arms; default 2")
     bench.add_argument("--json", metavar="PATH", help="write all that was measured")
     bench.add_argument("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
