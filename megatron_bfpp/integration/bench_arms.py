@@ -59,7 +59,7 @@ class Arms:
                  num_microbatches=self.shape.num_microbatches, seq_length=1, micro_batch_size=1)  # fmt: skip
 
     def _grouped(self, interleaved: Callable[..., Any], group: int) -> None:
-        with forward_backward._changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
+        with forward_backward.changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
             self._run(interleaved)
 
     def _not_interleaved(self) -> Step:

@@ -125,7 +125,7 @@ def run(
     check_call(call)
     config = get_model_config(model[0])
     check_config(config)
-    pp_group, groups = process_groups(p2p_communicator, pg_collection, config)
+    pp_group, groups = process_groups(p2p_communicator, pg_collection)
     shape = PipelineShape(pp_group.size(), len(model), num_microbatches)
     plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only)
     pp_rank, device = pp_group.rank(), this_device()
@@ -175,11 +175,11 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
     changes: dict[str, Any] = {"microbatch_group_size_per_vp_stage": microbatches}
     if config.overlap_p2p_comm:  # nearly all of the step is warm-up and cool-down, which block without it
         changes["overlap_p2p_comm_warmup_flush"] = True
-    with _changed(config, **changes):
+    with changed(config, **changes):
         if settings.backward == "eager":
             return original(**call)
         total = microbatches * len(call["model"])
-        with _changed(schedules, get_pp_rank_microbatches=lambda *_, **__: (total, True, total, 0)):
+        with changed(schedules, get_pp_rank_microbatches=lambda *_, **__: (total, True, total, 0)):
             return original(**call)
 
 
@@ -221,7 +221,8 @@ def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
 
 
 @contextmanager
-def _changed(owner: Any, **values: Any) -> Iterator[None]:
+def changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of `owner` set for a while, and restored also after an error."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)

@@ -20,7 +20,7 @@ _channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeli
 
 
 def process_groups(
-    p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None, config: Any
+    p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None
 ) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
     """The pipeline group and the collection that finalize_model_grads gets: the caller's, or Megatron's global ones."""
     if (p2p is None) != (groups is None):
