@@ -48,14 +48,32 @@ class Sleep(torch.autograd.Function):
         return of_input, of_weight, None, None
 
 
-class EmulatedChunk(torch.nn.Module):
-    """What Megatron's schedules ask of a model chunk. `repeat` stages in a row: a rank of a pipeline without chunks."""
+class Layer(torch.nn.Module):
+    """A part of a stage, with one parameter: what a bucket of gradients can hold."""
 
-    def __init__(self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, repeat: int = 1):
+    def __init__(self, times: StageTimes, network: Network):
+        super().__init__()
+        self.times, self.network = times, network
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = Sleep.apply(x, self.weight, self.times, self.network)
+        return output
+
+
+class EmulatedChunk(torch.nn.Module):
+    """What Megatron's schedules ask of a model chunk.
+
+    layers: parts of a stage. repeat: stages in a row, of a rank of a pipeline without chunks.
+    """
+
+    def __init__(
+        self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, layers: int = 1, repeat: int = 1
+    ):
         super().__init__()
         self.config, self.vp_stage, self.model_type = config, vp_stage, None
-        self.times, self.network, self.repeat = times, network, repeat
-        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        part = StageTimes(times.forward_s / layers, times.backward_s / layers)
+        self.layers = torch.nn.ModuleList(Layer(part, network) for _ in range(layers * repeat))
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
@@ -66,6 +84,6 @@ class EmulatedChunk(torch.nn.Module):
         x = self._received if given is None else given
         if x is None:
             x = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
-        for _ in range(self.repeat):
-            x = Sleep.apply(x, self.weight, self.times, self.network)
+        for layer in self.layers:
+            x = layer(x)
         return x

@@ -21,13 +21,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from .. import __version__
-from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
 from ..runtime.p2p import Messages
 from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
+from .replicas import data_parallel
 from .settings import Settings
 
 
@@ -145,7 +145,7 @@ def run(
         channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
     )  # fmt: skip
-    with _data_parallel(config, model, forward_only) as gates:
+    with data_parallel(config, model, forward_only) as gates:
         Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
 
     if finalize is not None:
@@ -189,16 +189,6 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     if config.sequence_parallel:
         sequence //= groups.tp.size()
     return sequence, call["micro_batch_size"], config.hidden_size
-
-
-def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel:
-    if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
-        return DataParallel(None, None, None, [])
-    grad_sync, param_sync = (
-        [function] * len(model) if function is not None and not isinstance(function, list) else function
-        for function in (config.grad_sync_func, config.param_sync_func)
-    )
-    return DataParallel(config.no_sync_func, grad_sync, param_sync, model)
 
 
 def _reset_stash(config: Any, evaluation: bool) -> None:

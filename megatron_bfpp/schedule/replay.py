@@ -6,6 +6,7 @@
   - A compute action waits for its message, for the gather of its chunk, and for the sends that its rank launched SEND_WINDOW
     or more compute actions earlier, as the executor does.
   - Gathers and reductions of a rank run one after the other, beside everything else; the step ends with the last of them.
+    A chunk whose gather does not stand in the plan is gathered when its first forward would start, as Megatron's hooks do.
 Standard library only.
 """
 
@@ -33,11 +34,40 @@ class Costs:
     transfer: float = 0.0  # of a message: size / bandwidth
     gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
     reduction: float = 0.0  # of the gradients of a chunk (REDUCE_GRAD)
+    # The first rank's first chunk is reduced in so many parts during its last backward, and gathered in as many during its first forward.
+    buckets: int = 1
 
     def of(self, action: Action) -> float:
         """Of a compute action."""
         cost = self.forward if action.op is Op.F else self.backward
         return cost if isinstance(cost, int | float) else cost[action.stage]
+
+    @staticmethod
+    def reduced(start: float, end: float, free: float, reduction: float, buckets: int) -> float:
+        """When the reduction of what a backward from start to end makes, bucket by bucket, is done on a network free from `free` on."""
+        for bucket in range(1, buckets + 1):
+            free = max(free, start + (end - start) * bucket / buckets) + reduction / buckets
+        return free
+
+    @staticmethod
+    def gathered(start: float, forward: float, parts: list[float]) -> float:
+        """When a forward is done whose parts wait for parts of the parameters."""
+        for part in parts:
+            start = max(start, part) + forward / len(parts)
+        return start
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What a runtime waits for, beside what its actions need. The default is this plugin's executor."""
+
+    for_sends: bool = True  # those launched SEND_WINDOW or more compute actions ago
+    for_forward_sends: bool = False  # each send of an output, before the next action
+    # In the last backward of a stage, for its reduction and gather (an all-reduce), which it launches then, bucket by bucket.
+    for_reductions: bool = False
+
+
+OURS = Waits()
 
 
 @dataclass(frozen=True)
@@ -60,15 +90,9 @@ class Prediction(Timeline):
         return [spans[-1].end - sum(span.end - span.start for span in spans) for spans in self.spans]
 
 
-def replay(
-    plan: Schedule, shape: PipelineShape, costs: Costs = Costs(), waits_for_forward_sends: bool = False
-) -> Prediction:
-    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why).
-
-    waits_for_forward_sends: each send of an output stands in the way of the next action, as in Megatron's own loop since
-        0.18 (PR 4047).
-    """
-    return _Replay(plan, shape, costs, waits_for_forward_sends).to_the_end()
+def replay(plan: Schedule, shape: PipelineShape, costs: Costs = Costs(), waits: Waits = OURS) -> Prediction:
+    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why)."""
+    return _Replay(plan, shape, costs, waits).to_the_end()
 
 
 @dataclass(eq=False, slots=True)
@@ -83,16 +107,16 @@ class _Channel:
 
 
 class _Replay:
-    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits_for_forward_sends: bool):
-        self.plan, self.shape, self.costs = plan, shape, costs
-        self.waits_for_forward_sends = waits_for_forward_sends
+    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits: Waits):
+        self.plan, self.shape, self.costs, self.waits = plan, shape, costs, waits
         size = shape.pp_size
         self.position, self.clock = [0] * size, [0.0] * size
         self.spans: list[list[Span]] = [[] for _ in range(size)]
         self.arrived: dict[Key, float] = {}  # receive -> when its message is there
         self.left: dict[Key, float] = {}  # send -> when its tensor may be reused
         self.sent: list[deque[list[Key]]] = [deque([[]], SEND_WINDOW) for _ in range(size)]
-        self.gathered: dict[int, float] = {}  # stage ->
+        self.backwards = dict.fromkeys(range(shape.num_stages), 0)
+        self.gathered: dict[int, list[float]] = {}  # stage -> when each bucket is there
         self.collectives = [0.0] * size  # when the rank's data-parallel network is free
         self.reduced = [0.0] * size
         self.ready = list(range(size))
@@ -134,6 +158,10 @@ class _Replay:
                     self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
                     return
                 now = start + self.costs.of(action)
+                if op is Op.F and action.microbatch == 0 and self.costs.gather:
+                    now = self._after_gather(action, rank, start)
+                elif op is Op.B and self.waits.for_reductions:
+                    now = self._after_reduction(action, rank, start, now)
                 self.spans[rank].append(Span(action, start, now))
                 window.append([])
             elif op in SENDS:
@@ -159,15 +187,15 @@ class _Replay:
             if arrival is None:
                 return None
             now = max(now, arrival)
-        due = window[0] if len(window) == SEND_WINDOW else []
-        if self.waits_for_forward_sends:
+        due = window[0] if self.waits.for_sends and len(window) == SEND_WINDOW else []
+        if self.waits.for_forward_sends:
             due = due + [send for send in window[-1] if send[1] is Op.SEND_F]
         for send in due:
             left = self.left.get(send)
             if left is None:
                 return None
             now = max(now, left)
-        return max(now, self.gathered.get(stage, 0.0)) if op is Op.F else now
+        return now
 
     def _begin(self, queue: _Channel) -> None:
         while queue.sent and queue.posted:
@@ -181,11 +209,35 @@ class _Replay:
                     self.blocked[rank] = False
                     self.ready.append(rank)
 
+    def _buckets(self, stage: int) -> int:
+        return self.costs.buckets if stage == 0 else 1
+
+    def _gather(self, stage: int, rank: int, now: float) -> None:
+        buckets = self._buckets(stage)
+        begin = max(now, self.collectives[rank])
+        self.gathered[stage] = [begin + self.costs.gather * (part + 1) / buckets for part in range(buckets)]
+        self.collectives[rank] = self.gathered[stage][-1]
+
+    def _after_gather(self, action: Action, rank: int, start: float) -> float:
+        """When the first forward of a chunk is done."""
+        if action.stage not in self.gathered:
+            self._gather(action.stage, rank, start)
+        return self.costs.gathered(start, self.costs.of(action), self.gathered[action.stage])
+
+    def _after_reduction(self, action: Action, rank: int, start: float, end: float) -> float:
+        """When a backward is done that may be the last of its stage."""
+        self.backwards[action.stage] += 1
+        if self.backwards[action.stage] == self.shape.num_microbatches:
+            both = self.costs.reduction + self.costs.gather
+            self.collectives[rank] = self.costs.reduced(start, end, self.collectives[rank], both, self.costs.buckets)
+            end = max(end, self.collectives[rank])
+        return end
+
     def _collective(self, action: Action, rank: int, now: float) -> None:
-        is_gather = action.op is Op.UNSHARD
-        end = max(now, self.collectives[rank]) + (self.costs.gather if is_gather else self.costs.reduction)
-        self.collectives[rank] = end
-        if is_gather:
-            self.gathered[action.stage] = end
-        else:
-            self.reduced[rank] = end
+        if action.op is Op.UNSHARD:
+            self._gather(action.stage, rank, now)
+            return
+        buckets = self._buckets(action.stage)
+        start = self.spans[rank][-1].start if buckets > 1 else now
+        end = self.costs.reduced(start, now, self.collectives[rank], self.costs.reduction, buckets)
+        self.collectives[rank] = self.reduced[rank] = end
