@@ -81,8 +81,9 @@ def _gather_in_forward_order(chunk: Any, _: Iterator[Parameter]) -> None:
 def _unaligned_gathers(model: list[Module]) -> list[Sync] | None:
     """Under --no-align-param-gather Megatron's hooks gather a chunk when its forward needs it, which hides nothing.
 
-    The hooks of the first chunk gather its buckets one ahead of the forward: that stays. The plan gathers the others.
+    The hooks of the first chunk gather its buckets one ahead of the forward: that stays. The plan gathers the others. Megatron takes the
+    hooks away where a step needs no gathers, as the first one.
     """
-    if not all(map(_overlaps_gathers, model)):
+    if not all(_overlaps_gathers(chunk) and chunk.remove_forward_pre_hook_handles for chunk in model):
         return None
     return [lambda _: None, *(chunk.start_param_sync for chunk in model[1:])]  # type: ignore[list-item]
