@@ -75,6 +75,7 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
 def disable() -> None:
     """Undo every seam and the CPU mode."""
     seams.undo_all()
+    step_log.TRAFFIC.remove()
     if "megatron_bfpp.integration.cpu" in sys.modules:
         from .cpu import disable_cpu
 

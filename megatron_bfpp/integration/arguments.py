@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
+from . import seams, step_log
 from .batches import few_microbatches
 from .placed import check_placement
 from .placement import place
@@ -52,6 +53,8 @@ def validating(
             args.pipeline_schedule = explicit
         settings = settings_of(args)
         lines = []
+        if getattr(args, "bfpp_log_communication", False):
+            seams.apply(step_log.SEAM, step_log.logging_steps(os.environ.get("BFPP_STEP_LOG")))
         if device == "cpu":
             from .cpu import cpu_arguments
 

@@ -60,6 +60,11 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--breadth-first-engine", default="plan", metavar="{plan,megatron}",
         help="plan: the plugin's executor of a checked plan. megatron: Megatron's own loop in breadth-first order.",
     )  # fmt: skip
+    group.add_argument(
+        "--bfpp-log-communication", action="store_true",
+        help="Log the collectives and messages of each step with their bytes, under either schedule: one line per log interval, and "
+        "bfpp/... in TensorBoard and W&B.",
+    )  # fmt: skip
 
 
 def settings_of(args: Any) -> Settings:
