@@ -3,8 +3,8 @@
 `simulate` knows dependencies only. Here every send, receive, gather and reduction of the plan counts where it stands:
   - A message begins when it is sent, its receive is posted and the message before it has left the channel; it takes the
     channel for `transfer` and arrives `hop` later.
-  - A compute action waits for its message, for the gather of its chunk, and for the sends that its rank launched SEND_WINDOW
-    or more compute actions earlier, as the executor does.
+  - A compute action waits for its message, for the last gather of its chunk, and for the sends that its rank launched
+    SEND_WINDOW or more compute actions earlier, as the executor does.
   - Gathers and reductions of a rank run one after the other, beside everything else; the step ends with the last of them.
 Standard library only.
 """
@@ -167,7 +167,7 @@ class _Replay:
             if left is None:
                 return None
             now = max(now, left)
-        return max(now, self.gathered.get(stage, 0.0)) if op is Op.F else now
+        return max(now, self.gathered.get(stage, 0.0))
 
     def _begin(self, queue: _Channel) -> None:
         while queue.sent and queue.posted:
@@ -182,6 +182,8 @@ class _Replay:
                     self.ready.append(rank)
 
     def _collective(self, action: Action, rank: int, now: float) -> None:
+        if action.op is Op.RESHARD:  # frees memory; no other rank takes part
+            return
         is_gather = action.op is Op.UNSHARD
         end = max(now, self.collectives[rank]) + (self.costs.gather if is_gather else self.costs.reduction)
         self.collectives[rank] = end
