@@ -23,9 +23,11 @@ from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_pus
 from .. import __version__
 from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
+from ..runtime.fully_sharded import FullySharded
 from ..runtime.p2p import Messages
 from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
+from . import fully_sharded
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
 from .settings import Settings
@@ -42,13 +44,15 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def plan_of(shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool) -> Plan:
-    """Made and checked once per shape; ScheduleError if it were unsound."""
+def plan_of(
+    shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool, resident_chunks: int | None = None
+) -> Plan:
+    """Made and checked once per shape; ScheduleError if it were unsound. resident_chunks: None unless fully sharded."""
     group = None if group_size is None else min(group_size, shape.num_microbatches)
     order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
     timeline = simulate(order, shape)
-    actions = lower(order, shape, timeline)
-    check(actions, shape, forward_only=evaluation)
+    actions = lower(order, shape, timeline, resident_chunks)
+    check(actions, shape, evaluation, resident_chunks)
     return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
 
 
@@ -127,7 +131,8 @@ def run(
     check_config(config)
     pp_group, groups = process_groups(p2p_communicator, pg_collection)
     shape = PipelineShape(pp_group.size(), len(model), num_microbatches)
-    plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only)
+    resident = fully_sharded.resident_chunks(settings, shape.num_chunks) if fully_sharded.is_sharded(model) else None
+    plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only, resident)
     pp_rank, device = pp_group.rank(), this_device()
     _announce(settings, shape, plan, forward_only)
 
@@ -191,7 +196,9 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     return sequence, call["micro_batch_size"], config.hidden_size
 
 
-def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel:
+def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel | FullySharded:
+    if fully_sharded.is_sharded(model):
+        return fully_sharded.data_parallel(model, config)
     if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
         return DataParallel(None, None, None, [])
     grad_sync, param_sync = (

@@ -121,9 +121,8 @@ def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) 
         if stage not in gathered:
             return f"runs while its parameters are sharded: {Action(stage, Op.UNSHARD)} is missing before it"
         gathered[stage] = True
-    elif op is Op.RESHARD:
-        if not gathered.pop(stage, False):
-            return "gives up what is not gathered, or has not run since it was"
+    elif op is Op.RESHARD and not gathered.pop(stage, False):
+        return "gives up what is not gathered, or has not run since it was"
     return None
 
 
