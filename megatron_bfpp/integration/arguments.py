@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from . import fully_sharded
+from . import fully_sharded, fully_sharded_seams, seams
 from .batches import few_microbatches
 from .placed import check_placement
 from .placement import place
@@ -65,7 +65,10 @@ def validating(
             refuse(args, settings)
             lines += place(args)
             sharded_pipeline = getattr(args, "use_torch_fsdp2", False)
-        with fully_sharded.pipeline_ranks_allowed(validate) if sharded_pipeline else nullcontext():
+            if sharded_pipeline:
+                seams.apply(fully_sharded_seams.PARAMETER_IDS, fully_sharded_seams.by_local_tensor)
+                seams.apply(fully_sharded_seams.LOAD_CHECKPOINT, fully_sharded_seams.with_steps)
+        with fully_sharded_seams.pipeline_ranks_allowed(validate) if sharded_pipeline else nullcontext():
             validated = validate(args, *more, **kwargs)
         if settings.schedule != "1f1b":
             lines += _validated(args, settings)

@@ -1,25 +1,20 @@
-"""--use-torch-fsdp2 with pipeline ranks: what is refused, Megatron's one assertion against it, and the chunks' wrapper.
+"""--use-torch-fsdp2 with pipeline ranks: what is refused, and what Megatron's chunks lack.
 
 Megatron's own parts serve as they are: the wrapper that shards (TorchFullyShardedDataParallel), clipping, norms, optimizers
-and checkpoints know sharded tensors. What is missing between them is added to the chunks by `data_parallel`.
+and checkpoints know sharded tensors. What they miss is added to the chunks by `data_parallel`, and by the seams of
+fully_sharded_seams.py.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..runtime.fully_sharded import FullySharded
-from .seams import SeamError
 from .settings import RESIDENT_CHUNKS, Settings
 
 _FLAG, _RESIDENT = "--use-torch-fsdp2", "--breadth-first-resident-chunks"
@@ -60,6 +55,18 @@ def refuse(args: Any, settings: Settings) -> None:
             f"--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so that "
             f"chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
         )
+    if getattr(args, "swiglu", False) and not _splits_gated_layers() and (args.save or args.load):
+        raise UserError(
+            f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the halves of "
+            "the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
+        )
+
+
+def _splits_gated_layers() -> bool:
+    """Whether checkpoints tell the two halves of a gated layer apart when a replica holds a part of one."""
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    return "dp_group" in inspect.signature(apply_swiglu_sharded_factory).parameters
 
 
 def check_resident_chunks(args: Any, settings: Settings) -> None:
@@ -74,53 +81,6 @@ def check_resident_chunks(args: Any, settings: Settings) -> None:
 def resident_chunks(settings: Settings, chunks: int) -> int:
     """How many chunks of a rank may be gathered at one time."""
     return min(settings.resident_chunks or RESIDENT_CHUNKS, chunks)
-
-
-# Megatron's assertion
-
-
-@contextmanager
-def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
-    """Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
-
-    The assertion is taken out of the function's code for the time of a call, rather than to hide the flag or the number of
-    ranks from it: other checks depend on both.
-    """
-    function = inspect.unwrap(validate)
-    code = function.__code__
-    function.__code__ = _without_assertion(function)
-    try:
-        yield
-    finally:
-        function.__code__ = code
-
-
-def _without_assertion(function: Any) -> CodeType:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    removed = _Remove()
-    removed.visit(tree)
-    if removed.count != 1:
-        name = f"{function.__module__}.{function.__qualname__}"
-        raise SeamError(f"{name} has {removed.count} assertions that {_FLAG} has no pipeline ranks, where 1 was expected")
-    module = compile(ast.fix_missing_locations(tree), inspect.getfile(function), "exec")
-    codes = (constant for constant in module.co_consts if isinstance(constant, CodeType))
-    return next(code for code in codes if code.co_name == function.__name__)
-
-
-class _Remove(ast.NodeTransformer):
-    """`assert args.pipeline_model_parallel_size == 1` right below `if args.use_torch_fsdp2:` becomes `pass`."""
-
-    count = 0
-
-    def visit_If(self, node: ast.If) -> ast.AST:
-        self.generic_visit(node)
-        if ast.unparse(node.test) == "args.use_torch_fsdp2":
-            for index, statement in enumerate(node.body):
-                test = ast.unparse(statement.test) if isinstance(statement, ast.Assert) else ""
-                if test == "args.pipeline_model_parallel_size == 1":
-                    node.body[index] = ast.copy_location(ast.Pass(), statement)
-                    self.count += 1
-        return node
 
 
 # The chunks
