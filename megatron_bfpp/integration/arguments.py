@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from . import fully_sharded, fully_sharded_seams, seams
+from . import fully_sharded, fully_sharded_seams
 from .batches import few_microbatches
 from .placed import check_placement
 from .placement import place
@@ -52,25 +52,24 @@ def validating(
             args.pipeline_schedule = explicit
         settings = settings_of(args)
         lines = []
+        is_breadth_first = settings.schedule != "1f1b"
+        if is_breadth_first:
+            refuse(args, settings)
+        else:
+            fully_sharded.refuse_under_1f1b(args)
         if device == "cpu":
             from .cpu import cpu_arguments
 
             lines += [f"on a CPU: {line}" for line in cpu_arguments(args)]
-        sharded_pipeline = False
-        if settings.schedule == "1f1b":
-            fully_sharded.refuse_under_1f1b(args)
+        if is_breadth_first:
+            lines += place(args)
+        else:
             on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
-        else:
-            refuse(args, settings)
-            lines += place(args)
-            sharded_pipeline = getattr(args, "use_torch_fsdp2", False)
-            if sharded_pipeline:
-                seams.apply(fully_sharded_seams.PARAMETER_IDS, fully_sharded_seams.by_local_tensor)
-                seams.apply(fully_sharded_seams.LOAD_CHECKPOINT, fully_sharded_seams.with_steps)
-        with fully_sharded_seams.pipeline_ranks_allowed(validate) if sharded_pipeline else nullcontext():
+        is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
+        with fully_sharded_seams.applied(validate) if is_sharded else nullcontext():
             validated = validate(args, *more, **kwargs)
-        if settings.schedule != "1f1b":
+        if is_breadth_first:
             lines += _validated(args, settings)
         _tell(args, lines)
         return validated

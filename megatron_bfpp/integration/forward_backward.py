@@ -27,6 +27,7 @@ from ..runtime.fully_sharded import FullySharded
 from ..runtime.p2p import Messages
 from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
+from ..schedule.sharding import count_gathers
 from . import fully_sharded
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
@@ -40,6 +41,7 @@ class Plan:
     actions: Schedule
     digest: str
     bubble_fraction: float
+    gathers: int  # of chunks, per rank
     peak_live_activations: list[int]
 
 
@@ -53,7 +55,8 @@ def plan_of(
     timeline = simulate(order, shape)
     actions = lower(order, shape, timeline, resident_chunks)
     check(actions, shape, evaluation, resident_chunks)
-    return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
+    peaks = timeline.peak_live_activations()
+    return Plan(actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]), peaks)
 
 
 class MegatronCompute:
@@ -134,7 +137,7 @@ def run(
     resident = fully_sharded.resident_chunks(settings, shape.num_chunks) if fully_sharded.is_sharded(model) else None
     plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only, resident)
     pp_rank, device = pp_group.rank(), this_device()
-    _announce(settings, shape, plan, forward_only)
+    _announce(settings, shape, plan, forward_only, resident)
 
     _reset_stash(config, forward_only)
     finalize = None if forward_only else config.finalize_model_grads_func
@@ -245,11 +248,15 @@ def _announce_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool) -> None:
+def _announce(
+    settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, resident: int | None = None
+) -> None:
     """One greppable line per shape, on the first rank: what runs, and the plan's hash to compare with other jobs."""
     if torch.distributed.get_rank() == 0:
         group = "" if settings.group_size is None else f", groups of {settings.group_size}"
         what = "evaluation" if evaluation else f"{settings.backward} backward{group}"
+        if resident is not None:
+            what += f", fully sharded with {resident} resident chunks ({plan.gathers} gathers per rank)"
         _announce_once(
             f"megatron_bfpp {__version__}: breadth-first, PP {shape.pp_size} x {shape.num_chunks} chunks = "
             f"{shape.num_stages} stages, {shape.num_microbatches} micro-batches, {what}, engine {settings.engine}, "

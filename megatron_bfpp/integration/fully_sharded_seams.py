@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import seams
 from .seams import Seam, SeamError
 
 PARAMETER_IDS = Seam("megatron.core.dist_checkpointing.optimizer", "get_optim_param_to_id_map", ("optim_params_iter",))
@@ -21,16 +22,19 @@ LOAD_CHECKPOINT = Seam(
 )
 
 
-# Megatron's assertion
+# The assertion
 
 
 @contextmanager
-def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
-    """Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
+def applied(validate: Callable[..., Any]) -> Iterator[None]:
+    """For one call of Megatron's validate_args: without its assertion that FSDP2 has no pipeline ranks. From then on: the
+    seams of checkpoints. Every other check stays.
 
     The assertion is taken out of the function's code for the time of a call, rather than to hide the flag or the number of
     ranks from it: other checks depend on both.
     """
+    seams.apply(PARAMETER_IDS, by_local_tensor)
+    seams.apply(LOAD_CHECKPOINT, with_steps)
     function = inspect.unwrap(validate)
     code = function.__code__
     function.__code__ = _without_assertion(function)

@@ -19,6 +19,8 @@ On a CPU a collective blocks. There `Reductions` launches it asynchronously; it 
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from types import TracebackType
@@ -39,8 +41,10 @@ class Reductions:
     no cast to another type, no addition to an earlier gradient.
     """
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[dist.Work, torch.Tensor, torch.Tensor]] = []
+    def __init__(self, at_most: int) -> None:
+        """at_most: under way at one time; the oldest is waited for where there would be more, as on a GPU."""
+        self._at_most = at_most
+        self._pending: deque[dist.Work] = deque()  # each holds its tensors
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -48,13 +52,14 @@ class Reductions:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any, **_: Any
     ) -> None:
+        while self._pending and (self._pending[0].is_completed() or len(self._pending) == self._at_most):
+            self._pending.popleft().wait()
         name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-        work = getattr(dist, name)(output_tensor, input_tensor, op=op, group=group, async_op=True)
-        self._pending.append((work, output_tensor, input_tensor))
+        self._pending.append(getattr(dist, name)(output_tensor, input_tensor, op=op, group=group, async_op=True))
 
     def finish(self) -> None:
         while self._pending:
-            self._pending.pop(0)[0].wait()
+            self._pending.popleft().wait()
 
 
 _prepared: WeakKeyDictionary[nn.Module, Reductions] = WeakKeyDictionary()  # first chunk of a rank ->
@@ -72,7 +77,7 @@ class FullySharded:
 
     def __init__(self, model: list[FSDPModule], sum_dtype: torch.dtype | None = None, average: bool = True):
         self._model = model
-        self._units = [[unit for unit in chunk.modules() if isinstance(unit, FSDPModule)] for chunk in model]
+        self._units = [list(_units(chunk)) for chunk in model]
         if model[0] not in _prepared:
             _prepared[model[0]] = _prepare(model, self._units, sum_dtype, average)
         self._reductions = _prepared[model[0]]
@@ -113,18 +118,26 @@ class FullySharded:
             unit.reshard()
 
 
+def _units(chunk: FSDPModule) -> Iterator[FSDPModule]:
+    """The modules that FSDP2 gathers and reduces one by one: those with parameters of their own."""
+    for module in chunk.modules():
+        if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_groups:
+            yield module
+
+
 def _prepare(
     model: list[FSDPModule], units: list[list[FSDPModule]], sum_dtype: torch.dtype | None, average: bool
 ) -> Reductions:
     """Set up, once for a model and before its first step, that FSDP2 does nothing of its own accord."""
-    reductions = Reductions()
+    under_way = min(map(len, units))  # no more than a chunk's gradients, whatever the chunks
+    reductions = Reductions(under_way)
     if hasattr(fsdp, "share_comm_ctx"):
         fsdp.share_comm_ctx(model)
     for chunk in model:
         chunk.set_reshard_after_forward(False)
         chunk.set_reshard_after_backward(False)
         if hasattr(chunk, "set_reduce_scatter_max_input_buffers"):
-            chunk.set_reduce_scatter_max_input_buffers(max(map(len, units)))
+            chunk.set_reduce_scatter_max_input_buffers(under_way)
     for unit in chain.from_iterable(units):
         # Before a backward FSDP2 gathers the module that ran before, also in another chunk. Itself: a gathered one.
         unit.set_modules_to_backward_prefetch([unit])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -126,6 +126,52 @@ def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) 
     return None
 
 
-def count_gathers(plan: Schedule) -> Iterator[int]:
-    """Per rank, how often it gathers a chunk in a step."""
-    return (sum(action.op is Op.UNSHARD for action in actions) for actions in plan)
+@dataclass(frozen=True)
+class ParameterBytes:
+    """What is kept of a parameter, in bytes. The defaults: fp32, Adam."""
+
+    gathered: int = 4  # the parameter; 2 in bf16
+    summed: int = 4  # its gradient, unreduced: added up in fp32 also for bf16
+    shard: int = 12  # the parameter and the optimizer's state; 14 in bf16, with an fp32 copy
+    reduced: int = 4  # its reduced gradient; 2 in bf16
+
+
+def peak_parameter_bytes(
+    actions: list[Action], shape: PipelineShape, parameters: Sequence[int], replicas: int, each: ParameterBytes
+) -> float:
+    """The most that parameters, gradients and optimizer take on one rank during a step with full sharding, in bytes.
+
+    actions: the rank's plan. parameters: of each of its chunks. replicas: that the parameters are sharded over.
+    Of all parameters the shard's bytes / replicas; beside that, at every moment: the gathered chunks, counted from the
+    launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the chunk
+    reduced last, which are kept until the next is reduced; and the reduced ones' shards.
+    With 2 resident chunks of n parameters each, and P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and 4 n /
+    replicas for each chunk that is reduced by then.
+    """
+    gathered: set[int] = set()
+    summed: set[int] = set()
+    reduced: set[int] = set()
+    leaving: int | None = None
+    peak = 0.0
+    for stage, op, _ in actions:
+        if op is Op.UNSHARD:
+            gathered.add(stage)
+        elif op is Op.RESHARD:
+            gathered.discard(stage)
+        elif op is Op.B:
+            summed.add(stage)
+        elif op is Op.REDUCE_GRAD:
+            summed.discard(stage)
+            reduced.add(stage)
+            leaving = stage
+        unreduced = summed if leaving is None else summed | {leaving}
+        held = sum(parameters[shape.chunk_of(stage)] for stage in gathered) * each.gathered
+        held += sum(parameters[shape.chunk_of(stage)] for stage in unreduced) * each.summed
+        shards = sum(parameters[shape.chunk_of(stage)] for stage in reduced) * each.reduced / replicas
+        peak = max(peak, held + shards)
+    return sum(parameters) * each.shard / replicas + peak
+
+
+def count_gathers(actions: list[Action]) -> int:
+    """How often a rank gathers a chunk in a step."""
+    return sum(action.op is Op.UNSHARD for action in actions)
