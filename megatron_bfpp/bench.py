@@ -34,6 +34,10 @@ class Setting(NamedTuple):
     gather: float = 0.0
 
     @property
+    def is_replicated(self) -> bool:
+        return self.reduction > 0 or self.gather > 0
+
+    @property
     def network(self) -> str:
         named = ("hop", self.hop), ("transfer", self.transfer), ("reduction", self.reduction), ("gather", self.gather)
         return " + ".join(f"{name} {value:g}" for name, value in named if value) or "free"
@@ -47,9 +51,9 @@ FULL += [
     for message in ((0.5, 0.0), (0.25, 0.25)) for pp in (4, 8) for chunks in (2, 4) for times in (2, 4)
 ]  # fmt: skip
 FULL += [
-    Setting(sizes, *message, *collectives)
-    for sizes, message in (((4, 4, 8), (0.0, 0.0)), ((4, 4, 8), (0.5, 0.0)), ((4, 2, 8), (0.5, 0.0)), ((4, 4, 16), (0.5, 0.0)))
-    for collectives in ((0.5, 0.0), (1.0, 0.0), (0.5, 0.5))
+    Setting(sizes, 0.5, 0.0, *collectives)
+    for sizes, collectives in (((4, 4, 8), (1.0, 0.0)), ((4, 4, 8), (0.5, 0.5)), ((4, 4, 8), (1.0, 1.0)), ((4, 2, 8), (0.5, 0.5)),
+                               ((4, 2, 8), (1.0, 1.0)), ((8, 4, 16), (1.0, 0.0)))
 ]  # fmt: skip
 
 
@@ -114,13 +118,13 @@ def _shape(text: str) -> Sizes:
 def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
     # Here and in the ranks Megatron warns of every library that it could use and a CPU does without.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    from .integration.bench import ARMS, FREE, run_case
+    from .integration.bench import ARMS, FREE, SHARDED, run_case
 
     arms = tuple(args.arm or ARMS)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
-    cases = [_case(args, setting, arms) for setting in settings]
+    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in settings]
     progress, results = _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
     for setting, case in zip(settings, cases, strict=True):
         shape, replicas = case.shape, case.replicas
@@ -130,7 +134,7 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
                       replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
         results += [
             Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
-            for arm in arms
+            for arm in case.arms
         ]
     progress.end()
     return results
@@ -148,7 +152,7 @@ def _case(args: argparse.Namespace, setting: Setting, arms: tuple[str, ...]) -> 
     bandwidth = 1 / (setting.transfer * forward_s) if setting.transfer else float("inf")
     link = Link(setting.network, setting.hop * forward_s, bandwidth, not args.half_duplex, args.shared_card, args.jitter)
     replicas = ALONE
-    if setting.reduction or setting.gather:
+    if setting.is_replicated:
         of_all = shape.num_microbatches
         replicas = ReplicaTimes(
             args.dp, setting.reduction * of_all * times.backward_s, setting.gather * of_all * times.forward_s, args.buckets

@@ -6,6 +6,7 @@ messages do with them is what they do with a model. Tensors are [1, 1, 2] in flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,36 +29,40 @@ class Sleep(torch.autograd.Function):
     """x -> x * weight, each way after a sleep."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, times: StageTimes, network: Network) -> torch.Tensor:
-        until = network.work(times.forward_s)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+        layer.before_work()
+        until = layer.network.work(layer.times.forward_s)
         ctx.save_for_backward(x, weight)
-        ctx.times, ctx.network = times, network
+        ctx.layer = layer
         output = x * weight
         sleep_until(until)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        until = ctx.network.work(ctx.times.backward_s)
+        layer: Layer = ctx.layer
+        layer.before_work()
+        until = layer.network.work(layer.times.backward_s)
         x, weight = ctx.saved_tensors
         grad = grads[0]
         # The last number is the stamp of the message that brought it, not a gradient.
         of_weight = (grad * x)[..., :-1].sum().reshape(1)
         of_input = grad * weight
         sleep_until(until)
-        return of_input, of_weight, None, None
+        return of_input, of_weight, None
 
 
 class Layer(torch.nn.Module):
-    """A part of a stage, with one parameter: what a bucket of gradients can hold."""
+    """A part of a stage, with one parameter: what a bucket of gradients can hold. before_work: a wait for its parameter."""
 
     def __init__(self, times: StageTimes, network: Network):
         super().__init__()
         self.times, self.network = times, network
+        self.before_work: Callable[[], None] = lambda: None
         self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = Sleep.apply(x, self.weight, self.times, self.network)
+        output: torch.Tensor = Sleep.apply(x, self.weight, self)
         return output
 
 

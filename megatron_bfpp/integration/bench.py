@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..schedule import PipelineShape, Schedule
 from .bench_data_parallel import ALONE, ReplicaTimes
 
+SHARDED = "breadth-first-sharded"  # fully, which takes data parallelism
 ARMS = (
     "1f1b",
     "interleaved",
@@ -30,6 +31,7 @@ ARMS = (
     "breadth-first",
     "breadth-first-late",
     "breadth-first-megatron",
+    SHARDED,
     "torch-interleaved",
     "torch-looped-bfs",
 )

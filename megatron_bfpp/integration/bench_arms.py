@@ -43,6 +43,7 @@ class Arms:
             "breadth-first": lambda: self._run(forward_backward.run, Settings("breadth-first")),
             "breadth-first-late": lambda: self._run(forward_backward.run, late),
             "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
+            "breadth-first-sharded": self._sharded(),
             "torch-interleaved": self._torch("torch-interleaved", ScheduleInterleaved1F1B),
             "torch-looped-bfs": self._torch("torch-looped-bfs", ScheduleLoopedBFS),
         }
@@ -94,6 +95,15 @@ class Arms:
         (chunk,) = self._model([self._chunk(self._config(False), None, repeat=self.shape.num_chunks)])
         return lambda: self._run(schedules.forward_backward_pipelining_without_interleaving, model=chunk)
 
+    def _sharded(self) -> Step:
+        if self.collectives is None:
+            return _nothing_to_shard
+        chunks = [self._chunk(self._config(True), chunk) for chunk in range(self.shape.num_chunks)]
+        model = [data_parallel.under_fsdp(chunk, self.replicas, self.collectives) for chunk in chunks]
+        for chunk in model:
+            chunk.config.finalize_model_grads_func = data_parallel.finish
+        return lambda: self._run(forward_backward.run, Settings("breadth-first"), model=model)
+
     def _torch(self, arm: str, kind: Any) -> Step:
         shape, group = self.shape, parallel_state.get_pipeline_model_parallel_group()
         example = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
@@ -123,6 +133,10 @@ class Arms:
         if self.collectives is None:
             return PipelineStage(chunk, *args, **kwargs)
         return data_parallel.ReplicatedStage(chunk, *args, times=self.replicas, collectives=self.collectives, **kwargs)
+
+
+def _nothing_to_shard() -> None:
+    raise ValueError("full sharding takes data parallelism")
 
 
 def _forward_step(iterator: Any, chunk: EmulatedChunk) -> tuple[torch.Tensor, Callable[..., Any]]:

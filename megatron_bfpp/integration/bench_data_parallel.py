@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    TorchFullyShardedDataParallel,
+)
 from torch.distributed.pipelining import PipelineStage
 
 from ..emulate.collectives import Collective, Collectives
-from ..emulate.stages import EmulatedChunk
+from ..emulate.stages import EmulatedChunk, Layer
+from ..runtime import fully_sharded
 
 
 @dataclass(frozen=True)
 class ReplicaTimes:
     """Data parallelism of a case; the times are those of one chunk, in seconds.
 
-    buckets: in which a chunk's gradients are reduced where Megatron makes buckets: in the first chunk of the first rank.
+    buckets: the layers of a chunk. Each is a bucket where Megatron makes buckets, in the first chunk of the first rank, and a unit of FSDP.
     """
 
     size: int = 1
@@ -114,6 +121,54 @@ class ReplicatedStage(PipelineStage):
             self._launched.append(self._collectives.launch((times.reduction_s + times.gather_s) / times.buckets))
 
 
+def under_fsdp(chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectives) -> TorchFullyShardedDataParallel:
+    """A chunk in Megatron's wrapper for FSDP2, each layer a unit."""
+    wrapped = TorchFullyShardedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk, sub_modules_to_wrap={Layer})
+    for layer in chunk.layers:
+        _EmulatedGathers(layer, collectives, times.gather_s / times.buckets)
+    # The runtime makes one for each model, in its first step.
+    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))  # noqa: B010
+    return wrapped
+
+
+class _EmulatedGathers:
+    """The all-gathers of a unit of FSDP2, in time: its next forward or backward waits for the one that is under way."""
+
+    def __init__(self, layer: Any, collectives: Collectives, gather_s: float):
+        self._unshard, self._collectives, self._gather_s = layer.unshard, collectives, gather_s
+        self._gather: Collective | None = None
+        layer.unshard, layer.before_work = self.unshard, self.wait
+
+    def unshard(self, async_op: bool = False) -> Any:
+        self._gather = self._collectives.launch(self._gather_s)
+        return self._unshard(async_op)
+
+    def wait(self) -> None:
+        if self._gather is not None:
+            self._collectives.wait(self._gather)
+            self._gather = None
+
+
+class _EmulatedReductions(fully_sharded.Reductions):
+    """The reduce-scatters of a rank, in time. As on a GPU, a backward waits where the gradients of more than a chunk would wait."""
+
+    def __init__(self, collectives: Collectives, reduction_s: float, at_most: int):
+        super().__init__(at_most)
+        self._collectives, self._reduction_s, self._most = collectives, reduction_s, at_most
+        self._under_way: deque[Collective] = deque()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if len(self._under_way) == self._most:
+            self._collectives.wait(self._under_way.popleft())
+        super().__call__(*args, **kwargs)
+        self._under_way.append(self._collectives.launch(self._reduction_s))
+
+    def finish(self) -> None:
+        super().finish()
+        while self._under_way:
+            self._collectives.wait(self._under_way.popleft())
+
+
 def finish(model: list[Any] | Any, *_: Any, **__: Any) -> None:
     """What Megatron's finalize_model_grads does with the reductions."""
     for chunk in model if isinstance(model, list) else [model]:
@@ -124,3 +179,5 @@ def begin(model: list[Any]) -> None:
     """What Megatron's training step does with them before it calls the schedule."""
     for chunk in model:
         chunk.zero_grad_buffer()
+        if isinstance(chunk, TorchFullyShardedDataParallel):  # which has no buffer
+            chunk.zero_grad()

@@ -1,4 +1,4 @@
-"""Replicated and ZeRO-1 parameters in a breadth-first step: what launches which of Megatron's reductions and gathers.
+"""Data parallelism of a breadth-first step. Replicated and ZeRO-1 parameters: what launches which of Megatron's reductions and gathers.
 
 The plan launches a chunk's reduction after its last backward and its gather under the chunk before. Two things are left to
 expose: the reduction of the first chunk, with which the step ends, and its gather, with which it starts. Megatron holds

@@ -57,6 +57,8 @@ class Result:
             return replay(self.plan, shape, replace(costs, gather=0.0, reduction=costs.reduction + costs.gather), TORCH).step_time
         if self.arm == "1f1b":
             return _one_f_one_b_s(shape, costs)
+        if self.arm == "breadth-first-sharded":
+            return replay(lower(breadth_first(shape), shape, resident_chunks=2), shape, costs).step_time
         plan = lower(_ORDERS[self.arm](shape), shape)
         if self.arm in ("breadth-first", "breadth-first-late"):
             return replay(plan, shape, costs).step_time

@@ -72,6 +72,10 @@ class DataParallel:
         if self._param_sync is not None:
             self._param_sync[chunk](self._model[chunk].parameters())
 
+    def reshard(self, chunk: int) -> None:
+        """Replicated parameters are not given up, and no plan for them says so."""
+        raise AssertionError(f"RESHARD of chunk {chunk}, whose parameters are replicated")
+
     def _key(self, chunk: int) -> int:
         return chunk if isinstance(self._no_sync, list) else 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .collectives import Waits
 from .ir import Action, Op, PipelineShape, Schedule
-from .replay import Waits
 
 MEGATRON = Waits(for_forward_sends=True)  # since 0.18 (PR 4047), before the output is freed
 TORCH = Waits(for_sends=False, for_reductions=True)  # torch.distributed.pipelining's looped schedules, 2.14, with its DDP
