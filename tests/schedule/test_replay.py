@@ -122,6 +122,20 @@ def test_a_gather_that_the_plan_does_not_launch_is_exposed():
     assert replay(plan, shape, Costs(gather=2)).step_time == replay(plan, shape).step_time + 2 * 2  # at each stage
 
 
+def test_full_sharding_hides_its_second_gather_under_the_backwards_of_the_next_chunk():
+    shape = PipelineShape(2, 3, 4)
+    replicated, sharded = lower(breadth_first(shape), shape), lower(breadth_first(shape), shape, resident_chunks=2)
+    alone = replay(replicated, shape).step_time
+    # A reduction and a gather under 4 backwards of 2: the first gather and the last reduction are exposed, as without sharding.
+    hidden = Costs(1, 2, gather=3, reduction=4)
+    assert replay(sharded, shape, hidden).step_time == replay(replicated, shape, hidden).step_time == alone + 3 + 4
+    # Too long for that, and each of V - 2 = 1 chunks that are gathered again exposes what is too much.
+    longer = Costs(1, 2, gather=4, reduction=7)
+    assert replay(sharded, shape, longer).step_time >= replay(replicated, shape, longer).step_time + 3
+    units = Costs(1, 2, gather=3, reduction=4, buckets=4)
+    assert replay(sharded, shape, units).step_time < alone + 3 + 4
+
+
 def test_torch_waits_for_the_reduction_of_a_stage_in_its_last_backward():
     shape = PipelineShape(2, 1, 4)
     plan = add_send_recv(breadth_first(shape), shape)
