@@ -115,4 +115,4 @@ def _scale_gradients(chunk: torch.nn.Module, factor: Any) -> None:
     """With a loss per token Megatron divides summed gradients by the number of tokens; its wrapper leaves that out."""
     for parameter in chunk.parameters():
         if parameter.grad is not None:
-            parameter.grad.to_local().mul_(factor)
+            parameter.grad.mul_(factor)

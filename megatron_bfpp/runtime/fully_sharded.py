@@ -33,6 +33,9 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import FSDPModule
 
+# An FSDP module: torch makes the class at run time, of FSDPModule and of the module's own class.
+Unit = Any
+
 
 class Reductions:
     """The reduce-scatters of a rank that are under way on a CPU; FSDP2's interface for a reduce-scatter of one's own.
@@ -75,7 +78,7 @@ class FullySharded:
     Has the methods of `DataParallel`; for evaluation too, which gathers and reshards.
     """
 
-    def __init__(self, model: list[FSDPModule], sum_dtype: torch.dtype | None = None, average: bool = True):
+    def __init__(self, model: list[Unit], sum_dtype: torch.dtype | None = None, average: bool = True):
         self._model = model
         self._units = [list(_units(chunk)) for chunk in model]
         if model[0] not in _prepared:
@@ -118,7 +121,7 @@ class FullySharded:
             unit.reshard()
 
 
-def _units(chunk: FSDPModule) -> Iterator[FSDPModule]:
+def _units(chunk: Unit) -> Iterator[Unit]:
     """The modules that FSDP2 gathers and reduces one by one: those with parameters of their own."""
     for module in chunk.modules():
         if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_groups:
@@ -126,7 +129,7 @@ def _units(chunk: FSDPModule) -> Iterator[FSDPModule]:
 
 
 def _prepare(
-    model: list[FSDPModule], units: list[list[FSDPModule]], sum_dtype: torch.dtype | None, average: bool
+    model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool
 ) -> Reductions:
     """Set up, once for a model and before its first step, that FSDP2 does nothing of its own accord."""
     under_way = min(map(len, units))  # no more than a chunk's gradients, whatever the chunks
