@@ -1,5 +1,6 @@
 """Parameters sharded by FSDP2 under breadth-first: the losses of replicated ones, the plan's collectives, and little memory."""
 
+import copy
 import functools
 import json
 import os
@@ -7,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs import refused, train, validation_losses
+from jobs import refused, run_job, train, validation_losses
 from sharded_job import Watch
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
@@ -143,6 +144,52 @@ def test_resident_chunks_change_the_number_of_gathers_and_no_bit(resident):
     steps, seen, _ = job(4, *flags, "--breadth-first-resident-chunks", str(resident))
     assert steps == job(4, *flags)[0]
     assert_collectives(seen, 2, 4, 2, resident, steps=2)
+
+
+# The runtime by itself
+
+
+def _two_steps_without_zeroing():
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from megatron_bfpp.runtime.fully_sharded import FullySharded
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(1)
+    plain = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)) for _ in range(3)]
+    sharded = [copy.deepcopy(chunk) for chunk in plain]
+    for chunk in sharded:
+        for layer in (chunk[0], chunk[2], chunk):
+            fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    data = torch.randn(2, 2, 4)  # [replica, micro-batch, width]
+    for _ in range(2):
+        for replica in data:
+            for x in replica:
+                (plain[2](plain[1](plain[0](x[None]))).square().sum() / 2).backward()
+        with FullySharded(sharded) as step:
+            for chunk in range(3):
+                step.unshard(chunk)
+            outputs = [sharded[2](sharded[1](sharded[0](x[None]))) for x in data[dist.get_rank()]]
+            step.reshard(0)
+            step.unshard(0)
+            for output in outputs:
+                if output is outputs[-1]:
+                    for chunk in range(3):
+                        step.before_last_backward(chunk)
+                output.square().sum().backward()
+            for chunk in range(3):
+                step.reduce_grad(chunk)
+                step.reshard(chunk)
+    for expected, found in zip(plain, sharded, strict=True):
+        for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(other.grad.full_tensor(), one.grad)
+
+
+def test_gradients_that_were_not_zeroed_are_added_to(tmp_path):
+    # By a caller that accumulates over calls of the schedule. On a CPU the reduction must then be waited for.
+    run_job(_two_steps_without_zeroing, 2, tmp_path)
 
 
 # Checkpoints
