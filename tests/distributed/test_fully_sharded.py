@@ -227,12 +227,7 @@ def test_a_sharded_run_goes_on_bit_for_bit(more, tmp_path):
     "flags, words",
     [
         (("--pipeline-schedule", "1f1b", *SHARDED), ("--use-torch-fsdp2", "--pipeline-schedule breadth-first")),
-        (("--pipeline-schedule", "1f1b", "--use-megatron-fsdp"), ("--use-megatron-fsdp", "--use-torch-fsdp2")),
         ((*BREADTH_FIRST, "--use-megatron-fsdp"), ("--use-megatron-fsdp", "--use-torch-fsdp2")),
-        ((*BREADTH_FIRST, *SHARDED, "--breadth-first-engine", "megatron"), ("--breadth-first-engine plan",)),
-        ((*BREADTH_FIRST, *SHARDED, "--ckpt-format", "torch_dcp"), ("--ckpt-format torch_dist",)),
-        ((*BREADTH_FIRST, "--breadth-first-resident-chunks", "2"), ("add --use-torch-fsdp2",)),
-        ((*BREADTH_FIRST, *SHARDED, "--breadth-first-resident-chunks", "0"), ("--breadth-first-resident-chunks is 0",)),
         ((*BREADTH_FIRST, *SHARDED, "--breadth-first-resident-chunks", "3"), ("3, but a rank has 2", "Use 1 to 2")),
     ],
 )  # fmt: skip
