@@ -69,7 +69,7 @@ def validating(
             on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
         is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
-        with fully_sharded_seams.applied(validate) if is_sharded else nullcontext():
+        with fully_sharded_seams.pipeline_ranks_allowed(validate) if is_sharded else nullcontext():
             validated = validate(args, *more, **kwargs)
         if is_breadth_first:
             lines += _validated(args, settings)
@@ -99,6 +99,7 @@ def validating_yaml(
         settings = settings_of(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule == "1f1b":
+            fully_sharded.refuse_under_1f1b(validated)
             on_1f1b()
         else:
             refuse(validated, settings)
@@ -192,8 +193,10 @@ def _is_number(text: str) -> bool:
 
 def _validated(args: Any, settings: Settings) -> list[str]:
     """What is checked and told when Megatron has completed the arguments, and no model is built yet."""
-    fully_sharded.check_resident_chunks(args, settings)
+    if getattr(args, "use_torch_fsdp2", False):
+        fully_sharded_seams.apply_to_checkpoints()
     lines = [check_placement(args), *few_microbatches(args)]
+    fully_sharded.check_resident_chunks(args, settings)
     if getattr(args, "microbatch_group_size_per_vp_stage", None) is not None:
         lines.append(
             "WARNING: --microbatch-group-size-per-virtual-pipeline-stage belongs to 1f1b and has no effect; "

@@ -55,7 +55,8 @@ def refuse(args: Any, settings: Settings) -> None:
             f"--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so that "
             f"chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
         )
-    if getattr(args, "swiglu", False) and not _splits_gated_layers() and (args.save or args.load):
+    keeps = getattr(args, "save", None) or getattr(args, "load", None)
+    if keeps and getattr(args, "swiglu", False) and not _splits_gated_layers():
         raise UserError(
             f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the halves of "
             "the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
@@ -115,4 +116,4 @@ def _scale_gradients(chunk: torch.nn.Module, factor: Any) -> None:
     """With a loss per token Megatron divides summed gradients by the number of tokens; its wrapper leaves that out."""
     for parameter in chunk.parameters():
         if parameter.grad is not None:
-            parameter.grad.to_local().mul_(factor)
+            parameter.grad.mul_(factor)

@@ -26,15 +26,12 @@ LOAD_CHECKPOINT = Seam(
 
 
 @contextmanager
-def applied(validate: Callable[..., Any]) -> Iterator[None]:
-    """For one call of Megatron's validate_args: without its assertion that FSDP2 has no pipeline ranks. From then on: the
-    seams of checkpoints. Every other check stays.
+def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
+    """Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
 
     The assertion is taken out of the function's code for the time of a call, rather than to hide the flag or the number of
     ranks from it: other checks depend on both.
     """
-    seams.apply(PARAMETER_IDS, by_local_tensor)
-    seams.apply(LOAD_CHECKPOINT, with_steps)
     function = inspect.unwrap(validate)
     code = function.__code__
     function.__code__ = _without_assertion(function)
@@ -52,7 +49,8 @@ def _without_assertion(function: Any) -> CodeType:
         name = f"{function.__module__}.{function.__qualname__}"
         what = "assertions that --use-torch-fsdp2 has no pipeline ranks"
         raise SeamError(f"{name} has {removed.count} {what}; it should have 1")
-    module = compile(ast.fix_missing_locations(tree), inspect.getfile(function), "exec")
+    ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)  # tracebacks stay right
+    module = compile(tree, inspect.getfile(function), "exec", dont_inherit=True)
     codes = (constant for constant in module.co_consts if isinstance(constant, CodeType))
     return next(code for code in codes if code.co_name == function.__name__)
 
@@ -74,6 +72,12 @@ class _Remove(ast.NodeTransformer):
 
 
 # Checkpoints
+
+
+def apply_to_checkpoints() -> None:
+    """Let sharded optimizers be saved and resumed, until `seams.undo_all`."""
+    seams.apply(PARAMETER_IDS, by_local_tensor)
+    seams.apply(LOAD_CHECKPOINT, with_steps)
 
 
 def by_local_tensor(original: Callable[..., dict[int, int]]) -> Callable[..., dict[int, int]]:

@@ -14,7 +14,8 @@ Not run on a GPU. What it relies on there, from FSDP2's source (torch 2.14):
     and the unreduced gradients of one chunk are kept at most. Where torch lacks the two, modules wait for each other.
   - FSDP2's root callback waits for all reductions after the last backward. It is held off, and called once at the end of
     the step, so that no backward of the next chunk stands behind the reduction of this one.
-On a CPU a collective blocks. There `Reductions` launches it asynchronously; it too is waited for at the end of the step.
+On a CPU a collective blocks. There `Reductions` launches it asynchronously, to be waited for at the end of the step; not
+with a `sum_dtype`, since FSDP2 casts its result at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
+from statistics import median_low
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -33,16 +35,20 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import FSDPModule
 
+# An FSDP module: torch makes the class at run time, of FSDPModule and of the module's own class.
+Unit = Any
+
 
 class Reductions:
     """The reduce-scatters of a rank that are under way on a CPU; FSDP2's interface for a reduce-scatter of one's own.
 
     Their results may be read after `finish` only, so nothing may be computed from them before: no division after the sum,
-    no cast to another type, no addition to an earlier gradient.
+    no cast to another type. Where they are added to an earlier gradient, `waits` must be set.
     """
 
     def __init__(self, at_most: int) -> None:
         """at_most: under way at one time; the oldest is waited for where there would be more, as on a GPU."""
+        self.waits = False
         self._at_most = at_most
         self._pending: deque[dist.Work] = deque()  # each holds its tensors
 
@@ -56,6 +62,8 @@ class Reductions:
             self._pending.popleft().wait()
         name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
         self._pending.append(getattr(dist, name)(output_tensor, input_tensor, op=op, group=group, async_op=True))
+        if self.waits:
+            self.finish()
 
     def finish(self) -> None:
         while self._pending:
@@ -75,7 +83,7 @@ class FullySharded:
     Has the methods of `DataParallel`; for evaluation too, which gathers and reshards.
     """
 
-    def __init__(self, model: list[FSDPModule], sum_dtype: torch.dtype | None = None, average: bool = True):
+    def __init__(self, model: list[Unit], sum_dtype: torch.dtype | None = None, average: bool = True):
         self._model = model
         self._units = [list(_units(chunk)) for chunk in model]
         if model[0] not in _prepared:
@@ -83,6 +91,7 @@ class FullySharded:
         self._reductions = _prepared[model[0]]
 
     def __enter__(self) -> Self:
+        self._reductions.waits = any(each.grad is not None for chunk in self._model for each in chunk.parameters())
         for chunk in self._model:
             chunk.set_requires_gradient_sync(False)
             chunk.set_is_last_backward(False)
@@ -118,18 +127,17 @@ class FullySharded:
             unit.reshard()
 
 
-def _units(chunk: FSDPModule) -> Iterator[FSDPModule]:
+def _units(chunk: Unit) -> Iterator[Unit]:
     """The modules that FSDP2 gathers and reduces one by one: those with parameters of their own."""
     for module in chunk.modules():
         if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_groups:
             yield module
 
 
-def _prepare(
-    model: list[FSDPModule], units: list[list[FSDPModule]], sum_dtype: torch.dtype | None, average: bool
-) -> Reductions:
+def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool) -> Reductions:
     """Set up, once for a model and before its first step, that FSDP2 does nothing of its own accord."""
-    under_way = min(map(len, units))  # no more than a chunk's gradients, whatever the chunks
+    # As many as a chunk has, and not as the one with the embedding or the loss has: the gradients of one chunk in all.
+    under_way = median_low([len(each) for each in units if each] or [1])
     reductions = Reductions(under_way)
     if hasattr(fsdp, "share_comm_ctx"):
         fsdp.share_comm_ctx(model)

@@ -42,9 +42,7 @@ Steps = dict[tuple[int, Op], dict[int | None, int]]
 _ABSENT = -1
 
 
-def check(
-    plan: Schedule, shape: PipelineShape, forward_only: bool = False, resident_chunks: int | None = None
-) -> None:
+def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False, resident_chunks: int | None = None) -> None:
     """Raise ScheduleError, naming ranks and actions, unless `plan` is sound for all ranks.
 
     plan: the lowered actions of every rank. forward_only: no backward is expected (evaluation).

@@ -39,7 +39,9 @@ class Watch:
             if dist.get_process_group_ranks(group) == dist.get_process_group_ranks(replicas):
                 self.seen["gathers" if kind == "gather" else "reductions"] += 1
                 # A ring sends each rank's part to every other rank.
-                self.seen["gathered bytes" if kind == "gather" else "reduced bytes"] += size(output, given) * (group.size() - 1)
+                self.seen["gathered bytes" if kind == "gather" else "reduced bytes"] += size(output, given) * (
+                    group.size() - 1
+                )
             result = original(group, output, given, *args, **kwargs)
             self._look()
             return result
@@ -101,7 +103,9 @@ class Watch:
                 yield local(each.sharded_param.grad)
             if hasattr(each, "_unsharded_param"):
                 yield from each.all_gather_outputs
-                yield from (grad for grad in (each._unsharded_param.grad, each.unsharded_accumulated_grad) if grad is not None)
+                yield from (
+                    grad for grad in (each._unsharded_param.grad, each.unsharded_accumulated_grad) if grad is not None
+                )
 
 
 def local(tensor):
