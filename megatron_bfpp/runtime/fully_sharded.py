@@ -9,9 +9,10 @@ Not run on a GPU. What it relies on there, from FSDP2's source (torch 2.14):
   - `unshard(async_op=True)` launches the all-gather behind what the compute stream held at its launch; the first forward or
     backward of the module waits for it and copies out. The chunk's memory is taken from its launch on.
   - A reduce-scatter runs on a stream of its own. FSDP2 keeps the input of one at a time, and the next module's backward
-    waits for it. `set_reduce_scatter_max_input_buffers` (torch 2.14) raises that to the modules of one chunk, over all
-    chunks, which `share_comm_ctx` puts on the same streams: a reduction then has the next chunk's backward to hide under,
-    and the unreduced gradients of one chunk are kept at most. Where torch lacks the two, modules wait for each other.
+    waits for it. `set_reduce_scatter_max_input_buffers` (torch 2.14) lifts that, over all chunks, which `share_comm_ctx` puts
+    on the same streams. Instead a chunk's reduction is waited for when that of the next chunk has been launched: it
+    has the next chunk's backwards to hide under, and the unreduced gradients of one chunk are kept beside those being
+    added up. Where torch lacks the two, modules wait for each other.
   - FSDP2's root callback waits for all reductions after the last backward. It is held off, and called once at the end of
     the step, so that no backward of the next chunk stands behind the reduction of this one.
 On a CPU a collective blocks. There `Reductions` launches it asynchronously, to be waited for at the end of the step; not
@@ -24,7 +25,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from statistics import median_low
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -40,17 +40,19 @@ Unit = Any
 
 
 class Reductions:
-    """The reduce-scatters of a rank that are under way on a CPU; FSDP2's interface for a reduce-scatter of one's own.
+    """The reductions of a rank that are under way, in the order of their launch.
 
-    Their results may be read after `finish` only, so nothing may be computed from them before: no division after the sum,
-    no cast to another type. Where they are added to an earlier gradient, `waits` must be set.
+    On a CPU it is FSDP2's reduce-scatter too. Results may then be read only after a wait, so nothing may be computed from
+    them before: no division after the sum, no cast to another type. Where they are added to an earlier gradient, `waits`
+    must be set.
     """
 
-    def __init__(self, at_most: int) -> None:
-        """at_most: under way at one time; the oldest is waited for where there would be more, as on a GPU."""
+    def __init__(self, context: Any):
+        """context: of FSDP2's communication, shared by the chunks; it holds the inputs of reductions, with their events."""
         self.waits = False
-        self._at_most = at_most
-        self._pending: deque[dist.Work] = deque()  # each holds its tensors
+        self._context = context
+        self._works: deque[dist.Work] = deque()  # on a CPU
+        self._earlier = 0, 0
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -58,16 +60,32 @@ class Reductions:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any, **_: Any
     ) -> None:
-        while self._pending and (self._pending[0].is_completed() or len(self._pending) == self._at_most):
-            self._pending.popleft().wait()
         name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-        self._pending.append(getattr(dist, name)(output_tensor, input_tensor, op=op, group=group, async_op=True))
+        self._works.append(getattr(dist, name)(output_tensor, input_tensor, op=op, group=group, async_op=True))
         if self.waits:
             self.finish()
 
+    def begin(self) -> None:
+        """What is launched from now on belongs to another chunk."""
+        self._earlier = len(self._works), len(self._inputs)
+
+    def finish_earlier(self) -> None:
+        """Wait for what was launched before the last `begin`, and let its inputs go."""
+        works, inputs = self._earlier
+        for _ in range(min(works, len(self._works))):
+            self._works.popleft().wait()
+        for state in self._inputs[:inputs]:
+            if state.event is not None:
+                self._context.device_handle.current_stream().wait_event(state.event)
+        del self._inputs[:inputs]
+
     def finish(self) -> None:
-        while self._pending:
-            self._pending.popleft().wait()
+        while self._works:
+            self._works.popleft().wait()
+
+    @property
+    def _inputs(self) -> list[Any]:
+        return getattr(self._context, "reduce_scatter_states", [])
 
 
 _prepared: WeakKeyDictionary[nn.Module, Reductions] = WeakKeyDictionary()  # first chunk of a rank ->
@@ -111,10 +129,12 @@ class FullySharded:
     def before_last_backward(self, chunk: int) -> None:
         """The chunk's next backward is its last of the step: its modules reduce as it passes them."""
         self._model[chunk].set_requires_gradient_sync(True)
+        self._reductions.begin()
 
     def reduce_grad(self, chunk: int) -> None:
-        """All backwards of the chunk are done, and have launched its reduction."""
+        """All backwards of the chunk are done, and have launched its reduction: that of the chunk before must be over."""
         self._model[chunk].set_requires_gradient_sync(False)
+        self._reductions.finish_earlier()
 
     def unshard(self, chunk: int) -> None:
         """Launch the gather of the chunk's parameters. Its forwards and backwards wait for it."""
@@ -136,16 +156,14 @@ def _units(chunk: Unit) -> Iterator[Unit]:
 
 def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool) -> Reductions:
     """Set up, once for a model and before its first step, that FSDP2 does nothing of its own accord."""
-    # As many as a chunk has, and not as the one with the embedding or the loss has: the gradients of one chunk in all.
-    under_way = median_low([len(each) for each in units if each] or [1])
-    reductions = Reductions(under_way)
     if hasattr(fsdp, "share_comm_ctx"):
         fsdp.share_comm_ctx(model)
+    reductions = Reductions(model[0]._get_fsdp_state()._comm_ctx)
     for chunk in model:
         chunk.set_reshard_after_forward(False)
         chunk.set_reshard_after_backward(False)
         if hasattr(chunk, "set_reduce_scatter_max_input_buffers"):
-            chunk.set_reduce_scatter_max_input_buffers(under_way)
+            chunk.set_reduce_scatter_max_input_buffers(max(1, sum(map(len, units))))
     for unit in chain.from_iterable(units):
         # Before a backward FSDP2 gathers the module that ran before, also in another chunk. Itself: a gathered one.
         unit.set_modules_to_backward_prefetch([unit])

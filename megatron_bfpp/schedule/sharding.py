@@ -146,12 +146,16 @@ def peak_parameter_bytes(
     launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the chunk
     reduced last, which are kept until the next is reduced; and the reduced ones' shards.
     With 2 resident chunks of n parameters each, and P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and 4 n /
-    replicas for each chunk that is reduced by then.
+    replicas for each chunk but the first.
     """
     gathered: set[int] = set()
     summed: set[int] = set()
     reduced: set[int] = set()
-    leaving: int | None = None
+    leaving: set[int] = set()  # the chunk that was reduced last
+
+    def elements(stages: set[int]) -> int:
+        return sum(parameters[shape.chunk_of(stage)] for stage in stages)
+
     peak = 0.0
     for stage, op, _ in actions:
         if op is Op.UNSHARD:
@@ -161,14 +165,12 @@ def peak_parameter_bytes(
         elif op is Op.B:
             summed.add(stage)
         elif op is Op.REDUCE_GRAD:
-            summed.discard(stage)
             reduced.add(stage)
-            leaving = stage
-        unreduced = summed if leaving is None else summed | {leaving}
-        held = sum(parameters[shape.chunk_of(stage)] for stage in gathered) * each.gathered
-        held += sum(parameters[shape.chunk_of(stage)] for stage in unreduced) * each.summed
-        shards = sum(parameters[shape.chunk_of(stage)] for stage in reduced) * each.reduced / replicas
-        peak = max(peak, held + shards)
+        held = elements(gathered) * each.gathered + elements(summed | leaving) * each.summed
+        peak = max(peak, held + elements(reduced) * each.reduced / replicas)
+        if op is Op.REDUCE_GRAD:  # only now the reduction before this one is waited for
+            summed.discard(stage)
+            leaving = {stage}
     return sum(parameters) * each.shard / replicas + peak
 
 

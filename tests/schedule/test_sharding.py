@@ -204,8 +204,8 @@ def test_the_peak_is_the_shards_and_two_chunks_of_parameters_and_gradients():
     (actions, _) = lower(breadth_first(shape), shape, resident_chunks=2)
     chunk, replicas = 1000, 4
     peak = peak_parameter_bytes(actions, shape, [chunk] * 4, replicas, ParameterBytes())
-    # While chunk 1 runs its backwards: 1 and 0 are gathered, 2 is being reduced, 3 and 2 leave their reduced shards.
-    assert peak == 12 * 4 * chunk / replicas + 2 * (4 + 4) * chunk + 2 * 4 * chunk / replicas
+    # At the end of chunk 1's backwards: 1 and 0 are gathered, 2 and 1 are being reduced, into shards like 3.
+    assert peak == 12 * 4 * chunk / replicas + 2 * (4 + 4) * chunk + 3 * 4 * chunk / replicas
     evaluation, _ = lower(forward_only(shape), shape, resident_chunks=2)
     assert (
         peak_parameter_bytes(evaluation, shape, [chunk] * 4, replicas, ParameterBytes()) == 12 * chunk + 2 * 4 * chunk
