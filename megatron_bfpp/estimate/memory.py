@@ -1,0 +1,90 @@
+"""Bytes that a strategy needs on each pipeline rank: parameters, gradients, optimizer state, activations.
+
+    replicated  Megatron's default: all of them on every data-parallel rank
+    zero1       Megatron's distributed optimizer: the optimizer state is divided by the data-parallel size
+    zero2       torch's FSDP2, parameters kept gathered: gradients are divided too, but for those of the resident chunks
+    zero3       torch's FSDP2: everything is divided, but for parameters and gradients of the resident chunks
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .activations import Activations
+from .model import GPT
+from .strategy import Strategy
+
+__all__ = ["PRECISIONS", "RESIDENT_CHUNKS", "Memory", "Precision", "memory"]
+
+# One chunk runs while the next is gathered; one reduces its gradients while the next makes its own.
+RESIDENT_CHUNKS = 2
+
+
+class Precision(NamedTuple):
+    """Bytes per parameter with Adam as Megatron keeps it."""
+
+    element: int  # parameters and activations
+    gradient: int  # the buffer in which they are accumulated and reduced
+    optimizer: int  # two moments in fp32, and an fp32 copy of the parameters unless they are fp32 themselves
+    step: int  # only during the optimizer's step: fp32 copies of 16-bit gradients
+
+
+PRECISIONS = {
+    "fp32": Precision(4, 4, 8, 0),
+    "bf16": Precision(2, 4, 12, 0),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
+    "fp16": Precision(2, 2, 12, 4),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU of one pipeline rank, in bytes."""
+
+    pp_rank: int
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float  # of one action, or of the optimizer's step
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + max(self.activations + self.working, self._step)
+
+    # The activations are gone when the optimizer runs.
+    _step: float = 0.0
+
+
+def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: bool, pp_rank: int) -> Memory:
+    """Of one pipeline rank. The largest of all ranks counts: the first has the most activations, the last the logits."""
+    s, is_first, is_last = strategy, pp_rank == 0, pp_rank == strategy.pp - 1
+    per_chunk = gpt.num_layers // (s.pp * s.chunks)
+    ends = (gpt.embedding_parameters(s.tp) if is_first else 0) + (
+        gpt.head_parameters(s.tp, s.pp == 1) if is_last else 0
+    )
+    chunk = per_chunk * gpt.layer_parameters(s.tp)
+    count = chunk * s.chunks + ends
+    # The embedding is in the first chunk, the head in the last: at most one of them among few resident chunks.
+    resident = min(count, RESIDENT_CHUNKS * chunk + ends)
+    divided = count / s.dp
+    element, gradient, optimizer, step = precision
+    stored = {
+        "replicated": (element * count, gradient * count, optimizer * count),
+        "zero1": (element * count, gradient * count, optimizer * divided),
+        "zero2": (element * (count + divided), gradient * (resident + divided), optimizer * divided),
+        "zero3": (element * (resident + divided), gradient * (resident + divided), optimizer * divided),
+    }[s.sharding]
+
+    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention)
+    at_once = s.peak_live(pp_rank)
+    activations = at_once * per_chunk * live.layer(s.recompute)
+    if is_first:
+        activations += min(at_once, s.num_microbatches) * live.embedding()
+    working = live.working(s.recompute)
+    if is_last:
+        activations += s.live_logits * live.head()
+        working = max(working, live.head_working())
+    at_step = step * (count if s.sharding == "replicated" else divided)
+    return Memory(pp_rank, *map(float, stored), activations, working, at_step)

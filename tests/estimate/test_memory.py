@@ -1,0 +1,110 @@
+"""The estimate of memory against what Megatron allocates on a CPU."""
+
+from dataclasses import replace
+
+import measured
+import pytest
+
+from megatron_bfpp.estimate.activations import Activations
+from megatron_bfpp.estimate.memory import PRECISIONS, memory
+from megatron_bfpp.estimate.model import GPT
+from megatron_bfpp.estimate.strategy import BREADTH_FIRST, SCHEDULES, Strategy
+from megatron_bfpp.schedule import simulate
+
+SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 256"
+PLAIN = GPT(4, 64, 4, 32, 256, hidden_dropout=0, attention_dropout=0)
+MODELS = {
+    "tied": (PLAIN, ""),
+    "untied": (replace(PLAIN, untied=True), "--untie-embeddings-and-output-weights"),
+    "swiglu, grouped queries, RMSNorm, rotary": (
+        replace(
+            PLAIN,
+            untied=True,
+            swiglu=True,
+            num_query_groups=2,
+            rms_norm=True,
+            linear_bias=False,
+            learned_positions=False,
+        ),
+        "--untie-embeddings-and-output-weights --swiglu --group-query-attention --num-query-groups 2 "
+        + "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope",
+    ),
+    "learned positions": (
+        replace(PLAIN, max_position_embeddings=512, ffn_hidden_size=192),
+        "--max-position-embeddings 512 --ffn-hidden-size 192",
+    ),
+}
+CASES = [  # every model replicated and with the distributed optimizer, in every precision, whole and divided each way
+    ("tied", "fp32", "replicated", 1, 2, 1),
+    ("tied", "bf16", "zero1", 1, 1, 2),
+    ("untied", "fp16", "replicated", 2, 1, 1),
+    ("untied", "bf16", "zero1", 1, 2, 1),
+    ("swiglu, grouped queries, RMSNorm, rotary", "bf16", "replicated", 1, 2, 1),
+    ("swiglu, grouped queries, RMSNorm, rotary", "fp32", "zero1", 2, 1, 1),
+    ("learned positions", "bf16", "replicated", 2, 1, 1),
+    ("learned positions", "fp16", "zero1", 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "sharding", "tp", "pp", "dp"), CASES)
+def test_state_is_what_megatron_allocates(tmp_path, name, precision, sharding, tp, pp, dp):
+    gpt, flags = MODELS[name]
+    schedule = "1f1b" if pp > 1 else "no-pipeline"
+    strategy = Strategy(schedule, pp, tp, dp, 1, 1, 4 // dp, 4 // dp, sharding)
+    words = [*SIZES.split(), *flags.split(), *strategy.flags()]
+    words += [f"--{precision}"] * (precision != "fp32") + ["--initial-loss-scale", "1"] * (precision == "fp16")
+    found = measured.measure(tmp_path, tp * pp * dp, *words)
+    for rank, bytes_of in enumerate(found):
+        expected = memory(gpt, strategy, PRECISIONS[precision], flash_attention=False, pp_rank=rank // (tp * dp))
+        for kind in ("parameters", "gradients", "optimizer"):
+            assert getattr(expected, kind) == pytest.approx(bytes_of[kind], rel=0.01), (rank, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("tied", "bf16"), ("swiglu, grouped queries, RMSNorm, rotary", "fp32")]
+)
+def test_activations_and_operations_are_what_megatron_counts(tmp_path, name, precision):
+    gpt, flags = MODELS[name]
+    words = [*SIZES.split(), *flags.split(), "--micro-batch-size", "2", *[f"--{precision}"] * (precision != "fp32")]
+    (found,) = measured.measure(tmp_path, 1, *words)
+    # Tested without dropout, whose masks a CPU keeps in the model's precision and a GPU in one byte.
+    live = Activations(gpt, 2, 1, False, PRECISIONS[precision].element, flash_attention=False, fused_rms_norm=False)
+    for recompute in ("none", "selective", "full"):
+        expected = live.embedding() + gpt.num_layers * live.layer(recompute) + live.head()
+        assert expected == pytest.approx(found[recompute], rel=0.1), recompute
+    assert gpt.flops(4) == pytest.approx(found["flops"], rel=1e-9)
+    assert gpt.parameters * PRECISIONS[precision].element == found["parameters"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize(
+    ("pp", "chunks", "microbatches", "group"), [(2, 2, 4, 2), (4, 2, 8, 4), (4, 4, 8, 8), (4, 1, 2, 2), (4, 3, 2, 2)]
+)
+def test_the_peak_of_live_activations_is_that_of_the_schedule(schedule, pp, chunks, microbatches, group):
+    if schedule == "1f1b":
+        chunks = 1
+    if schedule in ("1f1b", "interleaved-grouped"):
+        group = microbatches
+    strategy = Strategy(schedule, pp, 1, 1, chunks, 1, microbatches, group)
+    if schedule not in BREADTH_FIRST + ("1f1b",) and microbatches < pp:
+        with pytest.raises(ValueError):
+            strategy.order()
+        return
+    peaks = simulate(strategy.order(), strategy.shape).peak_live_activations()
+    assert [strategy.peak_live(rank) for rank in range(pp)] == peaks
+
+
+def test_fully_sharded_state_shrinks_with_data_parallelism_down_to_two_chunks():
+    gpt = GPT(64, 8192, 64, 1024, 50257, untied=True)
+
+    def state(sharding: str, dp: int, chunks: int) -> float:
+        strategy = Strategy("breadth-first", 4, 2, dp, chunks, 1, 8, 8, sharding)
+        found = memory(gpt, strategy, PRECISIONS["bf16"], True, 1)
+        return found.parameters + found.gradients + found.optimizer
+
+    layers_of_rank = 16 * gpt.layer_parameters(2)
+    assert state("replicated", 8, 4) == 18 * layers_of_rank
+    assert state("zero1", 8, 4) == 6 * layers_of_rank + 12 * layers_of_rank / 8
+    assert state("zero2", 8, 4) == (2 + 4 / 2) * layers_of_rank + 18 * layers_of_rank / 8
+    assert state("zero3", 8, 4) == 6 * layers_of_rank / 2 + 18 * layers_of_rank / 8
+    assert state("zero3", 10**9, 8) == pytest.approx(6 * layers_of_rank / 4, rel=1e-6)
