@@ -47,14 +47,12 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    working: float  # of one action, or of the optimizer's step
+    working: float  # beside the activations, of one action at a time
+    step: float  # of the optimizer's step, when the activations are gone
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + max(self.activations + self.working, self._step)
-
-    # The activations are gone when the optimizer runs.
-    _step: float = 0.0
+        return self.parameters + self.gradients + self.optimizer + max(self.activations + self.working, self.step)
 
 
 def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: bool, pp_rank: int) -> Memory:
@@ -87,4 +85,4 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
         activations += s.live_logits * live.head()
         working = max(working, live.head_working())
     at_step = step * (count if s.sharding == "replicated" else divided)
-    return Memory(pp_rank, *map(float, stored), activations, working, at_step)
+    return Memory(pp_rank, *stored, activations, working, at_step)

@@ -14,16 +14,16 @@ __all__ = ["GPT", "Gemm"]
 
 
 class Gemm(NamedTuple):
-    """`count` products of [m, k] and [k, n] matrices."""
+    """`products` products of [m, k] and [k, n] matrices."""
 
     m: int
     n: int
     k: int
-    count: int = 1
+    products: int = 1
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.m * self.n * self.k * self.count
+        return 2.0 * self.m * self.n * self.k * self.products
 
 
 @dataclass(frozen=True)
