@@ -74,7 +74,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--pipeline-schedule", choices=("1f1b", "breadth-first"), default="1f1b")
     parser.add_argument("--breadth-first-backward", choices=("eager", "late"), default="eager")
     args, rest = parser.parse_known_args(words)
-    for flag, value in zip(rest, [*rest[1:], ""], strict=True):
+    for flag, value in zip(rest, [*rest[1:], ""], strict=False):
         name = flag.split("=", 1)[0]
         if name in _UNKNOWN and (flag.split("=", 1)[-1] if "=" in flag else value) != "1":
             raise UserError(f"{name} is not in the model of bfpp plan, which is a dense GPT with tensor, pipeline and data"

@@ -113,7 +113,11 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
     f, b = times.forward[0], times.backward[0]
     loop = pp * (f + t + times.hop)
     per_chunk = (count - group) * t + max(group * (f + t), loop) - max(group * f, loop)
-    return (strategy.chunks - 1) * per_chunk + max(0.0, (count - 1) * t - b) * (group > pp or count > group)
+    if count == group == pp:
+        return (strategy.chunks - 1) * per_chunk
+    # On the last chunk a rank waits within each forward and backward, but for the time that the longest stage takes longer.
+    slack = max(times.forward) + max(times.backward) - f - b
+    return (strategy.chunks - 1) * per_chunk + max(0.0, (count - 1) * (t - slack) - b)
 
 
 def _data_parallel(strategy: Strategy, times: Durations) -> float:
