@@ -48,6 +48,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         plan.add_argument(f"--{name}", metavar="NAME,...", help=f"only these of {', '.join(words)}")
     plan.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: the flags', else the GPU's own")
     plan.add_argument("--no-sequence-parallel", action="store_true", help="tensor parallelism without it")
+    waits = "Megatron's schedules wait for all messages and reductions, as before 2023"
+    plan.add_argument("--no-overlap", action="store_true", help=waits)
     plan.add_argument(
         "--reserve-gb", type=float, default=4.0, help="memory of a GPU for CUDA, NCCL and fragments; default 4"
     )
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Namespace]:
     """The request, the global batches, and the model's flags."""
-    from .estimate.flags import gpt_of, parse, precision_of, strategy_of
+    from .estimate.flags import batch_list, gpt_of, name_list, number_list, parse, precision_of, strategy_of
     from .estimate.hardware import load_gpu
     from .estimate.search import Request, estimate
 
@@ -137,18 +139,18 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
         raise UserError(f"{gpu.name} has no {precision}.\n  Use --precision {' or '.join(gpu.peak_flops)}.")
     if not 0 <= 1e9 * args.reserve_gb < gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
-    batches = _batches(args.global_batch, flags.global_batch_size)
+    batches = batch_list(args.global_batch, flags.global_batch_size)
     if args.as_configured and len(batches) > 1:
         raise UserError(
             "--as-configured is one strategy, of one global batch.\n  Leave out --global-batch, or --as-configured."
         )
     if args.plot is not None and len(batches) < 2:
         raise UserError("--plot draws time against batch size.\n  Give several batches: --global-batch 64-512.")
-    numbers = {name: _numbers(f"--{name.replace('_', '-')}", getattr(args, name)) for name in _NUMBERS}
-    names = {name: _names(f"--{name}", getattr(args, name), words) for name, words in _CHOICES.items()}
+    numbers = {name: number_list(f"--{name.replace('_', '-')}", getattr(args, name)) for name in _NUMBERS}
+    names = {name: name_list(f"--{name}", getattr(args, name), words) for name, words in _CHOICES.items()}
     request = Request(
         gpt, gpu, args.gpus, batches[0], precision, 1e9 * args.reserve_gb, args.hypothetical, not args.no_sequence_parallel,
-        names["schedule"], numbers["pp"], numbers["tp"], numbers["chunks"], numbers["micro_batch"], numbers["group"],
+        not args.no_overlap, names["schedule"], numbers["pp"], numbers["tp"], numbers["chunks"], numbers["micro_batch"], numbers["group"],
         names["sharding"], names["recompute"],
     )  # fmt: skip
     if args.calibrate is not None:
@@ -174,42 +176,6 @@ def _words(model: list[str]) -> list[str]:
             f"{shlex.join(model)} is more than one file.\n  Give one file of configs/, or -- and Megatron's flags."
         )
     return load(model[0], expand=False)[1]
-
-
-def _batches(text: str | None, configured: int | None) -> list[int]:
-    if text is None:
-        if configured is None:
-            raise UserError(
-                "no global batch is given.\n  Add --global-batch, or --global-batch-size to the model's flags."
-            )
-        return [configured]
-    if "-" not in text:
-        return list(_numbers("--global-batch", text))
-    first, _, last = text.partition("-")
-    (low,), (high,) = _numbers("--global-batch", first), _numbers("--global-batch", last)
-    if low > high or high > 2**24:
-        raise UserError(f"--global-batch {text} is no range.\n  Write it as 64-512: from, to; doubling in between.")
-    found = [low]
-    while found[-1] * 2 <= high:
-        found.append(found[-1] * 2)
-    return found
-
-
-def _numbers(flag: str, text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) < 2**31 for part in parts):
-        raise UserError(f"{flag} {text} is no list of numbers above 0.\n  Write it as 8 or 4,8.")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def _names(flag: str, text: str | None, words: tuple[str, ...]) -> tuple[str, ...]:
-    names = () if text is None else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in words:
-            raise UserError(f"{flag} {name} does not exist.\n  Use one of {', '.join(words)}.")
-    return names
 
 
 def _configured(request: Request, flags: argparse.Namespace) -> Found:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from .model import GPT
 from .strategy import BREADTH_FIRST, Strategy
 
-__all__ = ["gpt_of", "parse", "precision_of", "strategy_of"]
+__all__ = ["batch_list", "gpt_of", "name_list", "number_list", "parse", "precision_of", "strategy_of"]
 
 _REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--vocab-size")
 _SIZES = ("--ffn-hidden-size", "--num-query-groups", "--kv-channels", "--max-position-embeddings")
@@ -169,3 +169,45 @@ def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> 
 
 def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
+
+
+# Lists, of bfpp plan's own flags
+
+
+def batch_list(text: str | None, configured: int | None) -> list[int]:
+    """Global batches: 64,128 or 64-512, which doubles from the first to the last; without a text what the model's flags say."""
+    if text is None:
+        if configured is None:
+            raise UserError(
+                "no global batch is given.\n  Add --global-batch, or --global-batch-size to the model's flags."
+            )
+        return [configured]
+    first, dash, last = text.partition("-")
+    if not dash:
+        return list(number_list("--global-batch", text))
+    bounds = number_list("--global-batch", f"{first},{last}") if "," not in text else ()
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise UserError(f"--global-batch {text} is no range.\n  Write it as 64-512: from, to; doubling in between.")
+    found = [bounds[0]]
+    while found[-1] * 2 <= bounds[1]:
+        found.append(found[-1] * 2)
+    return found
+
+
+def number_list(flag: str, text: str | None) -> tuple[int, ...]:
+    """Empty for no text."""
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) < 2**31 for part in parts):
+        raise UserError(f"{flag} {text} is no list of numbers above 0.\n  Write it as 8 or 4,8.")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def name_list(flag: str, text: str | None, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Of these words. Empty for no text."""
+    names = () if text is None else tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in words:
+            raise UserError(f"{flag} {name} does not exist.\n  Use one of {', '.join(words)}.")
+    return names

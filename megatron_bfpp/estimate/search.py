@@ -32,6 +32,7 @@ class Request:
     reserve: float = 4e9  # bytes of a GPU for CUDA, NCCL and fragments of memory
     hypothetical: bool = False  # also what Megatron refuses today
     sequence_parallel: bool = True
+    overlap: bool = True  # of Megatron's schedules
     schedule: tuple[str, ...] = ()
     pp: tuple[int, ...] = ()
     tp: tuple[int, ...] = ()
@@ -66,7 +67,7 @@ class Found:
 
 def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
     gpt, gpu = request.gpt, request.gpu
-    times = durations(gpt, strategy, gpu, request.precision)
+    times = durations(gpt, strategy, gpu, request.precision, request.overlap)
     is_short = strategy.pp * strategy.chunks * strategy.num_microbatches <= REPLAY_LIMIT
     step = (replay_step if exact and is_short else formula_step)(strategy, times)
     tokens = strategy.global_batch * gpt.seq_length / step.step / strategy.num_gpus

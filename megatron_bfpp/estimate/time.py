@@ -12,13 +12,13 @@ a collective of a chunk's parameters or gradients, over data-parallel ranks that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .activations import Activations
 from .hardware import GPU
 from .memory import PRECISIONS, RESIDENT_CHUNKS
 from .model import GPT
-from .strategy import Strategy
+from .strategy import BREADTH_FIRST, Strategy
 
 __all__ = ["Durations", "durations"]
 
@@ -48,7 +48,8 @@ class Durations:
     optimizer: float
 
 
-def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str) -> Durations:
+def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:
+    """overlap: False has Megatron's schedules wait for every message and for all data-parallel traffic, as before 2023."""
     s, element = strategy, PRECISIONS[precision].element
     live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, gpu.flash_attention)
     layer = _Layer(gpt, s, gpu, precision, live)
@@ -62,10 +63,14 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str) -> Duratio
     link = gpu.link(1, s.num_gpus)
     if link is not gpu.node_link:
         link = gpu.network_link
-    gather, reduction, ends = _collectives(gpt, s, gpu, precision, forward[0], backward[0])
+    gather, reduction, ends = _collectives(gpt, s, gpu, precision)
+    if s.chunks == 1 and overlap:
+        buckets = max(1, layers * gpt.layer_parameters(s.tp) // max(BUCKET, BUCKET_PER_RANK * s.dp))
+        gather = max(gather / buckets, gather - forward[0])
+        reduction = max(reduction / buckets, reduction - backward[0])
     owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
     owned //= 1 if s.sharding == "replicated" else s.dp
-    return Durations(
+    times = Durations(
         forward,
         backward,
         tensor_parallel=layers * layer.tensor_parallel,
@@ -76,6 +81,26 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str) -> Duratio
         ends=ends,
         backward_gathers=max(0, s.chunks - RESIDENT_CHUNKS) if s.sharding == "zero3" else 0,
         optimizer=owned * OPTIMIZER_TRAFFIC / gpu.memory_bytes_per_s,
+    )
+    return times if overlap or s.schedule in BREADTH_FIRST else _blocking(s, times)
+
+
+def _blocking(s: Strategy, times: Durations) -> Durations:
+    """Messages are part of the actions that exchange them, gathers and reductions stand at the two ends of the step.
+
+    A rank exchanges once for each forward of its warm-up and backward of its cool-down, and once for each pair between them.
+    """
+    total = s.chunks * s.num_microbatches
+    message = (times.hop + times.transfer) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
+    return replace(
+        times,
+        forward=[each + message for each in times.forward],
+        backward=[each + message for each in times.backward],
+        hop=0.0,
+        transfer=0.0,
+        gather=0.0,
+        reduction=0.0,
+        ends=times.ends + s.chunks * (times.gather + times.reduction),
     )
 
 
@@ -98,9 +123,7 @@ class _Layer:
         self.tensor_parallel = exchanged * (3 if s.recompute == "full" else 2)
 
 
-def _collectives(
-    gpt: GPT, s: Strategy, gpu: GPU, precision: str, forward: float, backward: float
-) -> tuple[float, float, float]:
+def _collectives(gpt: GPT, s: Strategy, gpu: GPU, precision: str) -> tuple[float, float, float]:
     """Gather and reduction of a chunk, and both of the embedding."""
     element, gradient = PRECISIONS[precision][:2]
     link = gpu.link(s.tp, s.dp)
@@ -114,8 +137,4 @@ def _collectives(
         return link.all_gather_s(element * parameters, s.dp), scattered
 
     gather, reduction = both(layers)
-    if s.chunks == 1:
-        buckets = max(1, layers // max(BUCKET, BUCKET_PER_RANK * s.dp))
-        gather = max(gather / buckets, gather - forward)
-        reduction = max(reduction / buckets, reduction - backward)
     return gather, reduction, sum(both(words))
