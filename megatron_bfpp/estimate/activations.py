@@ -28,7 +28,7 @@ class Activations:
     sequence_parallel: bool
     element: int  # bytes
     flash_attention: bool  # False: the probabilities are stored, as by Megatron's local layers
-    fused_rms_norm: bool = True  # False: torch's on a CPU, which saves its normalized input too
+    fused_rms_norm: bool = True  # False: torch's on a CPU, which saves its input and that normalized, both in fp32
 
     @property
     def _tokens(self) -> int:
@@ -50,10 +50,15 @@ class Activations:
 
     def _outside_attention(self) -> float:
         gpt, per_rank = self.gpt, self._tokens * self.element / self.tp
-        norms = (4 if self.fused_rms_norm or not gpt.rms_norm else 6) * self.message
+        norms = 2 * self._norm()
         masks = 2 * self.message / self.element if gpt.hidden_dropout else 0.0
         # fc1's output, which the activation function keeps, and fc2's input
         return norms + masks + per_rank * (self._qkv() + gpt.query_width + gpt.fc1_width + gpt.ffn)
+
+    def _norm(self) -> float:
+        """What a norm saves, and its output, which the matrix product behind it saves."""
+        saved = self.element if self.fused_rms_norm or not self.gpt.rms_norm else 8
+        return self.message * (saved + self.element) / self.element
 
     def _qkv(self) -> int:
         """Elements per token that the attention keeps of its queries, keys and values, of all ranks."""
@@ -77,8 +82,7 @@ class Activations:
 
     def head(self) -> float:
         """The final norm's input and output, and the softmax over the vocabulary in fp32."""
-        norm = (2 if self.fused_rms_norm or not self.gpt.rms_norm else 3) * self.message
-        return norm + 4.0 * self._logits() + 16.0 * self._tokens
+        return self._norm() + 4.0 * self._logits() + 16.0 * self._tokens
 
     def head_working(self) -> float:
         """The logits and their gradient in the model's precision."""

@@ -61,7 +61,13 @@ def test_state_is_what_megatron_allocates(tmp_path, name, precision, sharding, t
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("tied", "bf16"), ("swiglu, grouped queries, RMSNorm, rotary", "fp32")]
+    ("name", "precision"),
+    [
+        ("tied", "bf16"),
+        ("untied", "fp32"),
+        ("swiglu, grouped queries, RMSNorm, rotary", "bf16"),
+        ("learned positions", "bf16"),
+    ],
 )
 def test_activations_and_operations_are_what_megatron_counts(tmp_path, name, precision):
     gpt, flags = MODELS[name]

@@ -172,3 +172,15 @@ def test_calibration_makes_the_measured_step_the_predicted_one():
     assert calibrated.matmul < request.gpu.matmul
     with pytest.raises(UserError, match="cannot be explained"):
         request.gpu.calibrated(1e-3, step_s)
+
+
+def test_without_overlap_megatron_pays_for_every_message_and_breadth_first_does_not():
+    gpu = load_gpu("v100-32")
+    for schedule, group in (("interleaved", 4), ("breadth-first", 8)):
+        strategy = Strategy(schedule, 4, 4, 16, 4, 1, 8, group)
+        overlapped, blocking = (durations(BIG, strategy, gpu, "fp16", overlap) for overlap in (True, False))
+        gain = replay_step(strategy, blocking).step - replay_step(strategy, overlapped).step
+        if schedule == "breadth-first":
+            assert overlapped == blocking
+        else:
+            assert gain > 3 * (overlapped.gather + overlapped.reduction)  # 4 chunks, 1 of which is exposed anyhow
