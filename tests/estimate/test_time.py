@@ -183,4 +183,4 @@ def test_without_overlap_megatron_pays_for_every_message_and_breadth_first_does_
         if schedule == "breadth-first":
             assert overlapped == blocking
         else:
-            assert gain > 3 * (overlapped.gather + overlapped.reduction)  # 4 chunks, 1 of which is exposed anyhow
+            assert gain > overlapped.gather + overlapped.reduction
