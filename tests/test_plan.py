@@ -11,7 +11,7 @@ import pytest
 from megatron_bfpp.cli import main
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "gpt_52b.yaml")
-ON_64 = ["plan", CONFIG, "--gpu", "v100-32", "--gpus", "64", "--tp", "8", "--pp", "4,8"]
+ON_64 = ["plan", CONFIG, "--gpu", "v100-32", "--gpus", "64", "--tp", "8", "--pp", "8", "--micro-batch", "1,2"]
 FLAGS = [
     "--num-layers",
     "64",
@@ -38,7 +38,7 @@ def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(cap
 
 
 def test_rejections_are_counted_by_reason(capsys):
-    assert main([*ON_64, "--global-batch", "32", "--rejected"]) == 0
+    assert main([*ON_64, "--pp", "4", "--global-batch", "32", "--rejected"]) == 0
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if "strategies considered" in line]
     total = int(line.split(" fit, ")[1].split()[0])
@@ -50,7 +50,18 @@ def test_rejections_are_counted_by_reason(capsys):
 def test_several_batches_are_compared_and_drawn_and_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     data, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    words = ["--global-batch", "16-64", "--json", str(data), "--plot", str(picture), "--critical-batch-size", "5000"]
+    words = [
+        "--chunks",
+        "1,8",
+        "--global-batch",
+        "16-64",
+        "--json",
+        str(data),
+        "--plot",
+        str(picture),
+        "--critical-batch-size",
+        "5000",
+    ]
     assert main([*ON_64, *words]) == 0
     assert "TFLOP/s per GPU" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")

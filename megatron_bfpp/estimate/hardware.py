@@ -81,7 +81,7 @@ class GPU:
                 f" {high:.3g} s at 1% of it.\n  Give the measured step of exactly this configuration."
             )
         lower, upper = 0.01, 1.0
-        for _ in range(40):
+        for _ in range(25):
             middle = (lower * upper) ** 0.5
             lower, upper = (lower, middle) if predict(replace(self, matmul=middle)) < measured_s else (middle, upper)
         return replace(self, matmul=upper)

@@ -27,7 +27,7 @@ def test_all_that_is_considered_fits_or_has_a_reason_and_the_fastest_comes_first
 
 
 def test_megatrons_limits_are_kept_unless_the_question_is_hypothetical():
-    request = replace(REQUEST, pp=(4, 8), tp=(4,))
+    request = replace(REQUEST, pp=(8,), tp=(4,), micro_batch=(1,))
     plain, hypothetical = search(request), search(replace(request, hypothetical=True))
     assert {each.strategy.sharding for each in plain.estimates} <= {"replicated", "zero1"}
     sharded = [each.strategy for each in hypothetical.estimates if each.strategy.sharding in ("zero2", "zero3")]

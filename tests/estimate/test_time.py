@@ -75,6 +75,18 @@ def test_the_formula_agrees_with_the_replay_of_the_plan(schedule):
         assert exact.is_exact and not formula.is_exact
 
 
+@pytest.mark.parametrize("schedule", ["breadth-first", "breadth-first-late"])
+def test_the_formula_agrees_with_the_replay_of_groups(schedule):
+    found = 0
+    for strategy, times in cases(schedule, 120):
+        grouped, times = replace(strategy, group=strategy.pp), replace(times, backward_gathers=0)
+        if strategy.num_microbatches > strategy.pp and strategy.num_microbatches % strategy.pp == 0:
+            found += 1
+            exact = replay_step(grouped, times)
+            assert formula_step(grouped, times).step == pytest.approx(exact.step, rel=0.03), (grouped, times)
+    assert found > 20
+
+
 def test_the_formula_agrees_on_real_durations():
     for gpu in ("v100-32", "h100-80"):
         for schedule, chunks, microbatches, group in (
