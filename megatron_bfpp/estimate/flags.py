@@ -185,11 +185,16 @@ def batch_list(text: str | None, configured: int | None) -> list[int]:
     first, dash, last = text.partition("-")
     if not dash:
         return list(number_list("--global-batch", text))
-    bounds = number_list("--global-batch", f"{first},{last}") if "," not in text else ()
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
+    if not (
+        first.isascii()
+        and first.isdigit()
+        and last.isascii()
+        and last.isdigit()
+        and 0 < int(first) <= int(last) < 2**31
+    ):
         raise UserError(f"--global-batch {text} is no range.\n  Write it as 64-512: from, to; doubling in between.")
-    found = [bounds[0]]
-    while found[-1] * 2 <= bounds[1]:
+    found = [int(first)]
+    while found[-1] * 2 <= int(last):
         found.append(found[-1] * 2)
     return found
 

@@ -134,16 +134,13 @@ def _rank(each: Estimate) -> tuple[float, float]:
 
 
 def _divisions(request: Request) -> Iterator[tuple[int, int]]:
-    tps = request.tp or [tp for tp in _divisors(request.num_gpus) if tp <= request.gpu.gpus_per_node]
-    for tp in tps:
-        for pp in request.pp or [
-            pp for pp in _divisors(max(1, request.num_gpus // tp)) if pp <= request.gpt.num_layers
-        ]:
+    for tp in request.tp or _divisors(request.num_gpus, request.gpu.gpus_per_node):
+        for pp in request.pp or _divisors(max(1, request.num_gpus // tp), request.gpt.num_layers):
             yield pp, tp
 
 
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+def _divisors(number: int, most: int) -> list[int]:
+    return [each for each in range(1, min(number, most) + 1) if number % each == 0]
 
 
 def _indivisible(request: Request, pp: int, tp: int) -> str | None:
@@ -190,7 +187,7 @@ def _chunks_and_groups(request: Request, schedule: str, pp: int, count: int) -> 
         if not request.chunks or 1 in request.chunks:
             yield 1, count
         return
-    for chunks in request.chunks or _divisors(max(1, request.gpt.num_layers // pp)):
+    for chunks in request.chunks or _divisors(max(1, request.gpt.num_layers // pp), request.gpt.num_layers):
         if chunks == 1:
             continue
         if request.group:
