@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UserError
 from .files import write_whole
@@ -15,24 +16,60 @@ from .report.bench import Result, as_json, table
 from .schedule import PipelineShape
 from .schedule.replay import Costs
 
+if TYPE_CHECKING:  # Megatron takes seconds to import
+    from .integration.bench import Case
+
 Sizes = tuple[int, int, int]  # pp, chunks, micro-batches
 
-# Sizes, latency and transfer of a message in forwards. With the defaults about 2 and 15 minutes.
-SHORT: list[tuple[Sizes, float, float]] = [((4, 2, 8), 0.5, 0.0), ((4, 4, 8), 0.5, 0.0), ((4, 4, 8), 0.25, 0.25)]
-FULL: list[tuple[Sizes, float, float]] = [((4, 4, 8), 0.0, 0.0)] + [
-    ((pp, chunks, times * pp), hop, transfer)
-    for hop, transfer in ((0.5, 0.0), (0.25, 0.25)) for pp in (4, 8) for chunks in (2, 4) for times in (2, 4)
+
+class Setting(NamedTuple):
+    """A case of a set. hop, transfer: of a message, in forwards of a chunk. reduction, gather: of a chunk, in the backwards and
+    the forwards of all its micro-batches; without both there is no data parallelism.
+    """
+
+    sizes: Sizes
+    hop: float = 0.0
+    transfer: float = 0.0
+    reduction: float = 0.0
+    gather: float = 0.0
+
+    @property
+    def is_replicated(self) -> bool:
+        return self.reduction > 0 or self.gather > 0
+
+    @property
+    def network(self) -> str:
+        named = ("hop", self.hop), ("transfer", self.transfer), ("reduction", self.reduction), ("gather", self.gather)
+        return " + ".join(f"{name} {value:g}" for name, value in named if value) or "free"
+
+
+# With the defaults about 2 and 15 minutes.
+SHORT = [Setting((4, 2, 8), 0.5), Setting((4, 4, 8), 0.5), Setting((4, 4, 8), 0.25, 0.25), Setting((4, 4, 8), 0.0, 0.0, 1.0)]
+FULL = [Setting((4, 4, 8))]
+FULL += [
+    Setting((pp, chunks, times * pp), *message)
+    for message in ((0.5, 0.0), (0.25, 0.25)) for pp in (4, 8) for chunks in (2, 4) for times in (2, 4)
+]  # fmt: skip
+FULL += [
+    Setting(sizes, 0.5, 0.0, *collectives)
+    for sizes, collectives in (((4, 4, 8), (1.0, 0.0)), ((4, 4, 8), (0.5, 0.5)), ((4, 4, 8), (1.0, 1.0)), ((4, 2, 8), (0.5, 0.5)),
+                               ((4, 2, 8), (1.0, 1.0)), ((8, 4, 16), (1.0, 0.0)))
 ]  # fmt: skip
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
-    bench.add_argument("--set", choices=("short", "full"), default="short", help="of shapes; short (the default) takes 2 minutes, full 15")
+    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 2 minutes, full 15")
     bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
     bench.add_argument("--forward-ms", type=float, default=15.0, help="of a chunk and micro-batch; default 15 ms")
     bench.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
     bench.add_argument("--transfer", type=float, help="of a message at a card, in forwards: size / bandwidth")
+    bench.add_argument("--reduction", type=float, help="of a chunk's gradients, in backwards of all its micro-batches")
+    bench.add_argument("--gather", type=float, help="of a chunk's parameters, in forwards of all its micro-batches")
+    bench.add_argument("--dp", type=int, default=2, help="replicas of the pipeline where there are reductions or gathers; default 2")
+    bench.add_argument("--buckets", type=int, default=1, help="of gradients in the first chunk of the first rank; default 1")
+    bench.add_argument("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
     bench.add_argument("--half-duplex", action="store_true", help="a card either sends or receives")
     bench.add_argument("--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it")
     bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
@@ -43,8 +80,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    cases = _cases(args)
-    results = _measure(args, cases)
+    results = _measure(args, _settings(args))
     print(table(results))
     if args.json is not None:
         write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
@@ -57,19 +93,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cases(args: argparse.Namespace) -> list[tuple[PipelineShape, float, float]]:
-    """Shapes with the latency and the transfer of a message, in forwards."""
+def _settings(args: argparse.Namespace) -> list[Setting]:
     for flag, value, least in (("--forward-ms", args.forward_ms, 0.1), ("--backward-time", args.backward_time, 0.01),
-                               ("--repeat", args.repeat, 1), ("--transfer", args.transfer or 0, 0)):  # fmt: skip
+                               ("--repeat", args.repeat, 1), ("--transfer", args.transfer or 0, 0), ("--reduction", args.reduction or 0, 0),
+                               ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1)):  # fmt: skip
         if not least <= value <= 10_000:
             raise UserError(f"{flag} is {value:g}; it must lie between {least:g} and 10000.")
-    if args.shape is None and args.hop is None and args.transfer is None:
-        chosen = FULL if args.set == "full" else SHORT
-    else:
-        shapes = [_shape(text) for text in args.shape or ()] or list(dict.fromkeys(sizes for sizes, _, _ in SHORT))
-        hops = args.hop or ((0.5,) if args.transfer is None else (0.0,))
-        chosen = [(sizes, hop, args.transfer or 0.0) for sizes in shapes for hop in hops]
-    return [(PipelineShape(*sizes), hop, transfer) for sizes, hop, transfer in chosen]
+    if all(each is None for each in (args.shape, args.hop, args.transfer, args.reduction, args.gather)):
+        return FULL if args.set == "full" else SHORT
+    shapes = [_shape(text) for text in args.shape or ()] or list(dict.fromkeys(each.sizes for each in SHORT))
+    hops = args.hop or ((0.5,) if args.transfer is None else (0.0,))
+    rest = args.transfer or 0.0, args.reduction or 0.0, args.gather or 0.0
+    return [Setting(sizes, hop, *rest) for sizes in shapes for hop in hops]
 
 
 def _shape(text: str) -> Sizes:
@@ -80,31 +115,49 @@ def _shape(text: str) -> Sizes:
     return pp, chunks, microbatches
 
 
-def _measure(args: argparse.Namespace, cases: list[tuple[PipelineShape, float, float]]) -> list[Result]:
+def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
     # Here and in the ranks Megatron warns of every library that it could use and a CPU does without.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    from .emulate.network import Link
-    from .emulate.stages import StageTimes
-    from .integration.bench import ARMS, Case, run_case
+    from .integration.bench import ARMS, FREE, SHARDED, run_case
 
     arms = tuple(args.arm or ARMS)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
-    forward_s = args.forward_ms / 1e3
-    times = StageTimes(forward_s, forward_s * args.backward_time)
-    progress, results = _Progress(len(cases) * len(arms) * args.repeat), []
-    for shape, hop, transfer in cases:
-        # Messages of one byte on a card that needs the transfer time for it: only the quotient counts.
-        bandwidth = 1 / (transfer * forward_s) if transfer else float("inf")
-        name = f"hop {hop:g}" + (f" + transfer {transfer:g}" if transfer else "")
-        link = Link(name, hop * forward_s, bandwidth, not args.half_duplex, args.jitter)
-        title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {name}"
-        found = run_case(Case(shape, times, link, 1.0, arms, args.repeat), partial(progress.step, title))
-        costs = Costs(times.forward_s, times.backward_s, link.latency_s, transfer * forward_s)
-        results += [Result(arm, shape, name, costs, step_times) for arm, step_times in found.items()]
+    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in settings]
+    progress, results = _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
+    for setting, case in zip(settings, cases, strict=True):
+        shape, replicas = case.shape, case.replicas
+        title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
+        found = run_case(case, partial(progress.step, title))
+        costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
+                      replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
+        results += [
+            Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
+            for arm in case.arms
+        ]
     progress.end()
     return results
+
+
+def _case(args: argparse.Namespace, setting: Setting, arms: tuple[str, ...]) -> Case:
+    from .emulate.network import Link
+    from .emulate.stages import StageTimes
+    from .integration.bench import Case
+    from .integration.bench_data_parallel import ALONE, ReplicaTimes
+
+    shape, forward_s = PipelineShape(*setting.sizes), args.forward_ms / 1e3
+    times = StageTimes(forward_s, forward_s * args.backward_time)
+    # Messages of one byte on a card that needs the transfer time for it: only the quotient counts.
+    bandwidth = 1 / (setting.transfer * forward_s) if setting.transfer else float("inf")
+    link = Link(setting.network, setting.hop * forward_s, bandwidth, not args.half_duplex, args.shared_card, args.jitter)
+    replicas = ALONE
+    if setting.is_replicated:
+        of_all = shape.num_microbatches
+        replicas = ReplicaTimes(
+            args.dp, setting.reduction * of_all * times.backward_s, setting.gather * of_all * times.forward_s, args.buckets
+        )
+    return Case(shape, times, link, 1.0, replicas, arms, args.repeat)
 
 
 class _Progress:

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--svg", metavar="PATH", help="write the picture")
     show.add_argument("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
     show.add_argument("--plan", action="store_true", help="with sends and receives, in --csv and --text")
+    show.add_argument("--resident-chunks", type=int, help="of fully sharded parameters, in --plan: gathered at one time")
     show.add_argument("--text", action="store_true", help="print the actions of each rank instead of the grid")
     show.add_argument("--wide", action="store_true", help="do not cut the grid at the terminal's width")
     show.set_defaults(run=_show)
@@ -121,7 +122,7 @@ def _order(name: str, shape: PipelineShape, args: argparse.Namespace) -> Schedul
 
 
 def _lowered(order: Schedule, shape: PipelineShape, args: argparse.Namespace) -> Schedule:
-    return lower(order, shape) if args.plan else order
+    return lower(order, shape, resident_chunks=args.resident_chunks) if args.plan else order
 
 
 def _check(args: argparse.Namespace) -> int:

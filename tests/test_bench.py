@@ -8,6 +8,7 @@ import pytest
 from megatron_bfpp.cli import main
 from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, table
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
+from megatron_bfpp.schedule.lower import add_send_recv
 from megatron_bfpp.schedule.replay import Costs, replay
 
 SHAPE, COSTS = PipelineShape(4, 2, 8), Costs(0.02, 0.04, hop=0.01)
@@ -34,12 +35,28 @@ def test_the_table_has_medians_and_ratios():
         Result("1f1b", SHAPE, "hop 0.5", COSTS, [1.8, 1.8, 1.8]),
     ]
     lines = table(results).splitlines()
-    assert Result("torch-looped-bfs", SHAPE, "hop 0.5", COSTS, [1.0]).predicted_s is None  # its waits are its own
     assert lines[0] == "PP 4 x 2 chunks, 8 micro-batches, network hop 0.5 (median of 3)"
     assert lines[3].split() == ["breadth-first", "1.200", "s", "8.3%", "1.000", "0.800", "+0.0%"]
     assert lines[4].split()[:5] == ["1f1b", "1.800", "s", "0.0%", "1.500"]
     first = as_json(results)["results"][0]
     assert first["step_times_s"] == [1.5, 1.4, 2.0] and first["lower_bound_s"] == pytest.approx(1.2)
+
+
+def test_what_collectives_cost_is_in_the_table_and_in_the_bound():
+    costs = Costs(0.02, 0.04, reduction=0.3, gather=0.1, buckets=2)
+    result = Result("breadth-first", SHAPE, "free", costs, [1.4, 1.3, 1.6], [1.2, 1.2, 1.1])
+    assert result.exposed_s == pytest.approx(0.2) and result.exposed == pytest.approx(0.5)
+    assert lower_bound_s(SHAPE, costs) == pytest.approx(0.06 * 19 + 0.2)
+    lines = table([result]).splitlines()
+    assert lines[1].split()[-1] == "exposed" and lines[2].split()[-1] == "0.50" and lines[3].startswith("exposed: ")
+
+
+def test_torchs_arms_are_predicted_from_torchs_plan():
+    shape = PipelineShape(4, 1, 8)
+    plan = add_send_recv(breadth_first(shape), shape)
+    costs = Costs(1, 2, reduction=5, gather=1)
+    alone, replicated = (Result("torch-looped-bfs", shape, "free", each, [1.0], plan=plan) for each in (Costs(1, 2), costs))
+    assert replicated.predicted_s == alone.predicted_s + 4 * 6  # each stage waits for its all-reduce
 
 
 @pytest.mark.parametrize(
@@ -50,6 +67,8 @@ def test_the_table_has_medians_and_ratios():
         (["--forward-ms", "0"], "--forward-ms is 0"),
         (["--repeat", "0"], "--repeat is 0"),
         (["--jitter", "2"], "jitter 2"),
+        (["--dp", "1"], "--dp is 1"),
+        (["--reduction", "-1"], "--reduction is -1"),
         (["--arm", "gpipe"], "--arm gpipe does not exist"),
     ],
 )
@@ -71,6 +90,22 @@ def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, cap
     assert all(each["arm"] in printed for each in results)
     assert len(results) == 8 and len({each["arm"] for each in results}) == 8
     for each in results:
+        assert each["free_step_times_s"] is None
         # Sleeps and messages take at least their time, whatever else the machine does; the bound is true for all arms.
         assert min(each["step_times_s"]) >= each["lower_bound_s"]
     assert picture.read_bytes().startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["bench.json", "bench.png"]
+
+
+@pytest.mark.parametrize("more", [[], ["--shared-card", "--transfer", "0.5"]])
+def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
+    pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+    data = tmp_path / "bench.json"
+    options = ["--shape", "2,2,4", "--forward-ms", "4", "--repeat", "1", "--reduction", "1", "--gather", "0.5", "--buckets", "2"]
+    assert main(["bench", *options, *more, "--json", str(data)]) == 0
+    assert "exposed" in capsys.readouterr().out
+    results = json.loads(data.read_text())["results"]
+    assert len({each["arm"] for each in results}) == 9  # full sharding too
+    for each in results:
+        assert min(each["step_times_s"]) >= each["lower_bound_s"]
+        without = each["lower_bound_s"] - (each["reduction_s"] + each["gather_s"]) / 2
+        assert min(each["free_step_times_s"]) >= without

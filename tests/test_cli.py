@@ -30,6 +30,15 @@ def test_show_as_text_is_the_plan(capsys):
     ]
 
 
+def test_show_prints_the_plan_of_sharded_parameters(capsys):
+    shape = ["show", "--pp", "2", "--chunks", "3", "--microbatches", "4"]
+    assert main([*shape, "--plan", "--text", "--resident-chunks", "2"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        words = "".join(letter for letter in line if not letter.isdigit()).split()
+        assert (words.count("UNSHARD"), words.count("RESHARD"), words.count("REDUCE_GRAD")) == (4, 4, 3)
+    assert main([*shape, "--plan", "--text", "--resident-chunks", "0"]) == 2
+
+
 def test_the_picture_has_a_box_for_each_action_of_each_order(tmp_path):
     path = tmp_path / "both.svg"
     assert main([*SHOW, "--order", "1f1b", "--order", "breadth-first", "--svg", str(path)]) == 0

@@ -9,7 +9,9 @@ when its transfer began; the receiver's stream waits until
     max(begin, receive posted) + size / bandwidth + latency (+ jitter)
 
 and the sender's, if the schedule waits for a send, until begin + size / bandwidth. Transfers that leave one network card queue
-up in the order of their launch; with a shared (half-duplex) card, those that arrive at it as well.
+up in the order of their launch; with a shared (half-duplex) card, those that arrive at it as well. Data-parallel collectives
+(collectives.py) have a card of their own, or share this one: a message that meets a collective there takes twice its time,
+and prolongs the collective by its own.
 
 What it stands for: dependencies, orders and waits of a schedule, overlap of messages with compute, queues at a card. What it
 does not: a host too slow for its GPU's queue, communication kernels that take SMs from compute, in-order streams of NCCL
@@ -51,6 +53,7 @@ class Link:
     latency_s: float = 0.0
     bandwidth: float = float("inf")  # bytes per second and direction of a card
     full_duplex: bool = True
+    collectives_share_card: bool = False  # else they have a card of their own
     jitter: float = 0.0  # standard deviation of latency and compute times, as a part of them
 
     def __post_init__(self) -> None:
@@ -68,19 +71,26 @@ def sleep_until(moment_s: float) -> None:
         time.sleep(left)
 
 
+# What the shared numbers of a rank's card are: until when it sends and receives (one of the two for both if not full-duplex),
+# from when until when collectives are under way there, and by how much messages have prolonged collectives so far.
+SENDING, RECEIVING, COLLECTIVE_FROM, COLLECTIVE_UNTIL, PROLONGED = range(5)
+NUMBERS_PER_CARD = 5
+
+
 @dataclass
 class Network:
-    """The emulated card of this rank. `cards` holds, for each rank, until when its card sends and receives.
+    """The emulated card of this rank, which knows the cards of all ranks.
 
     message_bytes: of one message between stages, whatever the size of the tensor that stands for it.
     """
 
     link: Link
     message_bytes: float
-    cards: Shared  # [2 * rank]: sending, [2 * rank + 1]: receiving; one of the two for both if not full-duplex
+    cards: Shared  # NUMBERS_PER_CARD of every rank
     scale: float = 1.0  # of all durations; 0 for a step that only makes plans and process groups
     stream_s: float = 0.0  # until when the compute stream of this rank has work, of time.monotonic()
     random: random.Random = field(default_factory=random.Random)
+    before_message: Callable[[], None] = lambda: None  # collectives.py learns what is under way
 
     def drawn(self, duration_s: float) -> float:
         """A duration as it happens to be this time; never below half of it."""
@@ -102,16 +112,30 @@ class Network:
         self.stream_s = max(self.stream_s, moment_s)
 
     def occupy(self, sender: int, receiver: int, duration_s: float) -> float:
-        """When a transfer of `duration_s` of what the stream has made begins; the cards are taken for it."""
-        taken = [self._index(sender, 0), self._index(receiver, 1)]
+        """When a transfer of `duration_s` of what the stream has made begins; the cards are taken for it.
+
+        Where it shares a card with a collective, it begins as much later as it takes longer.
+        """
+        taken = [self._index(sender, SENDING), self._index(receiver, RECEIVING)]
         with self.cards.get_lock():
             begin = max(self.stream_s, *(self.cards[index] for index in taken))
+            if self.link.collectives_share_card and self._meets_collective((sender, receiver), begin, duration_s):
+                begin += duration_s
             for index in taken:
                 self.cards[index] = begin + duration_s
         return begin
 
+    def _meets_collective(self, ranks: tuple[int, int], begin_s: float, duration_s: float) -> bool:
+        cards, found = self.cards, False
+        for first in (NUMBERS_PER_CARD * rank for rank in ranks):
+            if cards[first + COLLECTIVE_FROM] <= begin_s < cards[first + COLLECTIVE_UNTIL]:
+                found = True
+                cards[first + COLLECTIVE_UNTIL] += duration_s
+                cards[first + PROLONGED] += duration_s
+        return found
+
     def _index(self, rank: int, direction: int) -> int:
-        return 2 * rank + (direction if self.link.full_duplex else 0)
+        return NUMBERS_PER_CARD * rank + (direction if self.link.full_duplex else SENDING)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -119,6 +143,7 @@ class Network:
         real = dist.isend, dist.irecv
 
         def isend(tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
+            self.before_message()
             transfer_s = self.transfer_s
             target = dist.get_global_rank(group or dist.group.WORLD, more["group_dst"]) if dst is None else dst
             begin = self.occupy(dist.get_rank(), target, transfer_s)

@@ -6,6 +6,7 @@ messages do with them is what they do with a model. Tensors are [1, 1, 2] in flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,34 +29,56 @@ class Sleep(torch.autograd.Function):
     """x -> x * weight, each way after a sleep."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, times: StageTimes, network: Network) -> torch.Tensor:
-        until = network.work(times.forward_s)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+        layer.before_work()
+        until = layer.network.work(layer.times.forward_s)
         ctx.save_for_backward(x, weight)
-        ctx.times, ctx.network = times, network
+        ctx.layer = layer
         output = x * weight
         sleep_until(until)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        until = ctx.network.work(ctx.times.backward_s)
+        layer: Layer = ctx.layer
+        layer.before_work()
+        until = layer.network.work(layer.times.backward_s)
         x, weight = ctx.saved_tensors
         grad = grads[0]
         # The last number is the stamp of the message that brought it, not a gradient.
         of_weight = (grad * x)[..., :-1].sum().reshape(1)
         of_input = grad * weight
         sleep_until(until)
-        return of_input, of_weight, None, None
+        return of_input, of_weight, None
+
+
+class Layer(torch.nn.Module):
+    """A part of a stage, with one parameter: what a bucket of gradients can hold. before_work: a wait for its parameter."""
+
+    def __init__(self, times: StageTimes, network: Network):
+        super().__init__()
+        self.times, self.network = times, network
+        self.before_work: Callable[[], None] = lambda: None
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = Sleep.apply(x, self.weight, self)
+        return output
 
 
 class EmulatedChunk(torch.nn.Module):
-    """What Megatron's schedules ask of a model chunk. `repeat` stages in a row: a rank of a pipeline without chunks."""
+    """What Megatron's schedules ask of a model chunk.
 
-    def __init__(self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, repeat: int = 1):
+    layers: parts of a stage. repeat: stages in a row, of a rank of a pipeline without chunks.
+    """
+
+    def __init__(
+        self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, layers: int = 1, repeat: int = 1
+    ):
         super().__init__()
         self.config, self.vp_stage, self.model_type = config, vp_stage, None
-        self.times, self.network, self.repeat = times, network, repeat
-        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        part = StageTimes(times.forward_s / layers, times.backward_s / layers)
+        self.layers = torch.nn.ModuleList(Layer(part, network) for _ in range(layers * repeat))
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
@@ -66,6 +89,6 @@ class EmulatedChunk(torch.nn.Module):
         x = self._received if given is None else given
         if x is None:
             x = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
-        for _ in range(self.repeat):
-            x = Sleep.apply(x, self.weight, self.times, self.network)
+        for layer in self.layers:
+            x = layer(x)
         return x

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
@@ -75,6 +76,7 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
 def disable() -> None:
     """Undo every seam and the CPU mode."""
     seams.undo_all()
+    step_log.TRAFFIC.remove()
     if "megatron_bfpp.integration.cpu" in sys.modules:
         from .cpu import disable_cpu
 
@@ -96,7 +98,7 @@ def check_version() -> None:
 
 
 def _dispatching(explicit: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward_backward_pipelining_with_interleaving(**call: Any) -> Any:
             from . import forward_backward
 
@@ -111,7 +113,7 @@ def _dispatching(explicit: str | None) -> Callable[[Callable[..., Any]], Callabl
         forward_backward_pipelining_with_interleaving.__wrapped__ = original  # type: ignore[attr-defined]
         return forward_backward_pipelining_with_interleaving
 
-    return replace
+    return dispatching
 
 
 def _settings(explicit: str | None) -> Settings:
@@ -121,4 +123,4 @@ def _settings(explicit: str | None) -> Settings:
     if args is None:
         return Settings(schedule=explicit or "1f1b")
     settings = settings_of(args)
-    return settings if explicit is None else Settings(explicit, settings.backward, settings.group_size, settings.engine)
+    return settings if explicit is None else replace(settings, schedule=explicit)

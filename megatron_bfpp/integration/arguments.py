@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from .. import __version__
 from ..errors import UserError
+from . import fully_sharded, fully_sharded_seams, seams, step_log
 from .batches import few_microbatches
 from .placed import check_placement
 from .placement import place
@@ -26,9 +28,7 @@ _REFUSED = (
     ("hybrid_context_parallel", "--hybrid-context-parallel", "Megatron has it without pipeline ranks only",
      "use --context-parallel-size"),
     ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP cannot be built with pipeline ranks",
-     "use --use-distributed-optimizer (--use-torch-fsdp2 with pipeline ranks is not supported yet)"),
-    ("use_torch_fsdp2", "--use-torch-fsdp2", "parameters sharded by FSDP2 are not supported with pipeline ranks yet",
-     "use --use-distributed-optimizer"),
+     "use --use-torch-fsdp2"),
     ("external_cuda_graph", "--external-cuda-graph", _TE_GRAPHS, _ONLY_1F1B),
     ("enable_cuda_graph", "--enable-cuda-graph", _LOCAL_GRAPHS, _ONLY_1F1B),
 )  # fmt: skip
@@ -52,19 +52,27 @@ def validating(
             args.pipeline_schedule = explicit
         settings = settings_of(args)
         lines = []
+        if getattr(args, "bfpp_log_communication", False):
+            seams.apply(step_log.SEAM, step_log.logging_steps(os.environ.get("BFPP_STEP_LOG")))
+        is_breadth_first = settings.schedule != "1f1b"
+        if is_breadth_first:
+            refuse(args, settings)
+        else:
+            fully_sharded.refuse_under_1f1b(args)
         if device == "cpu":
             from .cpu import cpu_arguments
 
             lines += [f"on a CPU: {line}" for line in cpu_arguments(args)]
-        if settings.schedule == "1f1b":
+        if is_breadth_first:
+            lines += place(args)
+        else:
             on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
-        else:
-            refuse(args, settings)
-            lines += place(args)
-        validated = validate(args, *more, **kwargs)
-        if settings.schedule != "1f1b":
-            lines += _validated(args)
+        is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
+        with fully_sharded_seams.pipeline_ranks_allowed(validate) if is_sharded else nullcontext():
+            validated = validate(args, *more, **kwargs)
+        if is_breadth_first:
+            lines += _validated(args, settings)
         _tell(args, lines)
         return validated
 
@@ -91,10 +99,11 @@ def validating_yaml(
         settings = settings_of(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule == "1f1b":
+            fully_sharded.refuse_under_1f1b(validated)
             on_1f1b()
         else:
             refuse(validated, settings)
-            _tell(validated, _validated(validated))
+            _tell(validated, _validated(validated, settings))
         return validated
 
     return wrapper
@@ -122,6 +131,7 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse(
             "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
         )
+    fully_sharded.refuse(args, settings)
     _check_warmup(args)
     _check_data(args)
 
@@ -181,9 +191,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _validated(args: Any) -> list[str]:
+def _validated(args: Any, settings: Settings) -> list[str]:
     """What is checked and told when Megatron has completed the arguments, and no model is built yet."""
+    if getattr(args, "use_torch_fsdp2", False):
+        fully_sharded_seams.apply_to_checkpoints()
     lines = [check_placement(args), *few_microbatches(args)]
+    fully_sharded.check_resident_chunks(args, settings)
     if getattr(args, "microbatch_group_size_per_vp_stage", None) is not None:
         lines.append(
             "WARNING: --microbatch-group-size-per-virtual-pipeline-stage belongs to 1f1b and has no effect; "

@@ -3,6 +3,7 @@ that has imported Megatron once."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..emulate.network import Link, Network, sleep_until
+from ..emulate.network import NUMBERS_PER_CARD, Link, Network, sleep_until
 from ..emulate.stages import StageTimes
 from ..errors import UserError
-from ..schedule import PipelineShape
+from ..schedule import PipelineShape, Schedule
+from .bench_data_parallel import ALONE, ReplicaTimes
 
+SHARDED = "breadth-first-sharded"  # fully, which takes data parallelism
 ARMS = (
     "1f1b",
     "interleaved",
@@ -28,9 +31,12 @@ ARMS = (
     "breadth-first",
     "breadth-first-late",
     "breadth-first-megatron",
+    SHARDED,
     "torch-interleaved",
     "torch-looped-bfs",
 )
+
+FREE = ", free collectives"
 
 _LEAD_S = 0.05  # between the agreement on a step's start and the start, for the slowest rank to hear of it
 _PATIENCE_S = 120.0  # beyond the expected duration; then a rank hangs
@@ -41,30 +47,47 @@ _context.set_forkserver_preload(["megatron_bfpp.integration.bench_arms", "megatr
 
 @dataclass(frozen=True)
 class Case:
-    """One shape on one network. message_bytes: of a message between stages."""
+    """One shape on one network. message_bytes: of a message between stages. replicas: of the pipeline, with their traffic."""
 
     shape: PipelineShape
     times: StageTimes
     link: Link
     message_bytes: float = 0.0
+    replicas: ReplicaTimes = ALONE
     arms: tuple[str, ...] = ARMS
     repeat: int = 3
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """How each arm runs: also with collectives that take no time, which shows what they cost it."""
+        return ("", FREE) if self.replicas.size > 1 else ("",)
 
-def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, step_s: None) -> dict[str, list[float]]:
-    """Per arm the step times in seconds, of steps that alternate between the arms. on_step: called after each.
+
+@dataclass(frozen=True)
+class Measured:
+    """step_times_s: per arm; with data parallelism also, with FREE behind its name, with collectives that took no time.
+    plans: of torch's arms, as torch made them, without its actions for sharded parameters.
+    """
+
+    step_times_s: dict[str, list[float]]
+    plans: dict[str, Schedule]
+
+
+def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, step_s: None) -> Measured:
+    """Run steps that alternate between the arms. on_step: called after each with its arm and step time in seconds.
 
     Raises UserError where a rank fails or hangs, with its last words.
     """
-    size, results = case.shape.pp_size, _context.Queue()
+    size, results = case.shape.pp_size * case.replicas.size, _context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    cards = _context.Array("d", 2 * size)
+    cards = _context.Array("d", NUMBERS_PER_CARD * size)
     ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, results)) for rank in range(size)]
     for rank in ranks:
         rank.start()
-    found: dict[str, list[float]] = {arm: [] for arm in case.arms}
+    found: dict[str, list[float]] = {arm + variant: [] for arm in case.arms for variant in case.variants}
     try:
-        for _ in range(case.repeat * len(case.arms)):
+        _, plans = _next(results, _expected_s(case))
+        for _ in range(case.repeat * len(found)):
             arm, step_s = _next(results, _expected_s(case))
             found[arm].append(step_s)
             on_step(arm, step_s)
@@ -74,16 +97,17 @@ def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, ste
         for rank in ranks:
             rank.kill()
             rank.join()
-    return found
+    return Measured(found, plans)
 
 
 def _expected_s(case: Case) -> float:
     shape = case.shape
     slots = (shape.num_chunks - 1) * max(shape.num_microbatches, shape.pp_size) + shape.num_microbatches + shape.pp_size
-    return 4 * slots * (case.times.forward_s + case.times.backward_s + 2 * case.link.latency_s) + _PATIENCE_S
+    collectives_s = 2 * shape.num_chunks * (case.replicas.reduction_s + case.replicas.gather_s)
+    return 4 * slots * (case.times.forward_s + case.times.backward_s + 2 * case.link.latency_s) + collectives_s + _PATIENCE_S
 
 
-def _next(results: Any, timeout_s: float) -> tuple[str, float]:
+def _next(results: Any, timeout_s: float) -> tuple[str, Any]:
     try:
         arm, answer = results.get(timeout=timeout_s)
     except queue.Empty:
@@ -94,49 +118,55 @@ def _next(results: Any, timeout_s: float) -> tuple[str, float]:
 
 
 def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
-    size = case.shape.pp_size
+    size = case.shape.pp_size * case.replicas.size
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
     )
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # it lists its buckets, chunk by chunk
     arm = "the set-up"
     try:
-        with _process_group(rank, port, case.shape):
-            for arm, step_s in _steps(rank, case, cards):
+        with _process_group(rank, port, size, case.shape):
+            for arm, answer in _answers(rank, case, cards):
                 if rank == 0:
-                    results.put((arm, step_s))
+                    results.put((arm, answer))
     except BaseException as error:
         results.put((f"rank {rank}", f"{type(error).__name__} in {arm}: {error}\n{traceback.format_exc(limit=-3)}"))
         raise
 
 
 @contextmanager
-def _process_group(rank: int, port: int, shape: PipelineShape) -> Iterator[None]:
+def _process_group(rank: int, port: int, size: int, shape: PipelineShape) -> Iterator[None]:
     from megatron.core import parallel_state
 
     from .cpu import enable_cpu
 
     enable_cpu()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=shape.pp_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     parallel_state.initialize_model_parallel(1, shape.pp_size, shape.num_chunks)
     yield
     dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
 
 
-def _steps(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, float]]:
+def _answers(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, Any]]:
+    """The plans, then each step with its time."""
     from .bench_arms import Arms
 
     network = Network(case.link, case.message_bytes, cards, scale=0.0)
     network.random.seed(rank)
-    arms = Arms(case.shape, case.times, network).steps
+    arms = Arms(case.shape, case.times, network, case.replicas)
     with network.installed():
-        for arm in case.arms:  # plans and process groups are made in the first step, which takes no time
-            arms[arm]()
+        for arm in 2 * case.arms:  # plans and process groups are made in the first step; Megatron's hooks work from the second
+            arms.steps[arm]()
         network.scale = 1.0
+        yield "plans", arms.plans
         for _ in range(case.repeat):
             for arm in case.arms:
-                yield arm, _timed(arms[arm], network)
+                for variant in case.variants:
+                    if arms.collectives is not None:
+                        arms.collectives.are_free = variant == FREE
+                    yield arm + variant, _timed(arms.steps[arm], network)
 
 
 def _timed(step: Callable[[], None], network: Network) -> float:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["module_patches"]
 
 
 def module_patches() -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, value) of every name that makes norms, attention and experts work on CPU tensors."""
+    from megatron.core.distributed import torch_fully_sharded_data_parallel as fsdp2
     from megatron.core.tensor_parallel import layers
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import token_dispatcher
@@ -22,9 +24,18 @@ def module_patches() -> Iterator[tuple[Any, str, Any]]:
     yield WrappedTorchNorm, "__new__", staticmethod(_marking_sequence_parallel(WrappedTorchNorm.__new__))
     yield DotProductAttention, "__init__", _without_context_parallelism(DotProductAttention.__init__)
     yield DotProductAttention, "forward", _over_the_whole_sequence(DotProductAttention.forward)
+    yield fsdp2, "DeviceMesh", _CpuMesh
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy
     name = "reduce_from_tensor_model_parallel_region"
     yield layers, name, _unless_alone(getattr(layers, name))
+
+
+class _CpuMesh:
+    """DeviceMesh of the wrapper for FSDP2, which names CUDA."""
+
+    @staticmethod
+    def from_group(group: Any, device_type: str, **kwargs: Any) -> DeviceMesh:
+        return DeviceMesh.from_group(group, "cpu", **kwargs)
 
 
 # Norms

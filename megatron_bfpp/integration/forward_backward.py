@@ -23,9 +23,12 @@ from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_pus
 from .. import __version__
 from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
+from ..runtime.fully_sharded import FullySharded
 from ..runtime.p2p import Messages
 from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from ..schedule.formats import digest
+from ..schedule.sharding import count_gathers
+from . import fully_sharded, replicas
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
 from .settings import Settings
@@ -38,18 +41,22 @@ class Plan:
     actions: Schedule
     digest: str
     bubble_fraction: float
+    gathers: int  # of chunks, per rank
     peak_live_activations: list[int]
 
 
 @lru_cache(maxsize=64)
-def plan_of(shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool) -> Plan:
-    """Made and checked once per shape; ScheduleError if it were unsound."""
+def plan_of(
+    shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool, resident_chunks: int | None = None
+) -> Plan:
+    """Made and checked once per shape; ScheduleError if it were unsound. resident_chunks: None unless fully sharded."""
     group = None if group_size is None else min(group_size, shape.num_microbatches)
     order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
     timeline = simulate(order, shape)
-    actions = lower(order, shape, timeline)
-    check(actions, shape, forward_only=evaluation)
-    return Plan(actions, digest(actions), timeline.bubble_fraction, timeline.peak_live_activations())
+    actions = lower(order, shape, timeline, resident_chunks)
+    check(actions, shape, evaluation, resident_chunks)
+    peaks = timeline.peak_live_activations()
+    return Plan(actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]), peaks)
 
 
 class MegatronCompute:
@@ -127,9 +134,10 @@ def run(
     check_config(config)
     pp_group, groups = process_groups(p2p_communicator, pg_collection)
     shape = PipelineShape(pp_group.size(), len(model), num_microbatches)
-    plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only)
+    resident = fully_sharded.resident_chunks(settings, shape.num_chunks) if fully_sharded.is_sharded(model) else None
+    plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only, resident)
     pp_rank, device = pp_group.rank(), this_device()
-    _announce(settings, shape, plan, forward_only)
+    _announce(settings, shape, plan, forward_only, resident)
 
     _reset_stash(config, forward_only)
     finalize = None if forward_only else config.finalize_model_grads_func
@@ -145,7 +153,12 @@ def run(
         channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
     )  # fmt: skip
-    with _data_parallel(config, model, forward_only) as gates:
+    gates: DataParallel | FullySharded
+    if resident is None:
+        gates = replicas.data_parallel(config, model, forward_only)
+    else:
+        gates = fully_sharded.data_parallel(model, config)
+    with gates:
         Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
 
     if finalize is not None:
@@ -191,16 +204,6 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     return sequence, call["micro_batch_size"], config.hidden_size
 
 
-def _data_parallel(config: Any, model: list[torch.nn.Module], evaluation: bool) -> DataParallel:
-    if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
-        return DataParallel(None, None, None, [])
-    grad_sync, param_sync = (
-        [function] * len(model) if function is not None and not isinstance(function, list) else function
-        for function in (config.grad_sync_func, config.param_sync_func)
-    )
-    return DataParallel(config.no_sync_func, grad_sync, param_sync, model)
-
-
 def _reset_stash(config: Any, evaluation: bool) -> None:
     if getattr(config, "moe_paged_stash", False):  # 0.18 and later
         schedules.paged_stash_reset(enabled=not evaluation, config=config)
@@ -238,11 +241,15 @@ def _announce_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool) -> None:
+def _announce(
+    settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, resident: int | None = None
+) -> None:
     """One greppable line per shape, on the first rank: what runs, and the plan's hash to compare with other jobs."""
     if torch.distributed.get_rank() == 0:
         group = "" if settings.group_size is None else f", groups of {settings.group_size}"
         what = "evaluation" if evaluation else f"{settings.backward} backward{group}"
+        if resident is not None:
+            what += f", fully sharded with {resident} resident chunks ({plan.gathers} gathers per rank)"
         _announce_once(
             f"megatron_bfpp {__version__}: breadth-first, PP {shape.pp_size} x {shape.num_chunks} chunks = "
             f"{shape.num_stages} stages, {shape.num_microbatches} micro-batches, {what}, engine {settings.engine}, "

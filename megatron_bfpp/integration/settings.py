@@ -11,6 +11,7 @@ from ..errors import UserError
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
+RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
     backward: str = "eager"
     group_size: int | None = None  # microbatches per group; None for all of a step
     engine: str = "plan"
+    resident_chunks: int | None = None  # gathered at one time, with fully sharded parameters; None for the default
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -34,6 +36,11 @@ class Settings:
             raise UserError(
                 f"--breadth-first-group-size is {self.group_size}; it counts micro-batches.\n"
                 "  Use 1 or more (the number of pipeline ranks or more keeps the pipeline full), or leave it out for all."
+            )
+        if self.resident_chunks is not None and self.resident_chunks < 1:
+            raise UserError(
+                f"--breadth-first-resident-chunks is {self.resident_chunks}; a chunk runs only while it is gathered.\n"
+                f"  Use 1 or more ({RESIDENT_CHUNKS} hides the gathers, all chunks of a rank gathers each once per step)."
             )
 
 
@@ -60,6 +67,16 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--breadth-first-engine", default="plan", metavar="{plan,megatron}",
         help="plan: the plugin's executor of a checked plan. megatron: Megatron's own loop in breadth-first order.",
     )  # fmt: skip
+    group.add_argument(
+        "--breadth-first-resident-chunks", type=int, default=None, metavar="N",
+        help="With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
+        f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bfpp-log-communication", action="store_true",
+        help="Log the collectives and messages of each step with their bytes, under either schedule: one line per log interval, and "
+        "bfpp/... in TensorBoard and W&B.",
+    )  # fmt: skip
 
 
 def settings_of(args: Any) -> Settings:
@@ -69,4 +86,5 @@ def settings_of(args: Any) -> Settings:
         backward=getattr(args, "breadth_first_backward", None) or "eager",
         group_size=getattr(args, "breadth_first_group_size", None),
         engine=getattr(args, "breadth_first_engine", None) or "plan",
+        resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
     )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..schedule import PipelineShape, Schedule, breadth_first, interleaved_1f1b, lower, one_f_one_b
+from ..schedule import Op, PipelineShape, Schedule, breadth_first, interleaved_1f1b, lower, one_f_one_b
 from ..schedule.replay import Costs, replay
+from ..schedule.upstream import MEGATRON, TORCH, aligned
 
 REFERENCE = "interleaved"  # Megatron's default; the arm that the others are compared with
 
@@ -22,6 +23,8 @@ class Result:
     network: str
     costs: Costs  # in seconds: what the stages and the network were told to take
     step_times_s: list[float]
+    free_step_times_s: list[float] | None = None  # with data-parallel collectives that took no time; None without any
+    plan: Schedule | None = None  # torch's own, of its arms: computation, sends and receives
 
     @property
     def median_s(self) -> float:
@@ -37,19 +40,42 @@ class Result:
         return self.median_s / lower_bound_s(self.shape, self.costs)
 
     @property
-    def predicted_s(self) -> float | None:
-        """What `replay` says of the plan of the arm, or of one in its order; None for torch's arms, whose waits are their own."""
+    def exposed_s(self) -> float | None:
+        """What the data-parallel collectives add to the step; None without any."""
+        return None if self.free_step_times_s is None else self.median_s - statistics.median(self.free_step_times_s)
+
+    @property
+    def exposed(self) -> float | None:
+        """The same in collectives of one chunk: its reduction and its gather."""
+        return None if self.exposed_s is None else self.exposed_s / (self.costs.reduction + self.costs.gather)
+
+    @property
+    def predicted_s(self) -> float:
+        """What the simulator says of the plan of the arm, or of one in its order."""
         shape, costs = self.shape, self.costs
-        if self.arm == "1f1b":  # the chunks of a rank in a row are its one stage
-            whole = PipelineShape(shape.pp_size, 1, shape.num_microbatches)
-            forward, backward = _of_equal_stages(costs)
-            costs = replace(costs, forward=forward * shape.num_chunks, backward=backward * shape.num_chunks)
-            return replay(lower(one_f_one_b(whole), whole), whole, costs, waits_for_forward_sends=True).step_time
-        if self.arm not in _ORDERS:
-            return None
+        if self.plan is not None:
+            return replay(self.plan, shape, replace(costs, gather=0.0, reduction=costs.reduction + costs.gather), TORCH).step_time
+        if self.arm == "1f1b":
+            return _one_f_one_b_s(shape, costs)
+        if self.arm == "breadth-first-sharded":
+            return replay(lower(breadth_first(shape), shape, resident_chunks=2), shape, costs).step_time
         plan = lower(_ORDERS[self.arm](shape), shape)
-        is_ours = self.arm in ("breadth-first", "breadth-first-late")
-        return replay(plan, shape, costs, waits_for_forward_sends=not is_ours).step_time
+        if self.arm in ("breadth-first", "breadth-first-late"):
+            return replay(plan, shape, costs).step_time
+        # Megatron's loop reduces the first chunk as a whole.
+        return replay(aligned(plan, shape), shape, replace(costs, buckets=1), MEGATRON).step_time
+
+
+def _one_f_one_b_s(shape: PipelineShape, costs: Costs) -> float:
+    """The chunks of a rank in a row are its one stage; Megatron's hooks gather it as it starts."""
+    whole, chunks = PipelineShape(shape.pp_size, 1, shape.num_microbatches), shape.num_chunks
+    forward, backward = _of_equal_stages(costs)
+    costs = replace(
+        costs, forward=forward * chunks, backward=backward * chunks, gather=costs.gather * chunks,
+        reduction=costs.reduction * chunks, buckets=costs.buckets * chunks,
+    )  # fmt: skip
+    plan = [[each for each in actions if each.op is not Op.UNSHARD] for actions in lower(one_f_one_b(whole), whole)]
+    return replay(plan, whole, costs, MEGATRON).step_time
 
 
 _ORDERS: dict[str, Callable[[PipelineShape], Schedule]] = {
@@ -63,11 +89,13 @@ _ORDERS: dict[str, Callable[[PipelineShape], Schedule]] = {
 
 def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
     """No schedule with looping placement is faster: the work of the last rank between the fill and the drain of the pipeline,
-    or the way of one micro-batch through all stages and back, whichever is longer. Equal stages.
+    or the way of one micro-batch through all stages and back, whichever is longer. Before that stands the gather of the first bucket of
+    the first stage, after it the reduction of the last one. Equal stages.
     """
     both, hop = sum(_of_equal_stages(costs)), costs.hop + costs.transfer
     work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * (both + 2 * hop)
-    return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop)
+    collectives = (costs.gather + costs.reduction) / costs.buckets
+    return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop) + collectives
 
 
 def _of_equal_stages(costs: Costs) -> tuple[float, float]:
@@ -84,13 +112,18 @@ def table(results: list[Result]) -> str:
             f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches, network {network} "
             f"(median of {len(arms[0].step_times_s)})"
         )
-        lines.append(f"  {'arm':<24}{'step':>10}{'spread':>9}{'to bound':>10}{'to ' + REFERENCE:>16}{'predicted':>11}")
+        lines.append(
+            f"  {'arm':<24}{'step':>10}{'spread':>9}{'to bound':>10}{'to ' + REFERENCE:>16}{'predicted':>11}"
+            + (f"{'exposed':>9}" if arms[0].exposed is not None else "")
+        )
         for each in arms:
             against = "" if reference is None else f"{each.median_s / reference:.3f}"
-            predicted = "" if each.predicted_s is None else f"{each.predicted_s / each.median_s - 1:+.1%}"
             lines.append(
-                f"  {each.arm:<24}{each.median_s:>8.3f} s{each.spread:>9.1%}{each.to_bound:>10.3f}{against:>16}{predicted:>11}"
+                f"  {each.arm:<24}{each.median_s:>8.3f} s{each.spread:>9.1%}{each.to_bound:>10.3f}{against:>16}"
+                f"{each.predicted_s / each.median_s - 1:>+11.1%}" + ("" if each.exposed is None else f"{each.exposed:>9.2f}")
             )
+    if any(each.exposed is not None for each in results):
+        lines.append("exposed: what the data-parallel collectives add to the step, in those of one chunk (a reduction and a gather)")
     return "\n".join(lines)
 
 
@@ -116,9 +149,13 @@ def as_json(results: list[Result]) -> dict[str, Any]:
                 "backward_s": each.costs.backward,
                 "hop_s": each.costs.hop,
                 "transfer_s": each.costs.transfer,
+                "gather_s": each.costs.gather,
+                "reduction_s": each.costs.reduction,
+                "buckets": each.costs.buckets,
                 "lower_bound_s": lower_bound_s(each.shape, each.costs),
                 "predicted_s": each.predicted_s,
                 "step_times_s": each.step_times_s,
+                "free_step_times_s": each.free_step_times_s,
             }
             for each in results
         ],

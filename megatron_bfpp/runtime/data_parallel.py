@@ -6,7 +6,7 @@ The callbacks are those that Megatron's DistributedDataParallel offers and that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Self
@@ -25,6 +25,7 @@ class DataParallel:
         Megatron's hooks launch it, bucket by bucket, while that backward runs.
     param_sync: per chunk, launches the gather of its parameters. None: whoever needs them gathers them.
     model: the chunks, whose parameters the two are called with.
+    in_backward: chunks whose reduction the hooks start during the last backward in any case; grad_sync launches the rest.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class DataParallel:
         grad_sync: list[Sync] | None,
         param_sync: list[Sync] | None,
         model: list[Module],
+        in_backward: Collection[int] = (),
     ):
         self._no_sync = no_sync
         self._grad_sync, self._param_sync = grad_sync, param_sync
-        self._model = model
+        self._model, self._in_backward = model, in_backward
         self._closed: dict[int, ExitStack] = {}  # chunk -> its entered no_sync; key 0 stands for all with a single one
         self._unreduced = set(range(len(model)))
 
@@ -53,7 +55,7 @@ class DataParallel:
 
     def before_last_backward(self, chunk: int) -> None:
         """The chunk's next backward is its last of the step."""
-        if self._grad_sync is None:
+        if self._grad_sync is None or chunk in self._in_backward:
             self._open(chunk)
 
     def reduce_grad(self, chunk: int) -> None:
@@ -69,6 +71,10 @@ class DataParallel:
         """Launch the gather of the chunk's parameters."""
         if self._param_sync is not None:
             self._param_sync[chunk](self._model[chunk].parameters())
+
+    def reshard(self, chunk: int) -> None:
+        """Replicated parameters are not given up, and no plan for them says so."""
+        raise AssertionError(f"RESHARD of chunk {chunk}, whose parameters are replicated")
 
     def _key(self, chunk: int) -> int:
         return chunk if isinstance(self._no_sync, list) else 0

@@ -11,6 +11,7 @@ import torch
 
 from ..schedule.ir import Action, Op, PipelineShape
 from .data_parallel import DataParallel
+from .fully_sharded import FullySharded
 from .p2p import Messages
 
 Tensor = torch.Tensor
@@ -36,7 +37,7 @@ class Executor:
     shape: PipelineShape
     compute: Compute
     messages: Messages
-    data_parallel: DataParallel
+    data_parallel: DataParallel | FullySharded
     forward_only: bool = False
     span: Callable[[Action], AbstractContextManager[object]] | None = None  # around every action; None costs nothing
     _inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # (stage, microbatch) ->
@@ -53,6 +54,7 @@ class Executor:
             Op.RECV_F: self.messages.post_receive,
             Op.RECV_B: self.messages.post_receive,
             Op.UNSHARD: self._unshard,
+            Op.RESHARD: self._reshard,
             Op.REDUCE_GRAD: self._reduce_grad,
         }
         span = self.span
@@ -112,6 +114,9 @@ class Executor:
 
     def _unshard(self, action: Action) -> None:
         self.data_parallel.unshard(self.shape.chunk_of(action.stage))
+
+    def _reshard(self, action: Action) -> None:
+        self.data_parallel.reshard(self.shape.chunk_of(action.stage))
 
     def _reduce_grad(self, action: Action) -> None:
         self.data_parallel.reduce_grad(self.shape.chunk_of(action.stage))

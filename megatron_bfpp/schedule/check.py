@@ -25,6 +25,7 @@ from itertools import pairwise
 
 from .ir import CHUNK_OPS, COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
 from .lower import Communicator, channel, communicator, peer
+from .sharding import check_sharding, is_sharded
 from .simulate import ScheduleError
 
 # A sent tensor may be reused this many compute actions after its send was launched. By then the receiver has
@@ -41,28 +42,43 @@ Steps = dict[tuple[int, Op], dict[int | None, int]]
 _ABSENT = -1
 
 
-def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False) -> None:
+def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False, resident_chunks: int | None = None) -> None:
     """Raise ScheduleError, naming ranks and actions, unless `plan` is sound for all ranks.
 
     plan: the lowered actions of every rank. forward_only: no backward is expected (evaluation).
+    resident_chunks: parameters are fully sharded, and this many chunks of a rank may be gathered at one time. None: they
+        are not, unless the plan says so by a RESHARD; then any number may be.
     """
+    if resident_chunks is None and is_sharded(plan):
+        resident_chunks = shape.num_chunks
     if len(plan) != shape.pp_size:
         raise ScheduleError(f"the plan has {len(plan)} ranks, the shape {shape.pp_size}")
     for pp_rank, actions in enumerate(plan):
-        steps = _check_complete(actions, pp_rank, shape, forward_only)
+        steps = _check_complete(actions, pp_rank, shape, forward_only, resident_chunks is not None)
         _check_order(steps, pp_rank, shape)
     _check_chunk_ops(plan, shape)
+    if resident_chunks is not None:
+        check_sharding(plan, resident_chunks)
     _Run(plan, shape).to_the_end()
 
 
-def _check_complete(actions: list[Action], pp_rank: int, shape: PipelineShape, forward_only: bool) -> Steps:
-    """Every action that the rank owes stands exactly once in its list, and no other. Returns where each stands."""
-    microbatches, chunk_ops = range(shape.num_microbatches), {Op.UNSHARD} if forward_only else CHUNK_OPS
+def _check_complete(
+    actions: list[Action], pp_rank: int, shape: PipelineShape, forward_only: bool, sharded: bool
+) -> Steps:
+    """Every action that the rank owes stands exactly once in its list, and no other. Returns where each stands.
+
+    Gathers of sharded parameters may repeat: `check_sharding` says where.
+    """
+    microbatches = range(shape.num_microbatches)
+    repeated = {Op.UNSHARD, Op.RESHARD} if sharded else set()
+    chunk_ops = CHUNK_OPS - {Op.RESHARD} - ({Op.REDUCE_GRAD} if forward_only else set()) - repeated
     owed: Steps = {key: {mb: _ABSENT for mb in microbatches} for key in _owed(pp_rank, shape, forward_only)}
     allowed: Steps = {(stage, op): {None: _ABSENT} for stage in shape.stages_on(pp_rank) for op in chunk_ops}
     steps = owed | allowed
     for step, action in enumerate(actions):
         stage, op, microbatch = action
+        if op in repeated and stage in shape.stages_on(pp_rank):
+            continue
         row = steps.get((stage, op), {})
         earlier = row.get(microbatch)
         if earlier is None:

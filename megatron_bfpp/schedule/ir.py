@@ -29,6 +29,7 @@ class Op(str, Enum):
     SEND_B = "SEND_B"  # launch the send of the gradient of a stage's input to the previous stage
     RECV_B = "RECV_B"  # post the receive of the gradient of a stage's output; the B that needs it waits for it
     UNSHARD = "UNSHARD"  # launch the all-gather of a chunk's parameters
+    RESHARD = "RESHARD"  # free the gathered parameters of a chunk; its shard stays
     REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
 
     __str__ = str.__str__
@@ -37,7 +38,7 @@ class Op(str, Enum):
 COMPUTE = frozenset({Op.F, Op.B})
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
-CHUNK_OPS = frozenset({Op.UNSHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
+CHUNK_OPS = frozenset({Op.UNSHARD, Op.RESHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
 
 _OPS = "|".join(sorted((op.value for op in Op), key=len, reverse=True))
 _PATTERN = re.compile(rf"(\d+)({_OPS})(\d*)", re.ASCII)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 
 from .ir import Action, Op, PipelineShape, Schedule
+from .sharding import add_sharding
 from .simulate import Timeline, simulate
 
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
@@ -14,16 +15,23 @@ Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
 _PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
 
 
-def lower(order: Schedule, shape: PipelineShape, timeline: Timeline | None = None) -> Schedule:
+def lower(
+    order: Schedule, shape: PipelineShape, timeline: Timeline | None = None, resident_chunks: int | None = None
+) -> Schedule:
     """The plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions.
 
     timeline: what `simulate(order, shape)` returned, from a caller that has it; made here otherwise.
+    resident_chunks: with fully sharded parameters, how many chunks of a rank may be gathered at one time; None for
+        replicated ones and ZeRO-1.
     """
     plan = add_send_recv(order, shape, timeline)
-    if any(action.op is Op.B for actions in order for action in actions):
-        # Evaluation neither reduces gradients nor gathers parameters: Megatron gathers them before it starts.
-        plan = add_unshard(add_reduce_grad(plan, shape), shape)
-    return plan
+    has_backwards = any(action.op is Op.B for actions in order for action in actions)
+    if has_backwards:
+        plan = add_reduce_grad(plan, shape)
+    if resident_chunks is not None:
+        return add_sharding(plan, shape, resident_chunks)
+    # Evaluation gathers nothing of its own: Megatron gathers the parameters before it starts.
+    return add_unshard(plan, shape) if has_backwards else plan
 
 
 def peer(action: Action, shape: PipelineShape) -> Action | None:

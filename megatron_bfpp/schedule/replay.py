@@ -3,41 +3,29 @@
 `simulate` knows dependencies only. Here every send, receive, gather and reduction of the plan counts where it stands:
   - A message begins when it is sent, its receive is posted and the message before it has left the channel; it takes the
     channel for `transfer` and arrives `hop` later.
-  - A compute action waits for its message, for the gather of its chunk, and for the sends that its rank launched SEND_WINDOW
-    or more compute actions earlier, as the executor does.
-  - Gathers and reductions of a rank run one after the other, beside everything else; the step ends with the last of them.
+  - A compute action waits for its message, for the last gather of its chunk, and for the sends that its rank launched
+    SEND_WINDOW or more compute actions earlier, as the executor does.
+  - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends with the
+    last of them.
 Standard library only.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .check import SEND_WINDOW
+from .collectives import OURS, UNIT, Collectives, Costs, Waits
 from .ir import COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
 from .lower import channel, peer
+from .sharding import is_sharded
 from .simulate import Key, ScheduleError, Span, Timeline
 
+__all__ = ["Costs", "Prediction", "Waits", "replay"]
+
 _MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Durations, in one unit of the caller's choice. forward, backward: of every stage, or one for each stage in order."""
-
-    forward: float | Sequence[float] = 1.0
-    backward: float | Sequence[float] = 2.0
-    hop: float = 0.0  # of a message between two ranks, beside its transfer
-    transfer: float = 0.0  # of a message: size / bandwidth
-    gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
-    reduction: float = 0.0  # of the gradients of a chunk (REDUCE_GRAD)
-
-    def of(self, action: Action) -> float:
-        """Of a compute action."""
-        cost = self.forward if action.op is Op.F else self.backward
-        return cost if isinstance(cost, int | float) else cost[action.stage]
 
 
 @dataclass(frozen=True)
@@ -60,15 +48,9 @@ class Prediction(Timeline):
         return [spans[-1].end - sum(span.end - span.start for span in spans) for spans in self.spans]
 
 
-def replay(
-    plan: Schedule, shape: PipelineShape, costs: Costs = Costs(), waits_for_forward_sends: bool = False
-) -> Prediction:
-    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why).
-
-    waits_for_forward_sends: each send of an output stands in the way of the next action, as in Megatron's own loop since
-        0.18 (PR 4047).
-    """
-    return _Replay(plan, shape, costs, waits_for_forward_sends).to_the_end()
+def replay(plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, waits: Waits = OURS) -> Prediction:
+    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why)."""
+    return _Replay(plan, shape, costs, waits).to_the_end()
 
 
 @dataclass(eq=False, slots=True)
@@ -83,18 +65,17 @@ class _Channel:
 
 
 class _Replay:
-    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits_for_forward_sends: bool):
-        self.plan, self.shape, self.costs = plan, shape, costs
-        self.waits_for_forward_sends = waits_for_forward_sends
+    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits: Waits):
+        self.plan, self.shape, self.costs, self.waits = plan, shape, costs, waits
         size = shape.pp_size
         self.position, self.clock = [0] * size, [0.0] * size
         self.spans: list[list[Span]] = [[] for _ in range(size)]
         self.arrived: dict[Key, float] = {}  # receive -> when its message is there
         self.left: dict[Key, float] = {}  # send -> when its tensor may be reused
         self.sent: list[deque[list[Key]]] = [deque([[]], SEND_WINDOW) for _ in range(size)]
-        self.gathered: dict[int, float] = {}  # stage ->
-        self.collectives = [0.0] * size  # when the rank's data-parallel network is free
-        self.reduced = [0.0] * size
+        sharded = is_sharded(plan)
+        self.collectives = [Collectives(costs, waits, sharded, shape.num_microbatches) for _ in range(size)]
+        self.has_collectives = costs.gather > 0 or costs.reduction > 0
         self.ready = list(range(size))
         self.blocked = [False] * size
         self.channels = dict(self._channels())
@@ -121,10 +102,10 @@ class _Replay:
         if stuck:
             where = ", ".join(f"pp_rank {rank} at {self.plan[rank][self.position[rank]]}" for rank in stuck)
             raise ScheduleError(f"no rank can run its next action: {where}")
-        return Prediction(self.shape, self.spans, self.reduced)
+        return Prediction(self.shape, self.spans, [each.reduced for each in self.collectives])
 
     def _advance(self, rank: int) -> None:
-        actions, now, window = self.plan[rank], self.clock[rank], self.sent[rank]
+        actions, now, window, collectives = self.plan[rank], self.clock[rank], self.sent[rank], self.collectives[rank]
         for position in range(self.position[rank], len(actions)):
             action = actions[position]
             op = action.op
@@ -133,7 +114,7 @@ class _Replay:
                 if start is None:
                     self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
                     return
-                now = start + self.costs.of(action)
+                now = collectives.compute(action, start) if self.has_collectives else start + self.costs.of(action)
                 self.spans[rank].append(Span(action, start, now))
                 window.append([])
             elif op in SENDS:
@@ -147,7 +128,7 @@ class _Replay:
                 queue.posted.append((now, action))
                 self._begin(queue)
             else:
-                self._collective(action, rank, now)
+                collectives.launch(action, now)
         self.position[rank], self.clock[rank] = len(actions), now
 
     def _start(self, action: Action, now: float, window: deque[list[Key]]) -> float | None:
@@ -159,15 +140,15 @@ class _Replay:
             if arrival is None:
                 return None
             now = max(now, arrival)
-        due = window[0] if len(window) == SEND_WINDOW else []
-        if self.waits_for_forward_sends:
+        due = window[0] if self.waits.for_sends and len(window) == SEND_WINDOW else []
+        if self.waits.for_forward_sends:
             due = due + [send for send in window[-1] if send[1] is Op.SEND_F]
         for send in due:
             left = self.left.get(send)
             if left is None:
                 return None
             now = max(now, left)
-        return max(now, self.gathered.get(stage, 0.0)) if op is Op.F else now
+        return now
 
     def _begin(self, queue: _Channel) -> None:
         while queue.sent and queue.posted:
@@ -180,12 +161,3 @@ class _Replay:
                 if self.blocked[rank]:
                     self.blocked[rank] = False
                     self.ready.append(rank)
-
-    def _collective(self, action: Action, rank: int, now: float) -> None:
-        is_gather = action.op is Op.UNSHARD
-        end = max(now, self.collectives[rank]) + (self.costs.gather if is_gather else self.costs.reduction)
-        self.collectives[rank] = end
-        if is_gather:
-            self.gathered[action.stage] = end
-        else:
-            self.reduced[rank] = end

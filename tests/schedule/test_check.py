@@ -97,7 +97,7 @@ def test_damaged_plans_are_rejected_exactly_when_their_meaning_changes():
         assert verdicts[kind, "accepted"] > 10, verdicts
 
 
-@pytest.mark.parametrize("op", sorted(CHUNK_OPS))
+@pytest.mark.parametrize("op", [Op.REDUCE_GRAD, Op.UNSHARD])
 def test_a_chunk_op_stands_for_all_stages_or_for_none(op):
     shape = PipelineShape(2, 2, 2)
     plan = lower(breadth_first(shape), shape)

@@ -53,6 +53,8 @@ def complaint(case):
     order = ORDERS[kind](shape, group)
     try:
         check(lower(order, shape), shape, forward_only=kind == "evaluation")
+        resident = 1 + sum(sizes) % shape.num_chunks
+        check(lower(order, shape, resident_chunks=resident), shape, kind == "evaluation", resident)
     except ScheduleError as error:
         return f"{case}: {error}"
     if kind in ("eager", "late"):

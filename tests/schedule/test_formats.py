@@ -8,10 +8,10 @@ from shapes import shapes
 from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
 
 
-@given(shapes, st.booleans())
+@given(shapes, st.booleans(), st.sampled_from([None, 1, 2]))
 @settings(deadline=None, max_examples=40)
-def test_text_and_csv_bring_every_plan_back(shape, eager):
-    plan = lower(breadth_first(shape, eager_backward=eager), shape)
+def test_text_and_csv_bring_every_plan_back(shape, eager, resident):
+    plan = lower(breadth_first(shape, eager_backward=eager), shape, resident_chunks=resident)
     assert formats.from_text(formats.to_text(plan)) == plan
     assert formats.from_csv(formats.to_csv(plan)) == plan
 
@@ -40,13 +40,14 @@ def test_the_digest_tells_plans_apart():
     assert formats.digest(eager) != formats.digest(late)
 
 
+@pytest.mark.parametrize("resident", [None, 1])
 @pytest.mark.parametrize("is_plan", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 3), (4, 2, 8), (3, 4, 2)])
-def test_torchs_own_loader_reads_the_csv_as_the_same_actions(sizes, is_plan, tmp_path):
+def test_torchs_own_loader_reads_the_csv_as_the_same_actions(sizes, is_plan, resident, tmp_path):
     pipelining = pytest.importorskip("torch.distributed.pipelining.schedules", reason="needs torch")
     shape = PipelineShape(*sizes)
     order = breadth_first(shape)
-    schedule = lower(order, shape) if is_plan else order
+    schedule = lower(order, shape, resident_chunks=resident) if is_plan else order
     path = tmp_path / "schedule.csv"
     path.write_text(formats.to_csv(schedule))
     # Its constructor wants stages in a process group; its loader needs only these.

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from shapes import parse, shapes
 
 from megatron_bfpp.schedule import (
+    Action,
+    Op,
     PipelineShape,
     ScheduleError,
     breadth_first,
@@ -15,7 +17,9 @@ from megatron_bfpp.schedule import (
     one_f_one_b,
     simulate,
 )
-from megatron_bfpp.schedule.replay import Costs, replay
+from megatron_bfpp.schedule.lower import add_send_recv
+from megatron_bfpp.schedule.replay import OURS, Costs, replay
+from megatron_bfpp.schedule.upstream import MEGATRON, TORCH, aligned
 
 
 @given(shapes, st.data(), st.booleans(), st.sampled_from([0.5, 1.0, 2.0, 3.0]))
@@ -89,13 +93,75 @@ def test_a_gather_is_waited_for_by_the_first_forward_of_its_chunk():
     assert replay(plan, shape, Costs(gather=2)).step_time == replay(plan, shape).step_time + 2
 
 
+@pytest.mark.parametrize("sizes", [(4, 4, 8), (4, 2, 8), (8, 4, 16), (2, 3, 4)])
+def test_a_reduction_as_long_as_the_backwards_of_its_chunk_is_exposed_as_the_arithmetic_says(sizes):
+    shape = PipelineShape(*sizes)
+    pp, chunks, microbatches = sizes
+    costs = Costs(1, 2, reduction=2 * microbatches)
+    # The default leaves P backwards between the ends of two chunks, breadth-first M; the last reduction is exposed in both.
+    order, plan = interleaved_1f1b(shape), lower(breadth_first(shape), shape)
+    assert replay(plan, shape, costs).exposed_reduction == 2 * microbatches
+    default = replay(lower(order, shape), shape, costs).exposed_reduction
+    assert default == (chunks * microbatches - (chunks - 1) * pp) * 2
+    assert replay(aligned(lower(order, shape), shape), shape, costs).exposed_reduction == default
+
+
+def test_buckets_of_the_first_stage_are_reduced_during_its_last_backward_and_gathered_during_its_first_forward():
+    shape = PipelineShape(2, 2, 4)
+    plan = lower(breadth_first(shape), shape)
+    alone = replay(plan, shape).step_time
+    # A quarter is there before the first forward can start, and a quarter is left after the last backward.
+    found = replay(plan, shape, Costs(1, 2, gather=1, reduction=2, buckets=4))
+    assert found.step_time == pytest.approx(alone + 1 / 4 + 2 / 4)
+    assert found.exposed_reduction == pytest.approx(2 / 4)
+
+
+def test_a_gather_that_the_plan_does_not_launch_is_exposed():
+    shape = PipelineShape(2, 1, 4)
+    plan = [[each for each in actions if each.op is not Op.UNSHARD] for actions in lower(breadth_first(shape), shape)]
+    assert replay(plan, shape, Costs(gather=2)).step_time == replay(plan, shape).step_time + 2 * 2  # at each stage
+
+
+def test_full_sharding_hides_its_second_gather_under_the_backwards_of_the_next_chunk():
+    shape = PipelineShape(2, 3, 4)
+    replicated, sharded = lower(breadth_first(shape), shape), lower(breadth_first(shape), shape, resident_chunks=2)
+    alone = replay(replicated, shape).step_time
+    # A reduction and a gather under 4 backwards of 2: the first gather and the last reduction are exposed, as without sharding.
+    hidden = Costs(1, 2, gather=3, reduction=4)
+    assert replay(sharded, shape, hidden).step_time == replay(replicated, shape, hidden).step_time == alone + 3 + 4
+    # Too long for that, and each of V - 2 = 1 chunks that are gathered again exposes what is too much.
+    longer = Costs(1, 2, gather=4, reduction=7)
+    assert replay(sharded, shape, longer).step_time >= replay(replicated, shape, longer).step_time + 3
+    units = Costs(1, 2, gather=3, reduction=4, buckets=4)
+    assert replay(sharded, shape, units).step_time < alone + 3 + 4
+
+
+def test_torch_waits_for_the_reduction_of_a_stage_in_its_last_backward():
+    shape = PipelineShape(2, 1, 4)
+    plan = add_send_recv(breadth_first(shape), shape)
+    assert replay(plan, shape, Costs(reduction=8), TORCH).step_time == replay(plan, shape).step_time + 2 * 8
+
+
+def test_megatron_launches_reductions_and_gathers_at_one_time_on_all_ranks():
+    shape = PipelineShape(4, 4, 8)
+    plan = lower(interleaved_1f1b(shape), shape)
+    found = aligned(plan, shape)
+    assert [sorted(actions) for actions in found] == [sorted(actions) for actions in plan]
+    for rank, actions in enumerate(found):
+        backwards = [each for each in actions if each.op is Op.B]
+        for stage in shape.stages_on(rank):
+            before = actions[: actions.index(Action(stage, Op.REDUCE_GRAD))]
+            ran = sum(each.op is Op.B for each in before)
+            assert ran == min(backwards.index(Action(stage, Op.B, 7)) + 1 + rank, len(backwards))
+
+
 def test_a_send_that_is_waited_for_stands_in_the_way_of_the_next_action():
     # What Megatron's own loop does with every output, and why the same order takes longer there.
     shape, costs = PipelineShape(4, 4, 8), Costs(hop=0.1, transfer=0.4)
     plan = lower(breadth_first(shape), shape)
-    ours, megatrons = (replay(plan, shape, costs, waits_for_forward_sends=waits).step_time for waits in (False, True))
+    ours, megatrons = (replay(plan, shape, costs, waits).step_time for waits in (OURS, MEGATRON))
     assert ours == pytest.approx(3 * (8 * 4 + 3) + 6 * 0.5) and megatrons > 1.08 * ours
-    assert replay(plan, shape, Costs(hop=0.5), waits_for_forward_sends=True).step_time == pytest.approx(ours)
+    assert replay(plan, shape, Costs(hop=0.5), MEGATRON).step_time == pytest.approx(ours)
 
 
 def test_1f1b_without_chunks_takes_what_the_textbook_says():

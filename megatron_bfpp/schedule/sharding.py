@@ -1,0 +1,177 @@
+"""Full sharding in a plan: which chunks of a rank hold gathered parameters, and when. Standard library only.
+
+A rank keeps its parameters sharded over its data-parallel group. A chunk can run only while it is gathered, and at most
+`resident_chunks` of a rank's chunks may be gathered at one time: 1 is the least memory, 2 hides a gather behind the chunk
+before, all of them is ZeRO-2 (every chunk gathered once per step, gradients and optimizer sharded).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
+from .simulate import ScheduleError
+
+
+@dataclass(slots=True)
+class _Place:
+    """Room for one gathered chunk: what it holds, and the runs (see `_changes`) that used it last and use it next."""
+
+    stage: int | None = None
+    last_use: int = -1
+    next_use: float = math.inf
+
+
+def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> Schedule:
+    """Gather every chunk before it runs, and give it up after its last use or where another chunk needs its place.
+
+    What is given up is the chunk that is needed last (Belady 1966), so no plan with as many places has fewer gathers.
+    A gather stands where the chunk gathered before it begins to run, or later if its place is still in use: at most one
+    gather is under way ahead of need. Breadth-first with all micro-batches in one group has 2V - resident_chunks gathers
+    per rank (V with resident_chunks 1 or 2: 2V-1, 2V-2), whatever M is: between forward and backward the last chunks stay.
+    """
+    if resident_chunks < 1:
+        raise ValueError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
+    return [_sharded(actions, resident_chunks) for actions in plan]
+
+
+def _sharded(actions: list[Action], places: int) -> list[Action]:
+    computes = [position for position, action in enumerate(actions) if action.op in COMPUTE]
+    runs = [(stage, next(run)) for stage, run in groupby(computes, key=lambda position: actions[position].stage)]
+    changes: dict[int, list[Action]] = defaultdict(list)
+    for run, action in _changes([stage for stage, _ in runs], places):
+        changes[0 if run == 0 else runs[run][1] if run < len(runs) else len(actions)].append(action)
+    lowered: list[Action] = []
+    for position, action in enumerate(actions):
+        lowered += changes[position]
+        lowered.append(action)
+    return lowered + changes[len(actions)]
+
+
+def _changes(runs: list[int], places: int) -> list[tuple[int, Action]]:
+    """(run, UNSHARD or RESHARD to put before it), in order; run len(runs) stands for the end.
+
+    runs: the stage of each run of a rank; a run is a series of its compute actions of one stage.
+    """
+    room = [_Place() for _ in range(places)]
+    following = _following_uses(runs)
+    changes: list[tuple[int, Action]] = []
+    gathered_for = 0  # the run that the last gather was for
+    for run, stage in enumerate(runs):
+        place = next((place for place in room if place.stage == stage), None)
+        if place is None:
+            place = max(room, key=lambda place: (place.next_use, -place.last_use))
+            start = max(place.last_use + 1, gathered_for)
+            if place.stage is not None:
+                changes.append((start, Action(place.stage, Op.RESHARD)))
+            changes.append((start, Action(stage, Op.UNSHARD)))
+            place.stage, gathered_for = stage, run
+        place.last_use, place.next_use = run, following[run]
+        if place.next_use == math.inf:
+            changes.append((run + 1, Action(stage, Op.RESHARD)))
+            place.stage = None
+    # What is given up comes first, so that the places suffice at every moment.
+    return sorted(changes, key=lambda change: (change[0], change[1].op is Op.UNSHARD))
+
+
+def _following_uses(runs: list[int]) -> list[float]:
+    """For each run, the next one of the same stage; infinity if there is none."""
+    found: list[float] = []
+    coming: dict[int, int] = {}
+    for run in range(len(runs) - 1, -1, -1):
+        found.append(coming.get(runs[run], math.inf))
+        coming[runs[run]] = run
+    return found[::-1]
+
+
+def is_sharded(plan: Schedule) -> bool:
+    """Whether a plan gives up gathered parameters; a replicated one gathers each chunk once and keeps it."""
+    return any(action.op is Op.RESHARD for actions in plan for action in actions)
+
+
+def check_sharding(plan: Schedule, resident_chunks: int) -> None:
+    """ScheduleError unless every chunk is gathered while it runs, none in vain, and never more than `resident_chunks`.
+
+    A gather counts from its launch. At the end of a step nothing is gathered: the optimizer changes the shards.
+    """
+    for pp_rank, actions in enumerate(plan):
+        gathered: dict[int, bool] = {}  # stage -> whether it has run since
+        for step, action in enumerate(actions):
+            complaint = _complaint(action, gathered, resident_chunks)
+            if complaint is not None:
+                raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} {complaint}")
+        for stage in gathered:
+            raise ScheduleError(f"pp_rank {pp_rank}: {Action(stage, Op.RESHARD)} is missing at the end of the step")
+
+
+def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) -> str | None:
+    """What is wrong with running `action` now. Keeps `gathered` up to date."""
+    stage, op, _ = action
+    if op is Op.UNSHARD:
+        if stage in gathered:
+            return "gathers what is gathered"
+        if len(gathered) == resident_chunks:
+            return f"is one gathered chunk more than the {resident_chunks} that may be"
+        gathered[stage] = False
+    elif op in COMPUTE:
+        if stage not in gathered:
+            return f"runs while its parameters are sharded: {Action(stage, Op.UNSHARD)} is missing before it"
+        gathered[stage] = True
+    elif op is Op.RESHARD and not gathered.pop(stage, False):
+        return "gives up what is not gathered, or has not run since it was"
+    return None
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """What is kept of a parameter, in bytes. The defaults: fp32, Adam."""
+
+    gathered: int = 4  # the parameter; 2 in bf16
+    summed: int = 4  # its gradient, unreduced: added up in fp32 also for bf16
+    shard: int = 12  # the parameter and the optimizer's state; 14 in bf16, with an fp32 copy
+    reduced: int = 4  # its reduced gradient; 2 in bf16
+
+
+def peak_parameter_bytes(
+    actions: list[Action], shape: PipelineShape, parameters: Sequence[int], replicas: int, each: ParameterBytes
+) -> float:
+    """The most that parameters, gradients and optimizer take on one rank during a step with full sharding, in bytes.
+
+    actions: the rank's plan. parameters: of each of its chunks. replicas: that the parameters are sharded over.
+    Of all parameters the shard's bytes / replicas; beside that, at every moment: the gathered chunks, counted from the
+    launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the chunk
+    reduced last, which are kept until the next is reduced; and the reduced ones' shards.
+    With 2 resident chunks of n parameters each, and P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and 4 n /
+    replicas for each chunk that is reduced by then.
+    """
+    gathered: set[int] = set()
+    summed: set[int] = set()
+    reduced: set[int] = set()
+    leaving: int | None = None
+    peak = 0.0
+    for stage, op, _ in actions:
+        if op is Op.UNSHARD:
+            gathered.add(stage)
+        elif op is Op.RESHARD:
+            gathered.discard(stage)
+        elif op is Op.B:
+            summed.add(stage)
+        elif op is Op.REDUCE_GRAD:
+            summed.discard(stage)
+            reduced.add(stage)
+            leaving = stage
+        unreduced = summed if leaving is None else summed | {leaving}
+        held = sum(parameters[shape.chunk_of(stage)] for stage in gathered) * each.gathered
+        held += sum(parameters[shape.chunk_of(stage)] for stage in unreduced) * each.summed
+        shards = sum(parameters[shape.chunk_of(stage)] for stage in reduced) * each.reduced / replicas
+        peak = max(peak, held + shards)
+    return sum(parameters) * each.shard / replicas + peak
+
+
+def count_gathers(actions: list[Action]) -> int:
+    """How often a rank gathers a chunk in a step."""
+    return sum(action.op is Op.UNSHARD for action in actions)
