@@ -14,12 +14,9 @@ from typing import NamedTuple
 
 from .activations import Activations
 from .model import GPT
-from .strategy import Strategy
+from .strategy import RESIDENT_CHUNKS, Strategy
 
-__all__ = ["PRECISIONS", "RESIDENT_CHUNKS", "Memory", "Precision", "memory"]
-
-# One chunk runs while the next is gathered; one reduces its gradients while the next makes its own.
-RESIDENT_CHUNKS = 2
+__all__ = ["PRECISIONS", "Memory", "Precision", "memory"]
 
 
 class Precision(NamedTuple):
@@ -64,15 +61,18 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
     )
     chunk = per_chunk * gpt.layer_parameters(s.tp)
     count = chunk * s.chunks + ends
-    # The embedding is in the first chunk, the head in the last: at most one of them among few resident chunks.
-    resident = min(count, RESIDENT_CHUNKS * chunk + ends)
+    # At the peak one chunk has ended its backward, is given up, and reduces its gradients while the next makes its own. The
+    # embedding is in the first chunk, the head in the last: at most one of them among these.
+    gathered = min(s.resident_chunks or 0, max(1, s.chunks - 1)) * chunk + ends
+    summed = min(count, RESIDENT_CHUNKS * chunk + ends)
     divided = count / s.dp
     element, gradient, optimizer, step = precision
     stored = {
         "replicated": (element * count, gradient * count, optimizer * count),
         "zero1": (element * count, gradient * count, optimizer * divided),
-        "zero2": (element * (count + divided), gradient * (resident + divided), optimizer * divided),
-        "zero3": (element * (resident + divided), gradient * (resident + divided), optimizer * divided),
+        # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
+        "zero2": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
+        "zero3": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
     }[s.sharding]
 
     live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention)

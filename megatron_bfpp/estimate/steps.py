@@ -8,15 +8,17 @@ and backward b of a stage, c = hop + transfer:
     Megatron's loop, which waits for each send of an output to leave                     `_waits_for_sends`
     1F1B, where each P-th micro-batch waits for the way to the last rank and back         c (2 M (P-1) / P - 2)
     data parallelism: the first gather and last reduction, and what of the others does not fit under a group of a chunk
-It holds for M a multiple of G, and agrees with the replay within 3% where c < f (tested). Beyond that it underestimates.
+It holds for M a multiple of G, and agrees with the replay within 3% where c < f and M > 2 (tested). Beyond that it underestimates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..schedule import Action, Op, Schedule, lower
-from ..schedule.replay import Costs, replay
+from ..schedule import Op, lower
+from ..schedule.collectives import OURS, Costs
+from ..schedule.replay import replay
+from ..schedule.upstream import MEGATRON, aligned
 from .strategy import BREADTH_FIRST, Strategy
 from .time import Durations
 
@@ -50,32 +52,30 @@ def replay_step(strategy: Strategy, times: Durations) -> Step:
     """Replays the plan of the step. One rank has no plan: there the formula is exact."""
     if strategy.pp == 1:
         return formula_step(strategy, times)
-    shape = strategy.shape
-    plan = lower(strategy.order(), shape)
-    if times.backward_gathers:
-        plan = _gathered_again(plan, strategy, times.backward_gathers)
-    costs = Costs(times.forward, times.backward, times.hop, times.transfer, times.gather, times.reduction)
-    free = replace(costs, hop=0.0, transfer=0.0, gather=0.0, reduction=0.0)
-    waits = strategy.schedule not in BREADTH_FIRST
+    shape, is_chunked = strategy.shape, strategy.schedule.startswith("interleaved")
+    plan = lower(strategy.order(), shape, resident_chunks=strategy.resident_chunks)
+    if is_chunked:
+        plan = aligned(plan, shape)
+    elif strategy.schedule == "1f1b":  # Megatron's hooks gather the one chunk as it starts
+        plan = [[action for action in actions if action.op is not Op.UNSHARD] for actions in plan]
+    costs = Costs(
+        times.forward,
+        times.backward,
+        times.hop,
+        times.transfer,
+        times.gather,
+        times.reduction,
+        1 if is_chunked else times.buckets,
+    )
+    waits = OURS if strategy.schedule in BREADTH_FIRST else MEGATRON
     step = replay(plan, shape, costs, waits).step_time + times.ends + times.optimizer
-    return _step(strategy, times, step, replay(plan, shape, free).step_time, True)
+    free = replay(plan, shape, Costs(times.forward, times.backward)).step_time
+    return _step(strategy, times, step, free, True)
 
 
 def _step(strategy: Strategy, times: Durations, step: float, free: float, is_exact: bool) -> Step:
     busy = strategy.num_microbatches * (sum(times.forward) + sum(times.backward)) / strategy.pp
     return Step(step, busy + times.optimizer, free + times.optimizer, is_exact)
-
-
-def _gathered_again(plan: Schedule, strategy: Strategy, count: int) -> Schedule:
-    """Gathers the first `count` chunks once more, each as the backward of the chunk after it begins."""
-    again: Schedule = []
-    for actions in plan:
-        again.append([])
-        for action in actions:
-            if action.op is Op.B and action.microbatch == 0 and 1 <= action.stage // strategy.pp <= count:
-                again[-1].append(Action(action.stage - strategy.pp, Op.UNSHARD))
-            again[-1].append(action)
-    return again
 
 
 def formula_step(strategy: Strategy, times: Durations) -> Step:
@@ -126,6 +126,15 @@ def _data_parallel(strategy: Strategy, times: Durations) -> float:
     forward, backward = (
         max(strategy.group * each[0], strategy.pp * (each[0] + c)) for each in (times.forward, times.backward)
     )
-    gathers = times.gather + more * max(0.0, times.gather - forward)
-    under = more * (times.reduction - backward) + times.backward_gathers * times.gather
-    return gathers + times.reduction + max(0.0, under) + times.ends
+    # The first gather and the last reduction overlap their own forward and backward, but for a bucket.
+    buckets = times.buckets
+    first = max(times.gather / buckets, times.gather - times.forward[0] * (1 - 1 / buckets))
+    last = max(times.reduction / buckets, times.reduction - times.backward[0] * (1 - 1 / buckets))
+    again = max(0, strategy.chunks - strategy.resident_chunks) if strategy.resident_chunks else 0
+    if (
+        strategy.schedule == "1f1b"
+    ):  # each rank in turn gathers as its first micro-batch arrives, only the first in buckets
+        first += (strategy.pp - 1) * times.gather
+    gathers = first + more * max(0.0, times.gather - forward)
+    under = more * (times.reduction - backward) + again * times.gather
+    return gathers + last + max(0.0, under) + times.ends

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..schedule import PipelineShape, Schedule, breadth_first, interleaved_1f1b, one_f_one_b
 
-__all__ = ["BREADTH_FIRST", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "Strategy"]
+__all__ = ["BREADTH_FIRST", "RECOMPUTES", "RESIDENT_CHUNKS", "SCHEDULES", "SHARDINGS", "Strategy"]
 
 # no-pipeline: one pipeline rank, gradients accumulated. The others as in `bfpp bench`: Megatron's schedule without chunks,
 # its default with chunks, the same with a group of all micro-batches, and this plugin's with either backward.
@@ -18,6 +18,8 @@ BREADTH_FIRST = ("breadth-first", "breadth-first-late")
 # zero1 is Megatron's distributed optimizer; zero2 and zero3 are torch's FSDP2, per chunk.
 SHARDINGS = ("replicated", "zero1", "zero2", "zero3")
 RECOMPUTES = ("none", "selective", "full")
+# zero3: one chunk runs while the next is gathered. Gradients of all shardings by FSDP2: one chunk reduces its own while the next makes its.
+RESIDENT_CHUNKS = 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Strategy:
         return min(total, ahead + 2 * lead + 1)
 
     @property
+    def resident_chunks(self) -> int | None:
+        """Whose parameters are gathered at one time; None where they are not sharded."""
+        return {"zero2": self.chunks, "zero3": min(self.chunks, RESIDENT_CHUNKS)}.get(self.sharding)
+
+    @property
     def live_logits(self) -> int:
         """Micro-batches whose logits the last rank holds at one time: each backward follows its forward, or a group of them."""
         return self.group if self.schedule == "breadth-first-late" else 1
@@ -96,6 +103,8 @@ class Strategy:
             words += ["--breadth-first-backward", "late"] if self.schedule == "breadth-first-late" else []
             words += ["--breadth-first-group-size", self.group] if self.group < self.num_microbatches else []
         words += _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
+        if self.sharding == "zero2":
+            words += ["--breadth-first-resident-chunks", self.chunks]
         words += _RECOMPUTE_FLAGS[self.recompute]
         return [str(word) for word in words]
 
@@ -103,8 +112,8 @@ class Strategy:
 _SHARDING_FLAGS: dict[str, list[str]] = {
     "replicated": ["--overlap-grad-reduce"],
     "zero1": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
-    "zero2": ["--use-torch-fsdp2", "--torch-fsdp2-no-reshard-after-forward"],
-    "zero3": ["--use-torch-fsdp2"],
+    "zero2": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"],
+    "zero3": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"],
 }
 _RECOMPUTE_FLAGS: dict[str, list[str]] = {
     "none": [],

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from .activations import Activations
 from .hardware import GPU
-from .memory import PRECISIONS, RESIDENT_CHUNKS
+from .memory import PRECISIONS
 from .model import GPT
 from .strategy import BREADTH_FIRST, Strategy
 
@@ -27,8 +27,7 @@ __all__ = ["Durations", "durations"]
 PASSES = 3
 # Bytes that Adam reads and writes for a parameter: gradient, moments and master copy in fp32 and the new 16-bit parameter.
 OPTIMIZER_TRAFFIC = 30
-# Megatron's buckets in parameters: max(40 million, 1 million x data-parallel size). Without chunks they overlap a reduction with
-# the backward that makes it.
+# Megatron's buckets in parameters: max(40 million, 1 million x data-parallel size). They overlap a reduction with the backward that makes it.
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
@@ -44,7 +43,7 @@ class Durations:
     gather: float  # of a chunk's parameters
     reduction: float  # of a chunk's gradients
     ends: float  # reduction and gather of the embedding, which comes last
-    backward_gathers: int  # chunks that are gathered a second time
+    buckets: int  # of a chunk, which is gathered and reduced in so many parts
     optimizer: float
 
 
@@ -64,10 +63,6 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     if link is not gpu.node_link:
         link = gpu.network_link
     gather, reduction, ends = _collectives(gpt, s, gpu, precision)
-    if s.chunks == 1 and overlap:
-        buckets = max(1, layers * gpt.layer_parameters(s.tp) // max(BUCKET, BUCKET_PER_RANK * s.dp))
-        gather = max(gather / buckets, gather - forward[0])
-        reduction = max(reduction / buckets, reduction - backward[0])
     owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
     owned //= 1 if s.sharding == "replicated" else s.dp
     times = Durations(
@@ -79,7 +74,7 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
         gather=gather,
         reduction=reduction,
         ends=ends,
-        backward_gathers=max(0, s.chunks - RESIDENT_CHUNKS) if s.sharding == "zero3" else 0,
+        buckets=_buckets(s, layers, layers * gpt.layer_parameters(s.tp)),
         optimizer=owned * OPTIMIZER_TRAFFIC / gpu.memory_bytes_per_s,
     )
     return times if overlap or s.schedule in BREADTH_FIRST else _blocking(s, times)
@@ -102,6 +97,13 @@ def _blocking(s: Strategy, times: Durations) -> Durations:
         reduction=0.0,
         ends=times.ends + s.chunks * (times.gather + times.reduction),
     )
+
+
+def _buckets(s: Strategy, layers: int, parameters: int) -> int:
+    """Of FSDP2 each layer, of Megatron so many parameters; its loop with chunks launches a chunk's reduction as a whole."""
+    if s.resident_chunks is not None:
+        return layers
+    return 1 if s.schedule.startswith("interleaved") else max(1, parameters // max(BUCKET, BUCKET_PER_RANK * s.dp))
 
 
 class _Layer:

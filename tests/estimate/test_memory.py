@@ -9,7 +9,8 @@ from megatron_bfpp.estimate.activations import Activations
 from megatron_bfpp.estimate.memory import PRECISIONS, memory
 from megatron_bfpp.estimate.model import GPT
 from megatron_bfpp.estimate.strategy import BREADTH_FIRST, SCHEDULES, Strategy
-from megatron_bfpp.schedule import simulate
+from megatron_bfpp.schedule import lower, simulate
+from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
 # A vocabulary of 255: the NullTokenizer of 0.17 adds one word, and both are padded to 256.
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 255"
@@ -101,17 +102,22 @@ def test_the_peak_of_live_activations_is_that_of_the_schedule(schedule, pp, chun
     assert [strategy.peak_live(rank) for rank in range(pp)] == peaks
 
 
-def test_fully_sharded_state_shrinks_with_data_parallelism_down_to_two_chunks():
+@pytest.mark.parametrize(("sharding", "chunks"), [("zero2", 2), ("zero2", 4), ("zero3", 2), ("zero3", 4), ("zero3", 8)])
+def test_fully_sharded_state_is_what_its_plan_holds(sharding, chunks):
     gpt = GPT(64, 8192, 64, 1024, 50257, untied=True)
+    strategy = Strategy("breadth-first", 4, 2, 8, chunks, 1, 8, 8, sharding)
+    found = memory(gpt, strategy, PRECISIONS["bf16"], True, 1)
+    plan = lower(strategy.order(), strategy.shape, resident_chunks=strategy.resident_chunks)
+    of_chunk = 16 // chunks * gpt.layer_parameters(2)
+    each = ParameterBytes(gathered=2, summed=4, shard=14, reduced=2)
+    peak = peak_parameter_bytes(plan[1], strategy.shape, [of_chunk] * chunks, 8, each)
+    # At the peak, not all chunks are reduced yet.
+    assert found.parameters + found.gradients + found.optimizer == pytest.approx(peak, rel=0.05)
 
-    def state(sharding: str, dp: int, chunks: int) -> float:
-        strategy = Strategy("breadth-first", 4, 2, dp, chunks, 1, 8, 8, sharding)
-        found = memory(gpt, strategy, PRECISIONS["bf16"], True, 1)
-        return found.parameters + found.gradients + found.optimizer
 
+def test_replicated_and_zero1_state():
+    gpt = GPT(64, 8192, 64, 1024, 50257, untied=True)
     layers_of_rank = 16 * gpt.layer_parameters(2)
-    assert state("replicated", 8, 4) == 18 * layers_of_rank
-    assert state("zero1", 8, 4) == 6 * layers_of_rank + 12 * layers_of_rank / 8
-    assert state("zero2", 8, 4) == (2 + 4 / 2) * layers_of_rank + 18 * layers_of_rank / 8
-    assert state("zero3", 8, 4) == 6 * layers_of_rank / 2 + 18 * layers_of_rank / 8
-    assert state("zero3", 10**9, 8) == pytest.approx(6 * layers_of_rank / 4, rel=1e-6)
+    for sharding, expected in (("replicated", 18 * layers_of_rank), ("zero1", (6 + 12 / 8) * layers_of_rank)):
+        found = memory(gpt, Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8, sharding), PRECISIONS["bf16"], True, 1)
+        assert found.parameters + found.gradients + found.optimizer == expected
