@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..schedule import Op, lower
+from ..schedule import lower
 from ..schedule.collectives import OURS, Costs
 from ..schedule.replay import replay
 from ..schedule.upstream import MEGATRON, aligned
@@ -56,8 +56,6 @@ def replay_step(strategy: Strategy, times: Durations) -> Step:
     plan = lower(strategy.order(), shape, resident_chunks=strategy.resident_chunks)
     if is_chunked:
         plan = aligned(plan, shape)
-    elif strategy.schedule == "1f1b":  # Megatron's hooks gather the one chunk as it starts
-        plan = [[action for action in actions if action.op is not Op.UNSHARD] for actions in plan]
     costs = Costs(
         times.forward,
         times.backward,

@@ -102,7 +102,9 @@ class Strategy:
             words += ["--pipeline-schedule", "breadth-first"]
             words += ["--breadth-first-backward", "late"] if self.schedule == "breadth-first-late" else []
             words += ["--breadth-first-group-size", self.group] if self.group < self.num_microbatches else []
-        words += _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
+        sharding = _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
+        # Without chunks each rank in turn would gather as its first micro-batch arrives; better all at once before the step.
+        words += [word for word in sharding if self.schedule != "1f1b" or word != "--overlap-param-gather"]
         if self.sharding == "zero2":
             words += ["--breadth-first-resident-chunks", self.chunks]
         words += _RECOMPUTE_FLAGS[self.recompute]
