@@ -1,7 +1,8 @@
-"""bfpp: look at a schedule and prove a plan, without torch and without Megatron; run schedules on an emulated network.
+"""bfpp: look at a schedule, prove a plan, plan a job, without torch and without Megatron; run schedules on an emulated network.
 
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
     bfpp check plan.csv
+    bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
@@ -14,7 +15,7 @@ import math
 import shutil
 import sys
 
-from . import __version__, bench
+from . import __version__, bench, plan
 from .errors import UserError
 from .files import write_whole
 from .report.grid import grid, summary
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--chunks", type=int, help="model chunks per rank")
     prove.add_argument("--microbatches", type=int, help="micro-batches")
     prove.set_defaults(run=_check)
+    plan.add_command(commands)
     bench.add_command(commands)
     return parser
 

@@ -23,10 +23,11 @@ SECTIONS = ("ENV_VARS", "MODEL_ARGS")
 IGNORED_SECTIONS = ("TEST_TYPE", "METRICS")
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
+def load(path: str | os.PathLike[str], expand: bool = True) -> tuple[dict[str, str], list[str]]:
     """The environment variables and the command-line flags of one file.
 
     true is a bare flag, false leaves the flag out, a list gives several words, and ${VAR} is taken from the environment.
+    expand: False leaves ${VAR} as it stands, for readers of the other flags.
     """
     content = _read(Path(path))
     unknown = [key for key in content if key not in SECTIONS + IGNORED_SECTIONS]
@@ -41,10 +42,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
     for name, value in (content.get("ENV_VARS") or {}).items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"{path}: ENV_VARS: {name!r} is not the name of an environment variable.")
-        environment[name] = _word(path, f"ENV_VARS: {name}", value)
+        environment[name] = _word(path, f"ENV_VARS: {name}", value, expand)
     flags = []
     for flag, value in (content.get("MODEL_ARGS") or {}).items():
-        flags += _flag_words(path, flag, value)
+        flags += _flag_words(path, flag, value, expand)
     return environment, flags
 
 
@@ -65,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flag_words(path: str | os.PathLike[str], flag: Any, value: Any) -> list[str]:
+def _flag_words(path: str | os.PathLike[str], flag: Any, value: Any, expand: bool) -> list[str]:
     if not isinstance(flag, str) or not re.fullmatch(r"--[A-Za-z0-9][\w-]*", flag):
         raise UserError(f"{path}: MODEL_ARGS: {flag!r} is not a flag; write it as on the command line, --like-this.")
     if value is True:
@@ -73,10 +74,10 @@ def _flag_words(path: str | os.PathLike[str], flag: Any, value: Any) -> list[str
     if value is False:
         return []
     values = value if isinstance(value, list) else [value]
-    return [flag, *(_word(path, f"MODEL_ARGS: {flag}", item) for item in values)]
+    return [flag, *(_word(path, f"MODEL_ARGS: {flag}", item, expand) for item in values)]
 
 
-def _word(path: str | os.PathLike[str], key: str, value: Any) -> str:
+def _word(path: str | os.PathLike[str], key: str, value: Any, expand: bool) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{path}: {key} is a {_kind(value)}; it must be a number or a text.")
 
@@ -85,7 +86,7 @@ def _word(path: str | os.PathLike[str], key: str, value: Any) -> str:
             raise UserError(f"{path}: {key} uses ${{{match[1]}}}, which is not set; set {match[1]} in the environment.")
         return os.environ[match[1]]
 
-    return re.sub(r"\$\{(\w+)\}", from_environment, str(value))
+    return re.sub(r"\$\{(\w+)\}", from_environment, str(value)) if expand else str(value)
 
 
 def _kind(value: Any) -> str:

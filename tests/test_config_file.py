@@ -36,6 +36,11 @@ def test_variables_come_from_the_environment(tmp_path: Path, monkeypatch: pytest
     assert load(path) == ({}, ["--data-path", "/a place/with spaces/text", "--save", "cost $5"])
 
 
+def test_variables_may_be_left_as_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path, "MODEL_ARGS: {--data-path: '${BFPP_NOT_SET}/text', --num-layers: 8}")
+    assert load(path, expand=False) == ({}, ["--data-path", "${BFPP_NOT_SET}/text", "--num-layers", "8"])
+
+
 def test_an_empty_map_gives_nothing(tmp_path: Path) -> None:
     assert load(write(tmp_path, "ENV_VARS:\nMODEL_ARGS:\n")) == ({}, [])
 
@@ -83,7 +88,8 @@ def test_as_a_program_it_prints_quoted_words_and_short_errors(tmp_path: Path) ->
 
 
 def test_the_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_PATH", "somewhere")
+    for variable in ("DATA_PATH", "VOCAB_FILE", "MERGE_FILE", "TOKENIZER_MODEL"):
+        monkeypatch.setenv(variable, "somewhere")
     shipped = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
     assert shipped
     for path in shipped:

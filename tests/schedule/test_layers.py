@@ -21,7 +21,7 @@ ROOMS = {
     "integration": {
         *("megatron_bfpp.schedule", "megatron_bfpp.runtime", "megatron_bfpp.emulate", "torch", "numpy", "yaml", "megatron"),
     },
-    "estimate": {"megatron_bfpp.schedule"},
+    "estimate": {"megatron_bfpp.schedule", "yaml", "matplotlib"},
     "report": {"megatron_bfpp.schedule", "matplotlib", "rich", "scipy"},
 }
 MAY_IMPORT_MEGATRON = {"integration", "run.py", "pretrain_gpt.py", "data.py", "cli.py"}

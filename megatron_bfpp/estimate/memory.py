@@ -1,0 +1,88 @@
+"""Bytes that a strategy needs on each pipeline rank: parameters, gradients, optimizer state, activations.
+
+    replicated  Megatron's default: all of them on every data-parallel rank
+    zero1       Megatron's distributed optimizer: the optimizer state is divided by the data-parallel size
+    zero2       torch's FSDP2, parameters kept gathered: gradients are divided too, but for those of the resident chunks
+    zero3       torch's FSDP2: everything is divided, but for parameters and gradients of the resident chunks
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .activations import Activations
+from .model import GPT
+from .strategy import RESIDENT_CHUNKS, Strategy
+
+__all__ = ["PRECISIONS", "Memory", "Precision", "memory"]
+
+
+class Precision(NamedTuple):
+    """Bytes per parameter with Adam as Megatron keeps it."""
+
+    element: int  # parameters and activations
+    gradient: int  # the buffer in which they are accumulated and reduced
+    optimizer: int  # two moments in fp32, and an fp32 copy of the parameters unless they are fp32 themselves
+    step: int  # only during the optimizer's step: fp32 copies of 16-bit gradients
+
+
+PRECISIONS = {
+    "fp32": Precision(4, 4, 8, 0),
+    "bf16": Precision(2, 4, 12, 0),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
+    "fp16": Precision(2, 2, 12, 4),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU of one pipeline rank, in bytes."""
+
+    pp_rank: int
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float  # beside the activations, of one action at a time
+    step: float  # of the optimizer's step, when the activations are gone
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + max(self.activations + self.working, self.step)
+
+
+def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: bool, pp_rank: int) -> Memory:
+    """Of one pipeline rank. The largest of all ranks counts: the first has the most activations, the last the logits."""
+    s, is_first, is_last = strategy, pp_rank == 0, pp_rank == strategy.pp - 1
+    per_chunk = gpt.num_layers // (s.pp * s.chunks)
+    ends = (gpt.embedding_parameters(s.tp) if is_first else 0) + (
+        gpt.head_parameters(s.tp, s.pp == 1) if is_last else 0
+    )
+    chunk = per_chunk * gpt.layer_parameters(s.tp)
+    count = chunk * s.chunks + ends
+    # At the peak one chunk has ended its backward, is given up, and reduces its gradients while the next makes its own. The
+    # embedding is in the first chunk, the head in the last: at most one of them among these.
+    gathered = min(s.resident_chunks or 0, max(1, s.chunks - 1)) * chunk + ends
+    summed = min(count, RESIDENT_CHUNKS * chunk + ends)
+    divided = count / s.dp
+    element, gradient, optimizer, step = precision
+    stored = {
+        "replicated": (element * count, gradient * count, optimizer * count),
+        "zero1": (element * count, gradient * count, optimizer * divided),
+        # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
+        "zero2": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
+        "zero3": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
+    }[s.sharding]
+
+    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention)
+    at_once = s.peak_live(pp_rank)
+    activations = at_once * per_chunk * live.layer(s.recompute)
+    if is_first:
+        activations += min(at_once, s.num_microbatches) * live.embedding()
+    working = live.working(s.recompute)
+    if is_last:
+        activations += s.live_logits * live.head()
+        working = max(working, live.head_working())
+    at_step = step * (count if s.sharding == "replicated" else divided)
+    return Memory(pp_rank, *stored, activations, working, at_step)

@@ -1,0 +1,142 @@
+"""Durations of the parts of a step on one GPU: forward and backward of a stage, messages, data-parallel collectives.
+
+a stage      matrix products at what the GPU achieves on their size; the other kernels by the bytes that they move; two
+             all-reduces of tensor parallelism forward and two backward, or the gathers and scatters of as many bytes that
+             sequence parallelism has instead. They stand between the products and are not overlapped.
+a backward   twice the products, and what is recomputed
+a message    a layer's output: within a node where the whole job fits into one, else over the network. Megatron numbers the
+             tensor ranks first, then data, then pipeline, so pipeline neighbours are tp * dp apart, and where not all of them
+             share a node the slower kind decides.
+a collective of a chunk's parameters or gradients, over data-parallel ranks that stand tp apart
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .activations import Activations
+from .hardware import GPU
+from .memory import PRECISIONS
+from .model import GPT
+from .strategy import BREADTH_FIRST, Strategy
+
+__all__ = ["Durations", "durations"]
+
+# How often the kernels that are no matrix product read or write what a layer stores: once written, read by the next kernel, and
+# about once more in between. An assumption; such kernels are a tenth of a large layer.
+PASSES = 3
+# Bytes that Adam reads and writes for a parameter: gradient, moments and master copy in fp32 and the new 16-bit parameter.
+OPTIMIZER_TRAFFIC = 30
+# Megatron's buckets in parameters: max(40 million, 1 million x data-parallel size). They overlap a reduction with the backward that makes it.
+BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
+
+
+@dataclass(frozen=True)
+class Durations:
+    """In seconds. forward, backward: of each stage in order and one micro-batch."""
+
+    forward: list[float]
+    backward: list[float]
+    tensor_parallel: float  # of a stage's forward and backward together, contained in them
+    hop: float
+    transfer: float
+    gather: float  # of a chunk's parameters
+    reduction: float  # of a chunk's gradients
+    ends: float  # reduction and gather of the embedding, which comes last
+    buckets: int  # of a chunk, which is gathered and reduced in so many parts
+    optimizer: float
+
+
+def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:
+    """overlap: False has Megatron's schedules wait for every message and for all data-parallel traffic, as before 2023."""
+    s, element = strategy, PRECISIONS[precision].element
+    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, gpu.flash_attention)
+    layer = _Layer(gpt, s, gpu, precision, live)
+    layers = gpt.num_layers // (s.pp * s.chunks)
+    stages = s.pp * s.chunks
+    forward, backward = [layers * layer.forward] * stages, [layers * layer.backward] * stages
+    head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), precision)
+    softmax = PASSES * live.head() / gpu.memory_bytes_per_s
+    forward[-1] += head + softmax
+    backward[-1] += 2 * head + softmax
+    link = gpu.link(1, s.num_gpus)
+    if link is not gpu.node_link:
+        link = gpu.network_link
+    gather, reduction, ends = _collectives(gpt, s, gpu, precision)
+    owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
+    owned //= 1 if s.sharding == "replicated" else s.dp
+    times = Durations(
+        forward,
+        backward,
+        tensor_parallel=layers * layer.tensor_parallel,
+        hop=link.latency_s,
+        transfer=live.message / link.bytes_per_s,
+        gather=gather,
+        reduction=reduction,
+        ends=ends,
+        buckets=_buckets(s, layers, layers * gpt.layer_parameters(s.tp)),
+        optimizer=owned * OPTIMIZER_TRAFFIC / gpu.memory_bytes_per_s,
+    )
+    return times if overlap or s.schedule in BREADTH_FIRST else _blocking(s, times)
+
+
+def _blocking(s: Strategy, times: Durations) -> Durations:
+    """Messages are part of the actions that exchange them, gathers and reductions stand at the two ends of the step.
+
+    A rank exchanges once for each forward of its warm-up and backward of its cool-down, and once for each pair between them.
+    """
+    total = s.chunks * s.num_microbatches
+    message = (times.hop + times.transfer) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
+    return replace(
+        times,
+        forward=[each + message for each in times.forward],
+        backward=[each + message for each in times.backward],
+        hop=0.0,
+        transfer=0.0,
+        gather=0.0,
+        reduction=0.0,
+        ends=times.ends + s.chunks * (times.gather + times.reduction),
+    )
+
+
+def _buckets(s: Strategy, layers: int, parameters: int) -> int:
+    """Of FSDP2 each layer, of Megatron so many parameters; its loop with chunks launches a chunk's reduction as a whole."""
+    if s.resident_chunks is not None:
+        return layers
+    return 1 if s.schedule.startswith("interleaved") else max(1, parameters // max(BUCKET, BUCKET_PER_RANK * s.dp))
+
+
+class _Layer:
+    """Forward and backward of one layer, in seconds."""
+
+    def __init__(self, gpt: GPT, s: Strategy, gpu: GPU, precision: str, live: Activations):
+        products = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.layer_gemms(s.micro_batch, s.tp))
+        attention = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
+        if gpu.flash_attention:  # leaves out what the causal mask hides
+            attention /= 2
+        square = PASSES * (live.layer("none") - live.layer("selective")) / gpu.memory_bytes_per_s
+        others = PASSES * live.layer("selective") / gpu.memory_bytes_per_s
+        # Two all-reduces, each of twice a gather.
+        whole = live.message * (s.tp if s.is_split_along_sequence else 1)
+        exchanged = 4 * gpu.link(1, s.tp).all_gather_s(whole, s.tp)
+        self.forward = products + attention + square + others + exchanged
+        again = {"none": 0.0, "selective": attention + square, "full": self.forward}[s.recompute]
+        self.backward = 2 * (products + attention + square + others) + exchanged + again
+        self.tensor_parallel = exchanged * (3 if s.recompute == "full" else 2)
+
+
+def _collectives(gpt: GPT, s: Strategy, gpu: GPU, precision: str) -> tuple[float, float, float]:
+    """Gather and reduction of a chunk, and both of the embedding."""
+    element, gradient = PRECISIONS[precision][:2]
+    link = gpu.link(s.tp, s.dp)
+    layers = gpt.num_layers // (s.pp * s.chunks) * gpt.layer_parameters(s.tp)
+    words = gpt.embedding_parameters(s.tp)
+
+    def both(parameters: int) -> tuple[float, float]:
+        scattered = link.all_gather_s(gradient * parameters, s.dp)
+        if s.sharding == "replicated":
+            return 0.0, 2 * scattered
+        return link.all_gather_s(element * parameters, s.dp), scattered
+
+    gather, reduction = both(layers)
+    return gather, reduction, sum(both(words))

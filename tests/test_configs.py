@@ -1,0 +1,103 @@
+"""Every file of configs/ is a command line that Megatron and this plugin accept, and that fits where its comment says."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+import jobs
+
+from megatron_bfpp.config_file import load
+from megatron_bfpp.estimate.flags import gpt_of, parse, precision_of, strategy_of
+from megatron_bfpp.estimate.hardware import load_gpu
+from megatron_bfpp.estimate.search import Request, estimate
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+GPUS = {  # file: GPUs, of what kind
+    "gpt_52b_64_v100": (64, "v100-32"),
+    "gpt_52b_64_a100_h100": (64, "a100-80"),
+    "gpt_52b_512_h100": (512, "h100-80"),
+    "gpt_52b_4096_v100": (4096, "v100-32"),
+    "gpt_6p6b": (16, "a100-80"),
+    "gpt_175b": (128, "h100-80"),
+    "llama3_70b": (64, "h100-80"),
+}
+BILLIONS = {
+    "gpt_52b": 52.4,
+    "gpt_52b_4k": 52.4,
+    "gpt_6p6b": 6.65,
+    "gpt_175b": 175.2,
+    "llama3_70b": 70.55,
+}
+
+
+def _parse_all(paths: list[str], data: str) -> None:
+    """In a rank: Megatron's parser and checks, with the plugin's."""
+    from megatron.training import arguments
+
+    import megatron_bfpp
+
+    for variable in ("DATA_PATH", "VOCAB_FILE", "MERGE_FILE", "TOKENIZER_MODEL"):
+        os.environ[variable] = data
+    megatron_bfpp.enable(device="cpu")
+    found = {}
+    for path in paths:
+        words = load(path)[1]
+        sizes = {flag: int(words[words.index(flag) + 1]) if flag in words else 1
+                 for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--global-batch-size")}  # fmt: skip
+        model = sizes["--tensor-model-parallel-size"] * sizes["--pipeline-model-parallel-size"]
+        os.environ["WORLD_SIZE"] = str(GPUS.get(Path(path).stem, (model, ""))[0])
+        sys.argv = ["pretrain_gpt.py", *words]
+        args = arguments.parse_args()
+        arguments.validate_args(args, {})
+        names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size", "data_parallel_size",
+                 "virtual_pipeline_model_parallel_size", "global_batch_size", "pipeline_schedule", "num_query_groups")  # fmt: skip
+        found[path] = {name: getattr(args, name) for name in names}
+    print("\nPARSED " + json.dumps(found), flush=True)
+
+
+def test_megatron_accepts_every_file_and_understands_it_as_the_planner_does(tmp_path):
+    for ending in ("", ".idx", ".bin"):
+        (tmp_path / f"data{ending}").touch()
+    (output,) = jobs.run_job(_parse_all, 1, tmp_path, [str(path) for path in CONFIGS], str(tmp_path / "data"))
+    (line,) = [line for line in output.splitlines() if line.startswith("PARSED ")]
+    for path, args in json.loads(line.removeprefix("PARSED ")).items():
+        flags = parse(load(path, expand=False)[1])
+        gpt = gpt_of(flags)
+        assert (gpt.num_layers, gpt.hidden_size, gpt.num_attention_heads, gpt.seq_length, gpt.ffn, gpt.groups) == (
+            *(
+                args[name]
+                for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size")
+            ),
+            args["num_query_groups"] if flags.group_query_attention else args["num_attention_heads"],
+        )
+        if Path(path).stem in GPUS:
+            strategy = strategy_of(flags, GPUS[Path(path).stem][0])
+            assert (strategy.dp, strategy.chunks, strategy.global_batch) == (
+                args["data_parallel_size"],
+                args["virtual_pipeline_model_parallel_size"],
+                args["global_batch_size"],
+            )
+            assert args["pipeline_schedule"] == strategy.schedule == "breadth-first"
+
+
+@pytest.mark.parametrize(("name", "billions"), BILLIONS.items())
+def test_the_model_has_the_size_in_its_name(name, billions):
+    (path,) = [path for path in CONFIGS if path.stem == name]
+    assert gpt_of(parse(load(path, expand=False)[1])).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_configuration_fits_into_its_gpus(name):
+    (path,) = [path for path in CONFIGS if path.stem == name]
+    flags, (num_gpus, kind) = parse(load(path, expand=False)[1]), GPUS[name]
+    gpu = load_gpu(kind)
+    strategy = strategy_of(flags, num_gpus)
+    request = Request(gpt_of(flags), gpu, num_gpus, strategy.global_batch, precision_of(flags) or gpu.precision)
+    found = estimate(request, strategy, exact=True)
+    assert found.memory.total < gpu.memory - request.reserve
+    assert 0.2 < found.tflops_per_gpu * 1e12 / gpu.peak_flops[gpu.precision] < 0.7
