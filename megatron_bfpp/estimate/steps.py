@@ -129,10 +129,6 @@ def _data_parallel(strategy: Strategy, times: Durations) -> float:
     first = max(times.gather / buckets, times.gather - times.forward[0] * (1 - 1 / buckets))
     last = max(times.reduction / buckets, times.reduction - times.backward[0] * (1 - 1 / buckets))
     again = max(0, strategy.chunks - strategy.resident_chunks) if strategy.resident_chunks else 0
-    if (
-        strategy.schedule == "1f1b"
-    ):  # each rank in turn gathers as its first micro-batch arrives, only the first in buckets
-        first += (strategy.pp - 1) * times.gather
     gathers = first + more * max(0.0, times.gather - forward)
     under = more * (times.reduction - backward) + again * times.gather
     return gathers + last + max(0.0, under) + times.ends
