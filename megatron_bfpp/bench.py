@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     @property
     def network(self) -> str:
         named = ("hop", self.hop), ("transfer", self.transfer), ("reduction", self.reduction), ("gather", self.gather)
-        return " + ".join(f"{name} {value:g}" for name, value in named if value) or "free"
+        return " + ".join(f"{name} {value:.3g}" for name, value in named if value) or "free"
 
 
 # With the defaults about 2 and 15 minutes.
@@ -62,6 +62,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 2 minutes, full 15")
     bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
+    bench.add_argument("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates")
+    bench.add_argument("--gpu", help="of --model: v100-32, a100-80, h100-80, h200, or the path of a profile")
+    bench.add_argument("--gpus", type=int, help="of --model: how many")
     bench.add_argument("--forward-ms", type=float, default=15.0, help="of a chunk and micro-batch; default 15 ms")
     bench.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
     bench.add_argument("--transfer", type=float, help="of a message at a card, in forwards: size / bandwidth")
@@ -99,12 +102,42 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
                                ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1)):  # fmt: skip
         if not least <= value <= 10_000:
             raise UserError(f"{flag} is {value:g}; it must lie between {least:g} and 10000.")
+    if args.model is not None:
+        return [_of_model(args)]
     if all(each is None for each in (args.shape, args.hop, args.transfer, args.reduction, args.gather)):
         return FULL if args.set == "full" else SHORT
     shapes = [_shape(text) for text in args.shape or ()] or list(dict.fromkeys(each.sizes for each in SHORT))
     hops = args.hop or ((0.5,) if args.transfer is None else (0.0,))
     rest = args.transfer or 0.0, args.reduction or 0.0, args.gather or 0.0
     return [Setting(sizes, hop, *rest) for sizes in shapes for hop in hops]
+
+
+def _of_model(args: argparse.Namespace) -> Setting:
+    """The strategy of a model's flags in slow motion: everything as long, in forwards of a chunk, as `estimate` says it is. The stages
+    are equal here: each takes the mean.
+    """
+    from .estimate.flags import gpt_of, parse, precision_of, strategy_of
+    from .estimate.hardware import load_gpu
+    from .estimate.time import durations
+    from .plan import model_words
+
+    given = [flag for flag in ("shape", "hop", "transfer", "reduction", "gather") if getattr(args, flag) is not None]
+    if given or args.gpu is None or args.gpus is None:
+        wrong = f"--{given[0]} is set as well" if given else f"--{'gpu' if args.gpu is None else 'gpus'} is not"
+        raise UserError(f"--model takes its times from an estimate for --gpus of a --gpu, but {wrong}.")
+    flags = parse(model_words([args.model]))
+    gpu, strategy = load_gpu(args.gpu), strategy_of(flags, args.gpus)
+    if strategy.pp < 2:
+        raise UserError(f"{args.model} on {args.gpus} GPUs has no pipeline ranks, and so no schedule to run.")
+    times = durations(gpt_of(flags), strategy, gpu, precision_of(flags) or gpu.precision)
+    forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)
+    count, args.backward_time = strategy.num_microbatches, backward / forward
+    print(
+        f"{args.model}, {strategy.dp} replicas of PP {strategy.pp} x TP {strategy.tp} on {gpu.name}: a forward of a chunk takes "
+        f"{1e3 * forward:.3g} ms there and {args.forward_ms:g} ms here, a backward {args.backward_time:.2f} times that"
+    )
+    collectives = (times.reduction / (count * backward), times.gather / (count * forward)) if strategy.dp > 1 else (0.0, 0.0)
+    return Setting((strategy.pp, strategy.chunks, count), times.hop / forward, times.transfer / forward, *collectives)
 
 
 def _shape(text: str) -> Sizes:

@@ -125,7 +125,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
     from .estimate.hardware import load_gpu
     from .estimate.search import Request, estimate
 
-    flags = parse(_words(args.model))
+    flags = parse(model_words(args.model))
     gpt, gpu = gpt_of(flags), load_gpu(args.gpu)
     for flag, value in (
         ("--gpus", args.gpus),
@@ -165,7 +165,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
     return request, batches, flags
 
 
-def _words(model: list[str]) -> list[str]:
+def model_words(model: list[str]) -> list[str]:
     """Megatron's flags, from a file or as they are."""
     from .config_file import load
 
