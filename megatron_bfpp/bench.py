@@ -158,11 +158,12 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
     cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in settings]
-    progress, results = _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
+    repeated, progress, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
     for setting, case in zip(settings, cases, strict=True):
         shape, replicas = case.shape, case.replicas
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
         found = run_case(case, partial(progress.step, title))
+        repeated += found.repeated
         costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
                       replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
         results += [
@@ -170,6 +171,8 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
             for arm in case.arms
         ]
     progress.end()
+    if repeated:
+        print(f"{repeated} steps were run again: the machine was busy when the emulated work was due", file=sys.stderr)
     return results
 
 
