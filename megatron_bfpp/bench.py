@@ -83,7 +83,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    results = _measure(args, _settings(args))
+    results = _measure(args, settings(args))
     print(table(results))
     if args.json is not None:
         write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """The cases that the command line names. --model also sets the time of a backward."""
     for flag, value, least in (("--forward-ms", args.forward_ms, 0.1), ("--backward-time", args.backward_time, 0.01),
                                ("--repeat", args.repeat, 1), ("--transfer", args.transfer or 0, 0), ("--reduction", args.reduction or 0, 0),
                                ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1)):  # fmt: skip
@@ -129,7 +130,10 @@ def _of_model(args: argparse.Namespace) -> Setting:
     gpu, strategy = load_gpu(args.gpu), strategy_of(flags, args.gpus)
     if strategy.pp < 2:
         raise UserError(f"{args.model} on {args.gpus} GPUs has no pipeline ranks, and so no schedule to run.")
-    times = durations(gpt_of(flags), strategy, gpu, precision_of(flags) or gpu.precision)
+    precision = precision_of(flags) or gpu.precision
+    if precision not in gpu.peak_flops:
+        raise UserError(f"{args.model} trains in {precision}, which {gpu.name} does not have.\n  Use another --gpu.")
+    times = durations(gpt_of(flags), strategy, gpu, precision)
     forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)
     count, args.backward_time = strategy.num_microbatches, backward / forward
     print(
@@ -148,7 +152,7 @@ def _shape(text: str) -> Sizes:
     return pp, chunks, microbatches
 
 
-def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
+def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     # Here and in the ranks Megatron warns of every library that it could use and a CPU does without.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     from .integration.bench import ARMS, FREE, SHARDED, run_case
@@ -157,9 +161,9 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
-    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in settings]
+    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in chosen]
     repeated, progress, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
-    for setting, case in zip(settings, cases, strict=True):
+    for setting, case in zip(chosen, cases, strict=True):
         shape, replicas = case.shape, case.replicas
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
         found = run_case(case, partial(progress.step, title))
