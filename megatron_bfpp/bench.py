@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UserError
 from .files import write_whole
-from .report.bench import Result, as_json, table
+from .report.bench import Result, as_json, markdown, table
 from .schedule import PipelineShape
 from .schedule.replay import Costs
 
@@ -78,6 +78,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
     bench.add_argument("--repeat", type=int, default=2, help="steps of every arm, alternating between the arms; default 2")
     bench.add_argument("--json", metavar="PATH", help="write all that was measured")
+    bench.add_argument("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
     bench.add_argument("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
     bench.set_defaults(run=run)
 
@@ -88,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
         print(f"wrote {args.json}")
+    if args.markdown is not None:
+        write_whole(args.markdown, markdown(results), "--markdown")
+        print(f"wrote {args.markdown}")
     if args.plot is not None:
         from .report.bench_plot import plot
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bfpp.cli import main
-from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, table
+from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, markdown, table
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 from megatron_bfpp.schedule.lower import add_send_recv
 from megatron_bfpp.schedule.replay import Costs, replay
@@ -51,6 +51,19 @@ def test_what_collectives_cost_is_in_the_table_and_in_the_bound():
     assert lower_bound_s(SHAPE, costs) == pytest.approx(0.06 * 19 + 0.2)
     lines = table([result]).splitlines()
     assert lines[1].split()[-1] == "exposed" and lines[2].split()[-1] == "0.50" and lines[3].startswith("exposed: ")
+
+
+def test_the_markdown_table_has_a_row_per_case():
+    costs = Costs(0.02, 0.04, reduction=0.4)
+    results = [
+        Result("interleaved", SHAPE, "free", Costs(0.02, 0.04), [1.2]),
+        Result("interleaved", SHAPE, "reduction 1", costs, [1.8], [1.2]),
+        Result("breadth-first-sharded", SHAPE, "reduction 1", costs, [1.6], [1.2]),
+    ]
+    assert markdown(results).splitlines()[2:] == [
+        "| 4 x 2, 8 | free | 1.053 |  |",
+        "| 4 x 2, 8 | reduction 1 | 1.169 (1.50) | 1.039 (1.00) |",
+    ]
 
 
 def test_torchs_arms_are_predicted_from_torchs_plan():
