@@ -43,7 +43,7 @@ class Setting(NamedTuple):
         return " + ".join(f"{name} {value:.3g}" for name, value in named if value) or "free"
 
 
-# With the defaults about 2 and 15 minutes.
+# With the defaults about 3 and 20 minutes (full with --repeat 1).
 SHORT = [Setting((4, 2, 8), 0.5), Setting((4, 4, 8), 0.5), Setting((4, 4, 8), 0.25, 0.25), Setting((4, 4, 8), 0.0, 0.0, 1.0)]
 FULL = [Setting((4, 4, 8))]
 FULL += [
@@ -59,7 +59,7 @@ FULL += [
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
-    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 2 minutes, full 15")
+    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 3 minutes, full 15 to 20")
     bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
     bench.add_argument("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates")
