@@ -113,7 +113,9 @@ def _pp_ranks(text: str | None, words: list[str]) -> list[int]:
         return list(range(pp_size))
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() and int(part) < pp_size for part in parts):
-        raise UserError(f"--rank {text}: the pipeline ranks are 0 to {pp_size - 1}.\n  Write it as 0 or 0,{pp_size - 1}.")
+        raise UserError(
+            f"--rank {text}: the pipeline ranks are 0 to {pp_size - 1}.\n  Write it as 0 or 0,{pp_size - 1}."
+        )
     return sorted(set(map(int, parts)))
 
 
@@ -153,7 +155,9 @@ def _placed(question: Question, rank: Rank, gpu: GPU | None) -> tuple[Placed | N
             raise UserError(f"nothing can be predicted for --gpu: {error}") from None
         return None, str(error).splitlines()[0]
     if gpu is not None and found.precision not in gpu.peak_flops:
-        raise UserError(f"{gpu.name} has no {found.precision}.\n  Use --{' or --'.join(gpu.peak_flops)}, or another --gpu.")
+        raise UserError(
+            f"{gpu.name} has no {found.precision}.\n  Use --{' or --'.join(gpu.peak_flops)}, or another --gpu."
+        )
     return found, ""
 
 
@@ -214,10 +218,9 @@ class Answer:
         if worst[1] <= usable:
             return []
         count = sum(total > usable for _, total in needed)
-        return [
-            f"{count} of {len(needed)} pipeline ranks do not fit: pp_rank {worst[0]} needs {worst[1] / 1e9:.1f} GB of "
-            f"{usable / 1e9:.1f} GB ({self.gpu.memory / 1e9:g} GB less {self.reserve / 1e9:g} GB for CUDA, NCCL and fragments)"
-        ]
+        needs = f"pp_rank {worst[0]} needs {worst[1] / 1e9:.1f} GB of {usable / 1e9:.1f} GB"
+        less = f"{self.gpu.memory / 1e9:g} GB less {self.reserve / 1e9:g} GB for CUDA, NCCL and fragments"
+        return [f"{count} of {len(needed)} pipeline ranks do not fit: {needs} ({less})"]
 
     def as_dict(self) -> dict[str, Any]:
         """Sizes in parameters and bytes, times in seconds."""
@@ -227,6 +230,7 @@ class Answer:
             "plans": [asdict(plan) for plan in self.ranks[0].plans],
             "ranks": [self._rank(rank) for rank in self.ranks],
             "not_compared": self.unknown,
+            "capability": self.question.capability,
             "findings": self.findings(),
         }
         if self.placed is not None:
@@ -247,7 +251,10 @@ class Answer:
         return content
 
     def _rank(self, rank: Rank) -> dict[str, Any]:
-        content: dict[str, Any] = {"pp_rank": rank.pp_rank, "parameters": sum(chunk.parameters for chunk in rank.chunks)}
+        content: dict[str, Any] = {
+            "pp_rank": rank.pp_rank,
+            "parameters": sum(chunk.parameters for chunk in rank.chunks),
+        }
         content["chunks"] = [asdict(chunk) for chunk in rank.chunks]
         if self.gpu is not None and self.placed is not None:
             memory = self.placed.memory(self.gpu, rank.pp_rank)

@@ -21,6 +21,7 @@ _context.set_forkserver_preload(
      "megatron_bfpp.integration.dry_run", "megatron_bfpp.integration.gpt", __name__]
 )  # fmt: skip
 
+
 def examine_ranks(question: Question, pp_ranks: list[int], on_rank: Callable[[int], None]) -> list[Rank]:
     """The answers in the order of `pp_ranks`. on_rank: called with each rank that is done.
 
@@ -76,13 +77,10 @@ def _rank(question: Question, pp_rank: int, with_plans: bool, answer: Connection
     from .integration.dry_run import examine
     from .pretrain_gpt import ARGS_DEFAULTS, refuse_other_tasks
 
-    def refuse(args: Any) -> None:
-        refuse_other_tasks(args, with_model_kinds=False)
-
     found: Rank | str
     with _silence():
         try:
-            found = examine(question, pp_rank, with_plans, refuse, ARGS_DEFAULTS)
+            found = examine(question, pp_rank, with_plans, refuse_other_tasks, ARGS_DEFAULTS)
         except UserError as error:
             found = str(error)
         answer.send(found)

@@ -81,7 +81,9 @@ class Placed:
         return replace(self.gpt, num_layers=max(self.stage_layers) * len(self.stage_layers))
 
 
-def placed(words: list[str], num_gpus: int, chunks: int, stage_layers: list[int], resident_chunks: int | None) -> Placed:
+def placed(
+    words: list[str], num_gpus: int, chunks: int, stage_layers: list[int], resident_chunks: int | None
+) -> Placed:
     """Of Megatron's flags, with what it has made of them. UserError for a model or a strategy that the estimate does not know."""
     flags = parse(_without_placement(words))
     gpt = gpt_of(flags)

@@ -89,12 +89,12 @@ class Rank:
 
 
 def examine(
-    question: Question, pp_rank: int, with_plans: bool, refuse: Callable[[Any], None], defaults: dict[str, Any]
+    question: Question, pp_rank: int, with_plans: bool, refuse: Callable[[Any, bool], None], defaults: dict[str, Any]
 ) -> Rank:
     """Pose as pipeline rank `pp_rank` (data-parallel rank 0, tensor rank 0). Once per process.
 
-    refuse: called with the parsed arguments, as the entry point does. defaults: of its arguments. Raises UserError for what
-    Megatron or the plugin refuses.
+    refuse: the entry point's refusals, of the parsed arguments, and whether the entry point builds the model. defaults: of its
+    arguments. Raises UserError for what Megatron or the plugin refuses.
     """
     from .activation import enable_for_dry_run
 
@@ -142,7 +142,7 @@ def megatron_speaks_plainly() -> Iterator[None]:
 
 
 def _validated(
-    question: Question, pp_rank: int, refuse: Callable[[Any], None], defaults: dict[str, Any]
+    question: Question, pp_rank: int, refuse: Callable[[Any, bool], None], defaults: dict[str, Any]
 ) -> tuple[Job, Any]:
     from megatron.training import arguments
 
@@ -157,7 +157,7 @@ def _validated(
             "--use-checkpoint-args takes the model from a checkpoint, which a dry run does not read.\n"
             "  Leave it out and give the model with Megatron's flags."
         )
-    refuse(args)
+    refuse(args, not _trainer_builds())
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -172,7 +172,9 @@ def _validated(
 
 def _be_rank(args: Any, pp_rank: int) -> None:
     """The global rank of this pipeline rank, in the order in which Megatron numbers them."""
-    inner = args.tensor_model_parallel_size * args.context_parallel_size * (getattr(args, "gtp_weight_remat_size", 1) or 1)
+    inner = (
+        args.tensor_model_parallel_size * args.context_parallel_size * (getattr(args, "gtp_weight_remat_size", 1) or 1)
+    )
     pp_size = args.pipeline_model_parallel_size
     stride = inner if args.use_tp_pp_dp_mapping else args.world_size // max(1, pp_size)
     args.rank = pp_rank * stride
@@ -324,13 +326,21 @@ def _on_meta() -> Iterator[None]:
 def _builder(args: Any) -> Callable[..., Any]:
     """What builds a chunk: the trainer's own builder, of megatron-core 0.19, or before it the entry point's."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import argument_utils
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    if hasattr(argument_utils, "gpt_config_from_args"):
-        config = argument_utils.gpt_config_from_args(args)
+    if _trainer_builds():
+        from megatron.training.argument_utils import gpt_config_from_args
+
+        config = gpt_config_from_args(args)
         builder = config.get_builder_cls()(config)
         return lambda **chunk: builder.build_model(groups, **chunk)
     from .gpt_model import build_gpt
 
     return lambda **chunk: build_gpt(pg_collection=groups, **chunk)
+
+
+def _trainer_builds() -> bool:
+    """From 0.19 on."""
+    from megatron.training import argument_utils
+
+    return hasattr(argument_utils, "gpt_config_from_args")

@@ -87,7 +87,8 @@ def _null_tokenizer(args: Any) -> list[str]:
 
 def after_validation(args: Any) -> list[str]:
     """What Megatron has accepted for GPUs and this machine cannot build. Parameters and placement do not depend on it."""
-    args.distributed_backend, args.num_workers = "gloo", 0  # named by neither: the groups are fake, and no data is loaded
+    # Not told: the process groups are fake, and no data is loaded.
+    args.distributed_backend, args.num_workers = "gloo", 0
     lines = [f"built without {flag}, which needs CUDA" for flag in switch_off(args)]
     lines += [f"built with {line}" for line in cpu_arguments(args)]
     for name, value in _OUTPUTS:

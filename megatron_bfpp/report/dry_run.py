@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["report"]
 
-_SHOWN_LAYERS = 4  # of a row, at either end together
+_SHOWN_LAYERS = 3  # of a row: the first, and the last
 
 
 def report(content: dict[str, Any], world_size_source: str) -> str:
@@ -16,6 +16,8 @@ def report(content: dict[str, Any], world_size_source: str) -> str:
     parts += [_plan(plan) for plan in content["plans"]]
     if "predicted" in content:
         parts.append(_prediction(content))
+    if content["capability"] is None:
+        parts.append("not checked: what Megatron demands on GPUs before Blackwell; --gpu names none of them")
     if content["not_compared"]:
         parts.append(f"parameters not compared with the estimate: {content['not_compared']}")
     parts += [f"told by the plugin: {line}" for line in content["job"]["told"]]
@@ -38,7 +40,9 @@ def _table(content: dict[str, Any]) -> str:
     is_predicted = "predicted" in content
     header = f"{'pp_rank':>7}{'chunk':>8}  {'layers':<24}{'parameters':>14}"
     if is_predicted:
-        header += f"{'p+g+opt GB':>13}{'activations':>13}{'sum':>7}  of {content['predicted']['usable_memory'] / 1e9:.1f} GB"
+        header += (
+            f"{'p+g+opt GB':>13}{'activations':>13}{'sum':>7}  of {content['predicted']['usable_memory'] / 1e9:.1f} GB"
+        )
     lines = [header]
     for rank in content["ranks"]:
         rows = _rows(rank["chunks"])
@@ -83,9 +87,7 @@ def _plan(plan: dict[str, Any]) -> str:
     name = "Megatron's order" if plan["what"] == "Megatron's" else f"plan of {plan['what']}"
     if plan["unsound"]:
         return f"{name}, {plan['num_microbatches']} micro-batches: unsound"
-    return (
-        f"{name}, {plan['num_microbatches']} micro-batches: sound, bubble {plan['bubble_fraction']:.1%}, plan {plan['digest']}"
-    )
+    return f"{name}, {plan['num_microbatches']} micro-batches: sound, bubble {plan['bubble_fraction']:.1%}, plan {plan['digest']}"
 
 
 def _prediction(content: dict[str, Any]) -> str:
