@@ -22,7 +22,7 @@ from .files import write_whole
 if TYPE_CHECKING:
     from .estimate.hardware import GPU
     from .estimate.placed import Placed
-    from .integration.dry_run import Question, Rank
+    from .integration.dry_run_answers import Question, Rank
 
 TOLERANCE = 0.01  # of parameters between Megatron's model and the estimate's
 GPUS_PER_NODE = 8  # where no kind of GPU is named
@@ -72,7 +72,7 @@ def _question(args: argparse.Namespace, flags: list[str], gpu: GPU | None) -> tu
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron warns of every library that a CPU does without
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from .config_file import load
-    from .integration.dry_run import Question
+    from .integration.dry_run_answers import Question
 
     environment, words = ({}, []) if args.config is None else load(args.config, expand=False)
     environment = {name: _expanded(value) for name, value in environment.items()}

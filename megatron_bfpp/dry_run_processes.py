@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .integration.dry_run import Question, Rank
+    from .integration.dry_run_answers import Question, Rank
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -27,7 +27,9 @@ def examine_ranks(question: Question, pp_ranks: list[int], on_rank: Callable[[in
 
     Raises UserError with what the first rank that is refused was told, or where one is killed.
     """
-    waiting, running, found = list(pp_ranks), {}, {}
+    waiting = list(pp_ranks)
+    running: dict[int, tuple[Any, Connection]] = {}
+    found: dict[int, Rank] = {}
     try:
         while waiting or running:
             while waiting and len(running) < _cores():

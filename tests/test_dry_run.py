@@ -19,16 +19,21 @@ from megatron_bfpp.cli import main
 from megatron_bfpp.dry_run import Answer, _pp_ranks, _world_size
 from megatron_bfpp.estimate.hardware import load_gpu
 from megatron_bfpp.estimate.placed import placed
-from megatron_bfpp.integration.dry_run import Chunk, Job, PlanLine, Question, Rank
+from megatron_bfpp.integration.dry_run_answers import Chunk, Job, PlanLine, Question, Rank
 
 # 200 words are 256 with padding, whether or not the release counts the end of a document as one more.
-FLAGS = (
+_FLAGS = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 200 "
     "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --train-iters 1 "
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --split 1,0,0 --log-interval 1 "
     "--pipeline-model-parallel-size 2 --pipeline-schedule breadth-first --num-virtual-stages-per-pipeline-rank 2"
-).split()
-LARGE = "--hidden-size 8192 --num-attention-heads 64 --fp16".split()
+)
+FLAGS = _FLAGS.split()
+LARGE = ["--hidden-size", "8192", "--num-attention-heads", "64", "--fp16"]
+LLAMA = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --group-query-attention --num-query-groups 2 "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --bf16"
+)
 UNTIED = ["--untie-embeddings-and-output-weights"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -50,8 +55,7 @@ def check(tmp_path, *words, flags=(), gpus=2):
     "flags",
     [
         ["--tensor-model-parallel-size", "2"],
-        "--swiglu --normalization RMSNorm --disable-bias-linear --group-query-attention --num-query-groups 2 "
-        "--position-embedding-type rope --untie-embeddings-and-output-weights --bf16".split(),
+        LLAMA.split(),
     ],
     ids=["tp2-tied", "llama"],
 )
@@ -129,7 +133,7 @@ def test_megatrons_own_schedule_is_checked_too(tmp_path):
 
 
 def test_what_the_estimate_does_not_know_is_built_and_not_compared(tmp_path, capsys):
-    flags = "--num-experts 2 --disable-bias-linear --moe-ffn-hidden-size 64".split()
+    flags = ["--num-experts", "2", "--disable-bias-linear", "--moe-ffn-hidden-size", "64"]
     code, found = check(tmp_path, flags=flags)
     assert code == 0
     assert "--num-experts" in found["not_compared"] and "parameters" not in found

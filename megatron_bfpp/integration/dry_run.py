@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,71 +20,11 @@ import torch
 from ..errors import UserError
 from ..schedule import PipelineShape, ScheduleError, check, interleaved_1f1b, lower, one_f_one_b, simulate
 from ..schedule.formats import digest
+from .dry_run_answers import Chunk, Job, PlanLine, Question, Rank
 from .settings import Settings, settings_of
 
 # As far as validation asks for a GPU: where no kind of GPU is named, the newest, of which Megatron demands least.
 NEWEST = 10
-
-
-@dataclass(frozen=True)
-class Question:
-    """words: Megatron's command line. environment: of the process, with the variables of the configuration."""
-
-    words: list[str]
-    environment: dict[str, str]
-    world_size: int
-    gpus_per_node: int
-    capability: int | None  # major compute capability of the GPUs
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """As Megatron built it, in parameters of this tensor-parallel rank. layers: number in the model, from 1: parameters."""
-
-    stage: int
-    layers: dict[int, int]
-    parameters: int
-
-
-@dataclass(frozen=True)
-class PlanLine:
-    """A checked plan, or how it is unsound."""
-
-    what: str
-    num_microbatches: int
-    digest: str = ""
-    bubble_fraction: float = 0.0
-    unsound: str = ""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What validation made of the command line. stage_layers: decoder layers of every stage in order."""
-
-    tp: int
-    pp: int
-    dp: int
-    chunks: int
-    micro_batch: int
-    global_batch: int
-    num_microbatches: int
-    schedule: str
-    backward: str
-    group: int | None
-    resident_chunks: int | None
-    stage_layers: list[int]
-    told: list[str]  # by the plugin, while it checked the command line
-    changed: list[str]  # for the dry run
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The answer: the job, alike on all ranks, this rank's chunks, and the plans if this is the first rank to be examined."""
-
-    pp_rank: int
-    job: Job
-    chunks: list[Chunk]
-    plans: list[PlanLine] = field(default_factory=list)
 
 
 def examine(
@@ -103,10 +42,10 @@ def examine(
     local = min(question.gpus_per_node, question.world_size)
     os.environ.update(WORLD_SIZE=str(question.world_size), LOCAL_WORLD_SIZE=str(local), RANK="0", LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # nothing listens: the process groups are fake
-    enable_for_dry_run()
     capability = SimpleNamespace(name="dry run", major=question.capability or NEWEST, minor=0, total_memory=0)
-    torch.cuda.get_device_properties = lambda *_, **__: capability  # type: ignore[assignment]
     with megatron_speaks_plainly():
+        enable_for_dry_run()
+        torch.cuda.get_device_properties = lambda *_, **__: capability  # type: ignore[assignment]
         job, args = _validated(question, pp_rank, refuse, defaults)
         plans = _plans(args, job) if with_plans else []
         _initialize(args)
