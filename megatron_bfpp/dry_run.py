@@ -46,12 +46,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     """flags: Megatron's, which follow those of the configuration."""
     from .estimate.hardware import load_gpu
 
+    started = time.monotonic()
     gpu = None if args.gpu is None else load_gpu(args.gpu)
     if gpu is not None and not 0 <= 1e9 * args.reserve_gb < gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
     question, source = _question(args, flags, gpu)
     pp_ranks = _pp_ranks(args.rank, question.words)
-    started = time.monotonic()
     ranks = _examined(question, pp_ranks)
     answer = Answer(ranks, question, gpu, 1e9 * args.reserve_gb, *_placed(question, ranks[0], gpu))
     from .report.dry_run import report
@@ -247,6 +247,7 @@ class Answer:
                 "tokens_per_s_per_gpu": batch * self.placed.gpt.seq_length / step.step / gpus,
                 "tflops_per_gpu": self.placed.gpt.flops(batch) / step.step / gpus / 1e12,
                 "is_bound": not self.placed.is_even,
+                "resident_chunks": self.placed.strategy.resident_chunks,
             }
         return content
 

@@ -28,7 +28,11 @@ def report(content: dict[str, Any], world_size_source: str) -> str:
 
 def _title(content: dict[str, Any], source: str) -> str:
     job = content["job"]
-    size = f"{content['parameters'] / 1e9:.1f}B parameters, {content['precision']}, " if "parameters" in content else ""
+    size = ""
+    if "parameters" in content:
+        count = content["parameters"]
+        size = f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
+        size += f" parameters, {content['precision']}, "
     chunks = f" x {job['chunks']} chunks" if job["chunks"] > 1 else ""
     return (
         f"{size}{content['world_size']} GPUs ({source}): TP {job['tp']}, PP {job['pp']}{chunks}, DP {job['dp']}; "
@@ -94,7 +98,9 @@ def _prediction(content: dict[str, Any]) -> str:
     found = content["predicted"]
     bound = "at most " if found["is_bound"] else ""
     exposed = found["exposed_communication_s"] / found["step_s"]
+    resident = found["resident_chunks"]
+    counted = f" with {resident} resident chunks" if resident != content["job"]["resident_chunks"] else ""
     return (
-        f"predicted for {found['gpu']}: {bound}{found['step_s']:.3f} s a step, {found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, "
+        f"predicted for {found['gpu']}{counted}: {bound}{found['step_s']:.3f} s a step, {found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, "
         f"{found['tflops_per_gpu']:.1f} TFLOP/s/GPU; exposed communication {exposed:.1%}"
     )
