@@ -65,7 +65,7 @@ def _null_tokenizer(args: Any) -> list[str]:
     kind = args.tokenizer_type
     if kind is None or kind.startswith("Null"):
         return []
-    given = {name: getattr(args, name, None) for name in _TOKENIZER if getattr(args, name, None) is not None}
+    given: dict[str, str] = {name: getattr(args, name) for name in _TOKENIZER if getattr(args, name, None) is not None}
     missing = [f"{_flag(name)} {path}" for name, path in given.items() if not os.path.exists(path)]
     if given and not missing:
         return []
