@@ -1,7 +1,9 @@
-"""bfpp: look at a schedule, prove a plan, plan a job, without torch and without Megatron; run schedules on an emulated network.
+"""bfpp: look at a schedule, prove a plan, plan a job, without torch and without Megatron; try a job without its GPUs;
+run schedules on an emulated network.
 
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
     bfpp check plan.csv
+    bfpp check --config configs/gpt_52b_64_v100.yaml --gpu v100-32
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
 
@@ -15,7 +17,7 @@ import math
 import shutil
 import sys
 
-from . import __version__, bench, plan
+from . import __version__, bench, dry_run, plan
 from .errors import UserError
 from .files import write_whole
 from .report.grid import grid, summary
@@ -77,12 +79,14 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--wide", action="store_true", help="do not cut the grid at the terminal's width")
     show.set_defaults(run=_show)
 
-    prove = commands.add_parser("check", help="prove a plan complete, in order and free of deadlock")
-    prove.add_argument("file", help="CSV or text of a plan, as `bfpp show --plan` writes it; - for standard input")
+    prove = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
+    what = "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; or -- and Megatron's flags"
+    prove.add_argument("file", nargs="*", help=what)
     given = "of the shape; default: what the file's stages and micro-batches say"
     prove.add_argument("--pp", type=int, help=f"pipeline ranks {given}")
     prove.add_argument("--chunks", type=int, help="model chunks per rank")
     prove.add_argument("--microbatches", type=int, help="micro-batches")
+    dry_run.add_arguments(prove)
     prove.set_defaults(run=_check)
     plan.add_command(commands)
     bench.add_command(commands)
@@ -136,11 +140,22 @@ def _lowered(order: Schedule, shape: PipelineShape, args: argparse.Namespace) ->
 
 
 def _check(args: argparse.Namespace) -> int:
-    plan = _read(args.file)
+    files = [word for word in args.file[:1] if not word.startswith("--")]
+    if not files and (args.config is not None or args.file):
+        return dry_run.run(args, args.file)
+    if len(files) != len(args.file) or not files or args.config is not None:
+        raise UserError(
+            "one thing is checked at a time.\n  Give the FILE of a plan, or --config YAML, or -- and Megatron's flags."
+        )
+    return _check_plan(args, files[0])
+
+
+def _check_plan(args: argparse.Namespace, path: str) -> int:
+    plan = _read(path)
     actions = [action for rank in plan for action in rank if action.op in COMPUTE]
     if not actions:
-        raise UserError(f"{args.file} holds no forward or backward.\n  Write one with: bfpp show ... --plan --csv FILE")
-    shape = _shape_of(plan, actions, args)
+        raise UserError(f"{path} holds no forward or backward.\n  Write one with: bfpp show ... --plan --csv FILE")
+    shape = _shape_of(plan, actions, args, path)
     try:
         check(plan, shape, forward_only=all(action.op is Op.F for action in actions))
     except ScheduleError as error:
@@ -150,7 +165,7 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shape_of(plan: Schedule, actions: list[Action], args: argparse.Namespace) -> PipelineShape:
+def _shape_of(plan: Schedule, actions: list[Action], args: argparse.Namespace, path: str) -> PipelineShape:
     """The shape that the user gave, completed by what the file's numbers say."""
     size = len(plan) if args.pp is None else args.pp
     microbatches, chunks = args.microbatches, args.chunks
@@ -162,7 +177,7 @@ def _shape_of(plan: Schedule, actions: list[Action], args: argparse.Namespace) -
     if shape.num_stages * microbatches > 2 * len(actions) + 1000:
         # One damaged number; listing all that is missing would take for ever.
         raise UserError(
-            f"{args.file}: {len(actions)} forwards and backwards are too few for {_title(shape)}.\n"
+            f"{path}: {len(actions)} forwards and backwards are too few for {_title(shape)}.\n"
             "  Name the shape that is meant: --pp, --chunks, --microbatches."
         )
     return shape

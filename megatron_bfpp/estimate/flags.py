@@ -76,7 +76,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(words)
     for flag, value in zip(rest, [*rest[1:], ""], strict=False):
         name = flag.split("=", 1)[0]
-        if name in _UNKNOWN and (flag.split("=", 1)[-1] if "=" in flag else value) != "1":
+        value = flag.split("=", 1)[1] if "=" in flag else value
+        if name in _UNKNOWN and not (name.endswith("-size") and value == "1"):
             raise UserError(f"{name} is not in the model of bfpp plan, which is a dense GPT with tensor, pipeline and data"
                             " parallelism.\n  Leave it out to plan without it.")  # fmt: skip
     if args.recompute_method == "block" or (args.recompute_num_layers or 1) != 1:

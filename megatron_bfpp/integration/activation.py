@@ -51,6 +51,18 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     return device
 
 
+def enable_for_dry_run() -> None:
+    """Validate command lines as on a cluster with GPUs, and build models, on a machine that has none."""
+    check_version()
+    if importlib.util.find_spec("megatron.training") is None:
+        raise UserError("megatron.training is not installed.\n  pip install 'megatron-core>=0.17,<0.20'.")
+    from .cpu import enable_cpu, skip_compile_without_makefile
+
+    enable_cpu()
+    skip_compile_without_makefile()
+    _apply_to_training(None, "cuda")
+
+
 def _apply_to_training(explicit: str | None, device: str) -> None:
     import megatron.training.training  # noqa: F401  # binds by name what is replaced here
 

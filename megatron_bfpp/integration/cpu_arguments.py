@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_bfpp.errors import UserError
 
-__all__ = ["cpu_arguments"]
+__all__ = ["cpu_arguments", "switch_off"]
 
 # argument, value a CPU needs, flag that sets it, reason. The results of training do not depend on them.
 _CHANGES: tuple[tuple[str, Any, str, str], ...] = (
@@ -80,6 +80,25 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
         if getattr(args, name, value) != value:
             setattr(args, name, value)
             lines.append(f"{flag}: {reason}")
+    return lines
+
+
+def switch_off(args: argparse.Namespace) -> list[str]:
+    """Take out of validated arguments what `cpu_arguments` refuses, for a dry run that computes nothing; one line per flag."""
+    lines = []
+    for name, flag, _ in _REFUSALS:
+        value = getattr(args, name, None)
+        if value:
+            setattr(args, name, type(value)() if isinstance(value, bool | int) else None)
+            lines.append(f"{flag} {'' if value is True else value}".rstrip())
+    for name, flag, off in (
+        ("cuda_graph_impl", "--cuda-graph-impl", "none"),
+        ("window_size", "--window-size", None),
+        ("profile", "--profile", False),
+    ):
+        if getattr(args, name, off) not in (None, off):
+            setattr(args, name, off)
+            lines.append(flag)
     return lines
 
 

@@ -32,7 +32,10 @@ def check_placement(args: Any) -> str:
 
 
 def stages_of(args: Any) -> list[Stage]:
-    """Every stage in order, asked of the functions that Megatron's models ask; UserError where they cannot answer."""
+    """Every stage in order, asked of the functions that Megatron's models ask; UserError where they cannot answer.
+
+    Of a model without chunks, as 1F1B has it, the stages are the pipeline ranks.
+    """
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -40,7 +43,7 @@ def stages_of(args: Any) -> list[Stage]:
     stages = []
     try:
         config = _config_of(args)
-        for chunk in range(chunks):
+        for chunk in [None] if chunks is None else range(chunks):
             for pp_rank in range(pp_size):
                 with _as_rank(pp_rank, chunks):
                     layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pp_rank)
@@ -53,7 +56,7 @@ def stages_of(args: Any) -> list[Stage]:
     except AssertionError as error:  # how Megatron refuses
         flag = LAYOUT if getattr(args, "pipeline_model_parallel_layout", None) is not None else "the split into chunks"
         raise UserError(
-            f"Megatron cannot place {args.num_layers} layers on {pp_size} pipeline ranks x {chunks} chunks: "
+            f"Megatron cannot place {args.num_layers} layers on {pp_size} pipeline ranks x {chunks or 1} chunks: "
             f"{' '.join(str(error).split())}.\n  Change {flag}, or leave it out: the plugin then chooses."
         ) from None
     return stages
@@ -131,7 +134,7 @@ def _config_of(args: Any) -> SimpleNamespace:
 
 
 @contextmanager
-def _as_rank(pp_rank: int, chunks: int) -> Iterator[None]:
+def _as_rank(pp_rank: int, chunks: int | None) -> Iterator[None]:
     """Megatron's layouts ask its global state, which is not there yet, where they are."""
     from megatron.core import parallel_state
 

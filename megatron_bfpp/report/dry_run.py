@@ -1,0 +1,106 @@
+"""The text of `bfpp check --config`: a table of the ranks, the plans, the prediction, what was changed, what was found."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+__all__ = ["report"]
+
+_SHOWN_LAYERS = 3  # of a row: the first, and the last
+
+
+def report(content: dict[str, Any], world_size_source: str) -> str:
+    """content: what `bfpp check --json` writes."""
+    parts = [_title(content, world_size_source), _table(content)]
+    parts += [_plan(plan) for plan in content["plans"]]
+    if "predicted" in content:
+        parts.append(_prediction(content))
+    if content["capability"] is None:
+        parts.append("not checked: what Megatron demands on GPUs before Blackwell; --gpu names none of them")
+    if content["not_compared"]:
+        parts.append(f"parameters not compared with the estimate: {content['not_compared']}")
+    parts += [f"told by the plugin: {line}" for line in content["job"]["told"]]
+    parts += [f"changed for the dry run: {line}" for line in content["job"]["changed"]]
+    parts += [f"FOUND: {finding}" for finding in content["findings"]] or ["found nothing wrong"]
+    return "\n".join(parts)
+
+
+def _title(content: dict[str, Any], source: str) -> str:
+    job = content["job"]
+    size = ""
+    if "parameters" in content:
+        count = content["parameters"]
+        size = f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
+        size += f" parameters, {content['precision']}, "
+    chunks = f" x {job['chunks']} chunks" if job["chunks"] > 1 else ""
+    return (
+        f"{size}{content['world_size']} GPUs ({source}): TP {job['tp']}, PP {job['pp']}{chunks}, DP {job['dp']}; "
+        f"{job['schedule']}, {job['num_microbatches']} micro-batches of {job['micro_batch']}"
+    )
+
+
+def _table(content: dict[str, Any]) -> str:
+    is_predicted = "predicted" in content
+    header = f"{'pp_rank':>7}{'chunk':>8}  {'layers':<24}{'parameters':>14}"
+    if is_predicted:
+        header += (
+            f"{'p+g+opt GB':>13}{'activations':>13}{'sum':>7}  of {content['predicted']['usable_memory'] / 1e9:.1f} GB"
+        )
+    lines = [header]
+    for rank in content["ranks"]:
+        rows = _rows(rank["chunks"])
+        if is_predicted:
+            rows[0] += _memory(rank["memory"], content["predicted"]["usable_memory"])
+        lines.append(f"{rank['pp_rank']:>7}{rows[0]}")
+        lines += [" " * 7 + row for row in rows[1:]]
+    return "\n".join(lines)
+
+
+def _rows(chunks: list[dict[str, Any]]) -> list[str]:
+    """One for chunks in a row that are alike."""
+    rows = []
+    numbered = list(enumerate(chunks))
+    for _, same in groupby(numbered, key=lambda each: (each[1]["parameters"], len(each[1]["layers"]))):
+        group = list(same)
+        first, last = group[0][0], group[-1][0]
+        names = [_layers(chunk["layers"]) for _, chunk in group]
+        if len(names) > _SHOWN_LAYERS:
+            names = [*names[: _SHOWN_LAYERS - 1], "..", names[-1]]
+        each = group[0][1]["parameters"]
+        which = f"{first}-{last}" if last > first else f"{first}"
+        rows.append(f"{which:>8}  {' '.join(names):<24}{each:>14,}")
+    return rows
+
+
+def _layers(layers: dict[int, int]) -> str:
+    if not layers:
+        return "none"
+    first, last = min(layers), max(layers)
+    return f"{first}-{last}" if last > first else f"{first}"
+
+
+def _memory(memory: dict[str, float], usable: float) -> str:
+    state = memory["parameters"] + memory["gradients"] + memory["optimizer"]
+    rest = memory["total"] - state
+    fits = "fits" if memory["total"] <= usable else "TOO MUCH"
+    return f"{state / 1e9:>13.1f}{rest / 1e9:>13.1f}{memory['total'] / 1e9:>7.1f}  {fits}"
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    name = "Megatron's order" if plan["what"] == "Megatron's" else f"plan of {plan['what']}"
+    if plan["unsound"]:
+        return f"{name}, {plan['num_microbatches']} micro-batches: unsound"
+    return f"{name}, {plan['num_microbatches']} micro-batches: sound, bubble {plan['bubble_fraction']:.1%}, plan {plan['digest']}"
+
+
+def _prediction(content: dict[str, Any]) -> str:
+    found = content["predicted"]
+    bound = "at most " if found["is_bound"] else ""
+    exposed = found["exposed_communication_s"] / found["step_s"]
+    resident = found["resident_chunks"]
+    counted = f" with {resident} resident chunks" if resident != content["job"]["resident_chunks"] else ""
+    return (
+        f"predicted for {found['gpu']}{counted}: {bound}{found['step_s']:.3f} s a step, {found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, "
+        f"{found['tflops_per_gpu']:.1f} TFLOP/s/GPU; exposed communication {exposed:.1%}"
+    )
