@@ -24,7 +24,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--html", metavar="PATH", help="write a page that needs nothing else")
     parser.add_argument("--markdown", metavar="PATH", help="write the table as Markdown")
     parser.add_argument("--json", metavar="PATH", help="write every number")
-    parser.add_argument("--warmup", type=int, metavar="N", help="steps to drop after each start; default 5, or half of a short run")
+    parser.add_argument(
+        "--warmup", type=int, metavar="N", help="steps to drop after each start; default 5, or half of a short run"
+    )
     parser.add_argument("--loss-tolerance", type=float, default=0.0, metavar="X",
                         help="relative difference of losses up to which the exit code is 0; default 0: every bit")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than the schedule")
@@ -57,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
 def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict[str, str]) -> None:
     """One run of the job type "report". Group, mode and folder come from W&B's own variables of the environment."""
     try:
-        import wandb
+        import wandb  # type: ignore[import-not-found]
     except ImportError:
-        raise UserError("--wandb-project needs wandb, which is not installed.\n  Run pip install wandb, or leave it out.") from None
+        raise UserError(
+            "--wandb-project needs wandb, which is not installed.\n  Run pip install wandb, or leave it out."
+        ) from None
     names = [arm.name for arm in comparison.arms]
     group = os.environ.get("WANDB_RUN_GROUP")
     report: Any = wandb.init(
@@ -76,10 +80,10 @@ def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict
             path = Path(folder, {"html": "report.html", "markdown": "report.md", "json": "report.json"}[kind])
             path.write_text(content, encoding="utf-8")
             artifact.add_file(str(path), name=path.name)
-        for each in runs:
+        for place, each in enumerate(runs, 1):  # two may have the same name
             for name in ("trace.json", "timeline.svg"):
                 if (each.path / name).is_file():
-                    artifact.add_file(str(each.path / name), name=f"{each.path.name}/{name}")
+                    artifact.add_file(str(each.path / name), name=f"{place:02d} {each.path.name}/{name}")
         report.log_artifact(artifact)
         report.finish()  # uploads, while the files are there
     print(f"W&B: one report run in the project {project}")

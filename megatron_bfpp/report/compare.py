@@ -79,7 +79,9 @@ def compare(runs: list[Run], warmup: int | None = None, force: bool = False, los
     warmup, told = _warmup(runs, warmup)
     notes += told
     first = next(iter(by_arm.values()))
-    reference = next((run for run in first if run.is_finished and run.steps), next((run for run in first if run.steps), None))
+    reference = next(
+        (run for run in first if run.is_finished and run.steps), next((run for run in first if run.steps), None)
+    )
     arms: list[Arm] = []
     for name, members in by_arm.items():
         arms.append(_arm(name, members, warmup, reference, arms[0] if arms else None))
@@ -90,10 +92,14 @@ def compare(runs: list[Run], warmup: int | None = None, force: bool = False, los
     return Comparison(arms, warmup, changed, _facts(runs), notes, loss_tolerance)
 
 
-def _configurations(by_arm: dict[str, list[Run]], force: bool, notes: list[str]) -> dict[str, configuration.Differences]:
+def _configurations(
+    by_arm: dict[str, list[Run]], force: bool, notes: list[str]
+) -> dict[str, configuration.Differences]:
     wrong: list[str] = []
     changed: dict[str, configuration.Differences] = {}
-    known = {name: next((run for run in runs if not configuration.unknown(run)), runs[0]) for name, runs in by_arm.items()}
+    known = {
+        name: next((run for run in runs if not configuration.unknown(run)), runs[0]) for name, runs in by_arm.items()
+    }
     first = next(iter(known.values()))
     for name, runs in by_arm.items():
         for run in runs:
@@ -101,7 +107,8 @@ def _configurations(by_arm: dict[str, list[Run]], force: bool, notes: list[str])
             wrong += [f"{each} ({known[name].name}: {a}, {run.name}: {b})" for each, (a, b) in found.items()]
         found = configuration.differences(first, known[name])
         wrong += [
-            f"{each} ({first.arm}: {found[each][0]}, {name}: {found[each][1]})" for each in configuration.unexpected(found)
+            f"{each} ({first.arm}: {found[each][0]}, {name}: {found[each][1]})"
+            for each in configuration.unexpected(found)
         ]
         if name != first.arm:
             changed[name] = found
@@ -124,7 +131,9 @@ def _warmup(runs: list[Run], warmup: int | None) -> tuple[int, list[str]]:
         if not 0 <= warmup <= 1_000_000:
             raise UserError(f"--warmup is {warmup} steps; it must lie between 0 and 1000000.")
         return warmup, []
-    lengths = [len(run.steps) for run in runs if run.is_finished and run.steps] or [len(run.steps) for run in runs if run.steps]
+    lengths = [len(run.steps) for run in runs if run.is_finished and run.steps] or [
+        len(run.steps) for run in runs if run.steps
+    ]
     shortest = min(lengths, default=0)
     if shortest // 2 >= WARMUP:
         return WARMUP, []
@@ -143,7 +152,8 @@ def _arm(name: str, runs: list[Run], warmup: int, reference: Run | None, first: 
     tokens, flops = (number(header.get(key)) for key in ("tokens_per_step", "flops_per_step"))
     gpu_s = p50 * gpus if p50 is not None and gpus else None
     peak, rank = _peak(runs)
-    has_ratio = first is not None and p50 is not None and first.step_s_p50 is not None
+    reference_s = first.step_s_p50 if first else None
+    ratio = p50 / reference_s if p50 is not None and reference_s is not None else None
     return Arm(
         name=name,
         runs=len(runs),
@@ -155,11 +165,13 @@ def _arm(name: str, runs: list[Run], warmup: int, reference: Run | None, first: 
         tflops_per_gpu=flops / gpu_s / 1e12 if flops is not None and gpu_s else None,
         peak_memory_gib=peak,
         peak_memory_rank=rank,
-        bubble_measured=_median(number(step.values.get("bubble_fraction_measured")) for run in runs for step in run.steps),
+        bubble_measured=_median(
+            number(step.values.get("bubble_fraction_measured")) for run in runs for step in run.steps
+        ),
         bubble_predicted=_median(number(section(run.header, "plan").get("bubble_fraction_predicted")) for run in runs),
         exposed_dp_s=_median(_longest(step.values.get("exposed_dp_s")) for run in runs for step in run.steps),
-        ratio=p50 / first.step_s_p50 if has_ratio else None,
-        interval=ratio_interval(_by_round(times), _by_round(first.times)) if has_ratio else None,
+        ratio=ratio,
+        interval=ratio_interval(_by_round(times), _by_round(first.times)) if first and ratio is not None else None,
         losses=[match(reference, run) for run in runs if reference is not None and run is not reference and run.steps],
     )
 
@@ -194,7 +206,10 @@ def _by_round(times: list[RunTime]) -> dict[int | str, float]:
     """By round where the runs have one each, else by their place in the list, which pairs with nothing."""
     rounds = [each.round for each in times]
     numbered = None not in rounds and len(set(rounds)) == len(rounds)
-    return {each.round if numbered and each.round is not None else f"run {place}": each.median_s for place, each in enumerate(times)}
+    return {
+        each.round if numbered and each.round is not None else f"run {place}": each.median_s
+        for place, each in enumerate(times)
+    }
 
 
 def _told_of(arm: Arm, runs: list[Run]) -> list[str]:
@@ -211,10 +226,14 @@ def _told_of(arm: Arm, runs: list[Run]) -> list[str]:
         names = ", ".join(run.name for run in runs if configuration.unknown(run))
         told.append(f"{arm.name}: whether {names} has the same configuration is not known")
     if any(section(run.header, "args").get("rampup_batch_size") for run in runs):
-        told.append(f"{arm.name}: --rampup-batch-size: steps of different batches stand in one median; tokens and FLOPs are of the last size")
-    if arm.interval and arm.ratio and arm.interval.low is not None and arm.interval.high is not None:
-        if not arm.interval.low <= arm.ratio <= arm.interval.high:
-            told.append(f"{arm.name}: the ratio of medians lies outside the interval, which is of the mean ratio: the runs scatter unevenly")
+        told.append(
+            f"{arm.name}: --rampup-batch-size: its medians mix steps of several batch sizes, its tokens are of one"
+        )
+    found = arm.interval
+    if found and found.low is not None and found.high is not None and not found.low <= (arm.ratio or 0) <= found.high:
+        told.append(
+            f"{arm.name}: the interval, of the mean ratio, leaves out the ratio of medians: runs scatter unevenly"
+        )
     return told
 
 
@@ -223,7 +242,10 @@ def _facts(runs: list[Run]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         hosts = run.header.get("hosts")
-        named = {"device": run.header.get("device"), "hosts": ", ".join(map(text, hosts)) if isinstance(hosts, list) else None}
+        named = {
+            "device": run.header.get("device"),
+            "hosts": ", ".join(map(text, hosts)) if isinstance(hosts, list) else None,
+        }
         shape = {key: value for key, value in section(run.header, "shape").items() if number(value) is not None}
         named["shape"] = ", ".join(f"{text(key)} {value}" for key, value in shape.items())
         for part, label in (("versions", "{}"), ("commits", "commit of {}")):

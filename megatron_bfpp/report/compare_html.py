@@ -47,7 +47,11 @@ figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid 
 def page(comparison: Comparison, runs: list[Run]) -> str:
     """The page of a comparison, with the timelines and loss curves of its runs."""
     first = comparison.arms[0].name
-    verdict = "Every run finished, with the losses of the first." if comparison.is_good else "NOT every run finished with the losses of the first."
+    verdict = (
+        "Every run finished, with the losses of the first."
+        if comparison.is_good
+        else "NOT every run finished with the losses of the first."
+    )
     body = [
         "<h1>A/B of pipeline schedules</h1>",
         f"<p{'' if comparison.is_good else ' class=bad'}>{verdict}</p>",
@@ -76,14 +80,21 @@ def _table(comparison: Comparison) -> str:
     rows = []
     for arm in comparison.arms:
         row = zip(COLUMNS, cells(arm), strict=True)
-        rows.append("<tr>" + "".join(f'<td data-label="{escape(name)}">{escape(cell)}</td>' for name, cell in row) + "</tr>")
+        rows.append(
+            "<tr>" + "".join(f'<td data-label="{escape(name)}">{escape(cell)}</td>' for name, cell in row) + "</tr>"
+        )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _step_times(arms: list[Arm]) -> str:
     """A strip per arm: a dot for each run's median, a bar for the arm's p50, a thin line to its p90."""
     timed = [arm for arm in arms if arm.step_s_p50 is not None and arm.step_s_p90 is not None]
-    values = [value for arm in timed for value in (*(run.median_s for run in arm.times), arm.step_s_p50, arm.step_s_p90) if value is not None]
+    values = [
+        value
+        for arm in timed
+        for value in (*(run.median_s for run in arm.times), arm.step_s_p50, arm.step_s_p90)
+        if value is not None
+    ]
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -109,7 +120,9 @@ def _curves(runs: list[Run]) -> str:
     """The loss of the first run of each arm that has one."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        points = [(float(step.number), loss) for step in run.steps if (loss := number(step.values.get("lm loss"))) is not None]
+        points = [
+            (float(step.number), loss) for step in run.steps if (loss := number(step.values.get("lm loss"))) is not None
+        ]
         if len(points) > 1:
             curves.setdefault(run.arm, points[:: -(-len(points) // _CURVE_POINTS)])
     every = [point for points in curves.values() for point in points]
@@ -123,7 +136,9 @@ def _curves(runs: list[Run]) -> str:
         color = f"var(--c{place % _COLORS})"
         # Equal curves lie on each other: of each line a part stays free for those below it.
         dashes = f" stroke-dasharray='8 {8 * place}'" if place else ""
-        lines.append(f"<polyline class=curve points='{path}' vector-effect=non-scaling-stroke{dashes} style='stroke:{color}' />")
+        lines.append(
+            f"<polyline class=curve points='{path}' vector-effect=non-scaling-stroke{dashes} style='stroke:{color}' />"
+        )
         keys.append(f"<span class=key style='--key:{color}'>{escape(arm)}</span>")
     return (
         f"<h2>lm loss</h2><p class=soft>{high:.5g} at the top, {low:.5g} at the bottom; steps {left:g} to {right:g}. First run of each arm.</p>"
@@ -140,5 +155,7 @@ def _timelines(runs: list[Run]) -> str:
             continue
         data = base64.b64encode(path.read_bytes()).decode()
         caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
-        pictures[run.arm] = f"{caption}<figure><img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'></figure>"
+        pictures[run.arm] = (
+            f"{caption}<figure><img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'></figure>"
+        )
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""

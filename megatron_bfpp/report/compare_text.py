@@ -11,14 +11,21 @@ from .losses import GRADIENT_NORM, Difference
 
 _MISSING = "-"
 # In a reason: its name in the table. The first that is found counts.
-_KINDS = (("out of memory", "out of memory"), ("outofmemory", "out of memory"), ("no end.json", "no end"), ("kill", "killed"))
+_KINDS = (
+    ("out of memory", "out of memory"),
+    ("outofmemory", "out of memory"),
+    ("no end.json", "no end"),
+    ("kill", "killed"),
+)
 _REASON_WIDTH = 160  # characters of a reason below the table
 
 COLUMNS: dict[str, Callable[[Arm], str]] = {
     "arm": lambda arm: arm.name,
     "runs": lambda arm: _runs(arm),
     "step time p50 / p90": lambda arm: _step_time(arm),
-    "tokens/s/GPU": lambda arm: _number(arm.tokens_per_s_per_gpu, ",.0f" if (arm.tokens_per_s_per_gpu or 0) >= 100 else ".3g"),
+    "tokens/s/GPU": lambda arm: _number(
+        arm.tokens_per_s_per_gpu, ",.0f" if (arm.tokens_per_s_per_gpu or 0) >= 100 else ".3g"
+    ),
     "TFLOP/s/GPU": lambda arm: _number(arm.tflops_per_gpu, ".1f" if (arm.tflops_per_gpu or 0) >= 10 else ".3g"),
     "peak GiB (rank)": lambda arm: _peak(arm),
     "bubble (predicted)": lambda arm: f"{_number(arm.bubble_measured, '.1%')} ({_number(arm.bubble_predicted, '.1%')})",
@@ -81,14 +88,20 @@ def _losses(arm: Arm, tolerance: float) -> list[str]:
     sentences = []
     if same:
         steps = min(each.steps for each in same)
-        how = "bit-identical" if all(each.all_bits for each in same) else "equal as printed (not all values have their bits in the files)"
+        how = (
+            "bit-identical"
+            if all(each.all_bits for each in same)
+            else "equal as printed (not all values have their bits in the files)"
+        )
         norms = [each.gradient_norm for each in same if each.gradient_norm]
         more = ""
         if norms:
             more = "; gradient norms differ: " + _difference(max(norms, key=lambda each: each.largest))
         elif all(GRADIENT_NORM in each.names for each in same):
             more = ", gradient norms too"
-        sentences.append(f"{arm.name}: {how} over {_steps(steps)} in {len(same)} of {len(arm.losses)} compared runs{more}")
+        sentences.append(
+            f"{arm.name}: {how} over {_steps(steps)} in {len(same)} of {len(arm.losses)} compared runs{more}"
+        )
     for each in arm.losses:
         if not each.is_comparable:
             sentences.append(f"{each.run}: nothing to compare: {_steps(each.steps)}")
@@ -97,13 +110,17 @@ def _losses(arm: Arm, tolerance: float) -> list[str]:
             sentences.append(f"{each.run}: losses DIFFER{within}: {_difference(each.losses)}, of {_steps(each.steps)}")
     unmatched = sorted({name for each in arm.losses for name in each.unmatched})
     if unmatched:
-        sentences.append(f"{arm.name}: only one side has a number for {', '.join(map(repr, unmatched))} at some step: not compared there")
+        sentences.append(
+            f"{arm.name}: only one side has a number for {', '.join(map(repr, unmatched))} at some step: not compared there"
+        )
     return sentences
 
 
 def _difference(found: Difference) -> str:
     size = f"{found.largest:.2g}" if math.isfinite(found.largest) else "not a number"
-    return f"from step {found.first_step} on, largest relative difference {size} ({found.name}, step {found.largest_step})"
+    return (
+        f"from step {found.first_step} on, largest relative difference {size} ({found.name}, step {found.largest_step})"
+    )
 
 
 def _steps(count: int) -> str:
@@ -111,18 +128,19 @@ def _steps(count: int) -> str:
 
 
 def _changed(found: dict[str, tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {ours} -> {theirs}" for name, (ours, theirs) in found.items()) or "nothing that is recorded"
+    return (
+        ", ".join(f"{name} {ours} -> {theirs}" for name, (ours, theirs) in found.items()) or "nothing that is recorded"
+    )
 
 
 def _explained(comparison: Comparison) -> list[str]:
-    intervals = [f"{arm.name} {arm.interval.kind}" for arm in comparison.arms if arm.interval]
+    kinds = ", ".join(f"{arm.name} {arm.interval.kind}" for arm in comparison.arms if arm.interval)
     return [
-        f"{comparison.warmup} steps after each start of a process are dropped as warm-up. p50 and p90: the median over runs of each "
-        "run's median and 90th percentile.",
-        "The ratio is that of the p50; below 1 is faster than the first arm. The interval is of the mean ratio over runs, since the "
-        "steps of a run are not independent" + (f": {', '.join(intervals)}." if intervals else "."),
-        "TFLOP/s by Megatron's formula, the same count for every arm: the arms' ratio is that of their step times. Peak memory is the "
-        "largest of any rank, in GiB.",
+        f"The first {comparison.warmup} steps after each start of a process are dropped as warm-up.",
+        "p50 and p90: the median over runs of each run's median and 90th percentile.",
+        "Time / first arm is the ratio of the p50; below 1 is faster than the first arm.",
+        f"The interval is of the mean ratio over runs; steps of a run are not independent{': ' + kinds if kinds else ''}.",
+        "TFLOP/s by Megatron's formula, which counts the same for every arm. Peak memory: the largest of any rank, in GiB.",
     ]
 
 
@@ -130,7 +148,9 @@ def _runs(arm: Arm) -> str:
     """How many finished, and in short why the others did not."""
     if not arm.failures:
         return str(arm.runs)
-    kinds = dict.fromkeys(next((kind for word, kind in _KINDS if word in each.lower()), "failed") for each in arm.failures)
+    kinds = dict.fromkeys(
+        next((kind for word, kind in _KINDS if word in each.lower()), "failed") for each in arm.failures
+    )
     return f"{arm.runs - len(arm.failures)} of {arm.runs}: {', '.join(kinds)}"
 
 

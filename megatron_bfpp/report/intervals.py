@@ -1,4 +1,7 @@
-"""A 95 % interval of the ratio of two arms' step times, over runs: the steps inside a run are not independent. scipy, if it is there."""
+"""A 95 % interval of the ratio of two arms' step times. scipy, where it is installed.
+
+Over runs: the steps inside a run are not independent.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ def ratio_interval(runs: dict[int | str, float], reference: dict[int | str, floa
     if len(runs) < 2 or len(reference) < 2:
         return Interval(None, None, f"none: {_count(min(len(runs), len(reference)))}")
     try:
-        from scipy import stats
+        from scipy import stats  # type: ignore[import-untyped]
     except ImportError:
         return Interval(None, None, "none: no scipy")
     rounds = [each for each in runs if isinstance(each, int) and each in reference]
     paired = len(rounds) >= 2
-    keys = (rounds, rounds) if paired else (list(runs), list(reference))
-    ours, theirs = ([math.log(times[key]) for key in which] for times, which in zip((runs, reference), keys, strict=True))
+    ours = [math.log(runs[key]) for key in (rounds if paired else runs)]
+    theirs = [math.log(reference[key]) for key in (rounds if paired else reference)]
     kind = f"paired over {len(rounds)} rounds" if paired else f"Welch over {len(ours)} and {len(theirs)} runs"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of runs that all took the very same time

@@ -61,7 +61,9 @@ def match(reference: Run, run: Run) -> Match:
             if not is_same:
                 found[name] = _wider(found.get(name), name, step, relative(value, other))
     losses = [found[name] for name in found if name != GRADIENT_NORM]
-    return Match(run.name, len(common), _worst(losses), found.get(GRADIENT_NORM), all_bits, tuple(names), tuple(unmatched))
+    return Match(
+        run.name, len(common), _worst(losses), found.get(GRADIENT_NORM), all_bits, tuple(names), tuple(unmatched)
+    )
 
 
 def relative(one: float | None, two: float | None) -> float:
@@ -73,7 +75,7 @@ def relative(one: float | None, two: float | None) -> float:
 
 
 def _names(values: dict[str, Any]) -> set[str]:
-    return {name.removesuffix(_HEX) for name in values if name.endswith(_HEX) or name.endswith("loss") or name == GRADIENT_NORM}
+    return {name.removesuffix(_HEX) for name in values if name.endswith((_HEX, "loss")) or name == GRADIENT_NORM}
 
 
 def _bits(values: dict[str, Any], name: str) -> str | None:

@@ -78,7 +78,10 @@ class Run:
         if not self.end:
             last = f"after step {self.steps[-1].number}" if self.steps else "before its first step"
             return f"no end.json: killed {last}, or still running"
-        return text(self.end.get("reason")) or f"end.json has status {text(self.end.get('status')) or 'unknown'!r} and no reason"
+        return (
+            text(self.end.get("reason"))
+            or f"end.json has status {text(self.end.get('status')) or 'unknown'!r} and no reason"
+        )
 
     def timed(self, warmup: int) -> list[float]:
         """Step times in seconds without the first `warmup` steps of each process of the run."""
@@ -115,14 +118,20 @@ def load(paths: list[str]) -> list[Run]:
         path = Path(given)
         try:
             if not path.is_dir():
-                raise UserError(f"{given} is not a directory of a run.\n  Name the directories that --bfpp-run-dir had.")
-            inside = [path] if _is_run(path) else sorted(each for each in path.iterdir() if each.is_dir() and _is_run(each))
+                raise UserError(
+                    f"{given} is not a directory of a run.\n  Name the directories that --bfpp-run-dir had."
+                )
+            inside = (
+                [path] if _is_run(path) else sorted(each for each in path.iterdir() if each.is_dir() and _is_run(each))
+            )
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{given} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
         if not inside:
-            raise UserError(f"{given} holds no run: none of {', '.join(FILES)} is there.\n  Name the directories that --bfpp-run-dir had.")
+            raise UserError(
+                f"{given} holds no run: none of {', '.join(FILES)} is there.\n  Name the directories that --bfpp-run-dir had."
+            )
         found += inside
     return [read(path) for path in dict.fromkeys(found)]
 
@@ -137,7 +146,9 @@ def read(path: Path) -> Run:
     header = _object(path / "run.json", notes, "its configuration is not known")
     form = header.get("format")
     if header and form != "megatron_bfpp run 1":
-        notes.append(f"run.json has the format {text(form) or form!r}, not 'megatron_bfpp run 1': read as far as its names are known")
+        notes.append(
+            f"run.json has the format {text(form) or form!r}, not 'megatron_bfpp run 1': read as far as its names are known"
+        )
     steps = _steps(path / "steps.jsonl", notes)
     end = _object(path / "end.json", notes, "") if (path / "end.json").exists() else {}
     count = number(end.get("steps"))
