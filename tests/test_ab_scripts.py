@@ -86,7 +86,7 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
     order = [(arm, round_) for arm, round_, *_ in calls(stubs)]
     assert order == [("1f1b", 1), ("breadth-first", 1), ("interleaved-grouped", 1), ("breadth-first", 2), ("interleaved-grouped", 2), ("1f1b", 2)]  # fmt: skip
     end = json.loads((out / "breadth-first.1" / "end.json").read_text())
-    assert end["status"] == "failed" and end["reason"].endswith('Tried to allocate "2 GiB" \\ more')
+    assert end["status"] == "failed" and end["reason"].endswith('Tried to allocate "2 GiB" \\ more (exit code 1)')
     report = json.loads((out / "report.json").read_text())
     assert [(arm["name"], arm["runs"], len(arm["failures"])) for arm in report["arms"]] == [
         ("1f1b", 2, 0), ("breadth-first", 2, 2), ("interleaved-grouped", 2, 0),
