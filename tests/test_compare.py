@@ -79,7 +79,7 @@ def test_the_interval_pairs_rounds_and_holds_the_ratio(tmp_path):
     assert 0.85 < paired.low < 0.9 < paired.high < 0.95 and welch.high - welch.low > 10 * (paired.high - paired.low)
     assert paired.low == pytest.approx(0.87546, abs=1e-4) and paired.high == pytest.approx(0.92515, abs=1e-4)  # t = 4.3027
     same = ratio_interval({1: 1.0, 2: 1.0}, {1: 2.0, 2: 2.0})
-    assert same.low is None and same.kind == "none: equal times"
+    assert same.low is None and same.kind == "none: no spread"
 
 
 def test_without_scipy_there_is_no_interval_and_it_says_so(tmp_path, monkeypatch):

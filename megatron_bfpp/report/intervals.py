@@ -42,8 +42,8 @@ def ratio_interval(runs: dict[int | str, float], reference: dict[int | str, floa
         warnings.simplefilter("ignore", RuntimeWarning)  # of runs that all took the very same time
         test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
         low, high = (math.exp(float(bound)) for bound in test.confidence_interval(CONFIDENCE))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return Interval(None, None, "none: equal times")
+    if not low < high < math.inf:
+        return Interval(None, None, "none: no spread")
     return Interval(low, high, kind)
 
 
