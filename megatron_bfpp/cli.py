@@ -1,10 +1,10 @@
 """bfpp: look at a schedule, prove a plan, plan a job, without torch and without Megatron; run schedules on an emulated network.
 
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
+    bfpp compare ab/*.* --html report.html
     bfpp check plan.csv
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
-    bfpp compare ab/*.* --html report.html
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--chunks", type=int, help="model chunks per rank")
     prove.add_argument("--microbatches", type=int, help="micro-batches")
     prove.set_defaults(run=_check)
+    compare.add_command(commands)
     plan.add_command(commands)
     bench.add_command(commands)
-    compare.add_command(commands)
     return parser
 
 
