@@ -7,7 +7,9 @@ END = {"status": "finished"}
 OUT_OF_MEMORY = {"status": "failed", "reason": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"}
 
 
-def make_run(folder: Path, arm: str, round_: int = 1, step_s=0.4, steps=20, args=None, end=END, loss_error=0.0, **header) -> Path:
+def make_run(
+    folder: Path, arm: str, round_: int = 1, step_s=0.4, steps=20, args=None, end=END, loss_error=0.0, **header
+) -> Path:
     """A run whose steps take `step_s` seconds, the first 5 ten times that. loss_error: relative, from step 11 on."""
     path = folder / f"{arm}.{round_}"
     path.mkdir(parents=True)

@@ -96,7 +96,9 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
 
 
 def test_arms_differ_in_the_schedule_alone(stubs):
-    done = run("ab_local.sh", stubs, ARMS="1f1b interleaved-grouped breadth-first breadth-first-sharded", ROUNDS="1", GBS="12")
+    done = run(
+        "ab_local.sh", stubs, ARMS="1f1b interleaved-grouped breadth-first breadth-first-sharded", ROUNDS="1", GBS="12"
+    )
     assert done.returncode == 0, done.stderr
     words = {arm: given for arm, _, given, _ in calls(stubs)}
     common = set.intersection(*map(set, words.values()))
@@ -106,8 +108,14 @@ def test_arms_differ_in_the_schedule_alone(stubs):
     assert more["interleaved-grouped"] == ["1f1b", "--microbatch-group-size-per-virtual-pipeline-stage"]
     assert words["interleaved-grouped"][words["interleaved-grouped"].index(more["interleaved-grouped"][1]) + 1] == "12"
     assert more["breadth-first"] == ["breadth-first"]
-    assert more["breadth-first-sharded"][:3] == ["breadth-first", "--use-torch-fsdp2", "--no-gradient-accumulation-fusion"]
-    assert {arm: limit for arm, *_, limit in calls(stubs)} == dict.fromkeys(words, "1") | {"breadth-first-sharded": None}
+    assert more["breadth-first-sharded"][:3] == [
+        "breadth-first",
+        "--use-torch-fsdp2",
+        "--no-gradient-accumulation-fusion",
+    ]
+    assert {arm: limit for arm, *_, limit in calls(stubs)} == dict.fromkeys(words, "1") | {
+        "breadth-first-sharded": None
+    }
 
 
 def test_full_sharding_leaves_out_the_distributed_optimizer_of_the_configuration(stubs):
@@ -134,7 +142,9 @@ def test_a_second_start_runs_only_what_has_not_finished(stubs):
 def test_a_stopped_script_stops_its_run_and_goes_on_later(stubs):
     settings = {"ARMS": "1f1b breadth-first", "ROUNDS": "1"}
     command = ["bash", str(SCRIPTS / "ab_local.sh")]
-    with subprocess.Popen(command, env=environment(stubs, HANGS="breadth-first", **settings), stdout=subprocess.DEVNULL) as script:
+    with subprocess.Popen(
+        command, env=environment(stubs, HANGS="breadth-first", **settings), stdout=subprocess.DEVNULL
+    ) as script:
         for _ in range(600):
             if (stubs / "hanging").exists():
                 break
@@ -148,12 +158,26 @@ def test_a_stopped_script_stops_its_run_and_goes_on_later(stubs):
 
 
 def test_under_slurm_each_run_is_one_srun_with_a_task_per_node(stubs):
-    settings = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+    settings = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
     # SLURM runs a copy.
     spooled = stubs / "slurm_script"
     shutil.copy(SCRIPTS / "ab_throughput.sbatch", spooled)
     config = str(ROOT / "configs" / "quickstart.yaml")
-    done = run(spooled, stubs, ARMS="1f1b breadth-first", ROUNDS="1", GPUS_PER_NODE="2", CONFIG=config, CONTAINER_IMAGE="image.sqsh", **settings)
+    done = run(
+        spooled,
+        stubs,
+        ARMS="1f1b breadth-first",
+        ROUNDS="1",
+        GPUS_PER_NODE="2",
+        CONFIG=config,
+        CONTAINER_IMAGE="image.sqsh",
+        **settings,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     sruns = [line for line in (stubs / "sruns").read_text().splitlines() if "torch.distributed.run" in line]
     assert len(sruns) == 2
@@ -197,7 +221,12 @@ def test_bad_settings_end_it_before_anything_runs(settings, words, stubs):
 @pytest.mark.parametrize("script", ["ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"])
 def test_help_is_the_header_of_the_script(script, stubs):
     done = run(script, stubs, "--help")
-    assert done.returncode == 0 and "--dry-run" in done.stdout and "SBATCH" not in done.stdout and "set -euo" not in done.stdout
+    assert (
+        done.returncode == 0
+        and "--dry-run" in done.stdout
+        and "SBATCH" not in done.stdout
+        and "set -euo" not in done.stdout
+    )
 
 
 def test_without_an_allocation_the_slurm_script_says_so(stubs):
@@ -205,7 +234,9 @@ def test_without_an_allocation_the_slurm_script_says_so(stubs):
     assert done.returncode == 2 and "there is no allocation" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["ab_common.sh", "slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"])
+@pytest.mark.parametrize(
+    "name", ["ab_common.sh", "slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"]
+)
 def test_the_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
 

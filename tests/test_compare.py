@@ -30,7 +30,9 @@ def compared(*paths, **options):
 
 def two_arms(folder, rounds=1, **of_breadth_first):
     paths = [make_run(folder, "1f1b", each, step_s=0.4 + each / 1000) for each in range(1, rounds + 1)]
-    return paths + [make_run(folder, "breadth-first", each, 0.3 + each / 1000, **of_breadth_first) for each in range(1, rounds + 1)]
+    return paths + [
+        make_run(folder, "breadth-first", each, 0.3 + each / 1000, **of_breadth_first) for each in range(1, rounds + 1)
+    ]
 
 
 def test_the_numbers_of_an_arm_are_those_of_its_steps_after_the_warm_up(tmp_path):
@@ -44,6 +46,11 @@ def test_the_numbers_of_an_arm_are_those_of_its_steps_after_the_warm_up(tmp_path
     assert (first.peak_memory_gib, first.peak_memory_rank) == (3.2, 0)
     assert (second.bubble_measured, second.bubble_predicted, second.exposed_dp_s) == (0.17, 0.158, 0.002)
     assert second.interval.low is None and second.interval.kind == "none: 1 run"
+
+
+def test_traced_steps_are_not_timed(tmp_path):
+    run = read(make_run(tmp_path, "1f1b", steps=12))
+    assert run.traced == {10} and len(run.timed(0)) == 9  # without the first step, which has no time, and 10 and 11
 
 
 def test_p50_and_p90_are_medians_over_runs(tmp_path):
@@ -77,7 +84,9 @@ def test_the_interval_pairs_rounds_and_holds_the_ratio(tmp_path):
     welch = ratio_interval({f"run {each}": value for each, value in faster.items()}, drift)
     assert welch.kind == "Welch over 3 and 3 runs"
     assert 0.85 < paired.low < 0.9 < paired.high < 0.95 and welch.high - welch.low > 10 * (paired.high - paired.low)
-    assert paired.low == pytest.approx(0.87546, abs=1e-4) and paired.high == pytest.approx(0.92515, abs=1e-4)  # t = 4.3027
+    assert paired.low == pytest.approx(0.87546, abs=1e-4) and paired.high == pytest.approx(
+        0.92515, abs=1e-4
+    )  # t = 4.3027
     same = ratio_interval({1: 1.0, 2: 1.0}, {1: 2.0, 2: 2.0})
     assert same.low is None and same.kind == "none: no spread"
 
@@ -99,11 +108,17 @@ def test_losses_that_differ_are_told_with_the_first_step_and_the_size(tmp_path, 
 
 def test_equal_losses_with_other_gradient_norms_are_equal_losses(tmp_path):
     one, two = two_arms(tmp_path)
-    lines = [json.loads(line) | {"grad norm hex": (0.1).hex(), "grad norm": 0.1} for line in (two / "steps.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) | {"grad norm hex": (0.1).hex(), "grad norm": 0.1}
+        for line in (two / "steps.jsonl").read_text().splitlines()
+    ]
     (two / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     comparison = compared(one, two)
     assert comparison.is_good
-    assert "bit-identical over 20 common steps in 1 of 1 compared runs; gradient norms differ: from step 1 on" in terminal(comparison)
+    assert (
+        "bit-identical over 20 common steps in 1 of 1 compared runs; gradient norms differ: from step 1 on"
+        in terminal(comparison)
+    )
 
 
 def test_a_loss_that_is_no_number_differs_from_one_that_is(tmp_path):
@@ -112,7 +127,9 @@ def test_a_loss_that_is_no_number_differs_from_one_that_is(tmp_path):
     last = json.loads(content[-1]) | {"lm loss": float("nan"), "lm loss hex": "nan"}
     (two / "steps.jsonl").write_text("\n".join([*content[:-1], json.dumps(last)]) + "\n")
     comparison = compared(one, two)
-    assert not comparison.is_good and "largest relative difference not a number (lm loss, step 20)" in terminal(comparison)
+    assert not comparison.is_good and "largest relative difference not a number (lm loss, step 20)" in terminal(
+        comparison
+    )
     json.dumps(comparison.as_json(), allow_nan=False)
 
 
@@ -140,7 +157,11 @@ def test_steps_that_a_restart_ran_again_count_once_and_warm_up_again(tmp_path):
     [
         ({"num_layers": 16}, {}, "num_layers (1f1b: 8, breadth-first: 16)"),
         ({"use_distributed_optimizer": True}, {}, "use_distributed_optimizer"),
-        ({}, {"environment": {"OMP_NUM_THREADS": "1", "NCCL_ALGO": "Ring"}}, "NCCL_ALGO (1f1b: (not there), breadth-first: 'Ring')"),
+        (
+            {},
+            {"environment": {"OMP_NUM_THREADS": "1", "NCCL_ALGO": "Ring"}},
+            "NCCL_ALGO (1f1b: (not there), breadth-first: 'Ring')",
+        ),
         ({}, {"versions": {"torch": "2.6.0", "transformer-engine": None}}, "version of torch"),
         ({}, {"device": "NVIDIA H100"}, "device"),
     ],
@@ -163,11 +184,24 @@ def test_runs_of_one_arm_that_differ_are_refused(tmp_path):
 def test_arms_may_differ_in_the_schedule_and_in_what_full_sharding_demands(tmp_path):
     paths = [
         make_run(tmp_path, "1f1b", args={"use_distributed_optimizer": True}),
-        make_run(tmp_path, "interleaved-grouped", args={"use_distributed_optimizer": True, "microbatch_group_size_per_vp_stage": 8}),
-        make_run(tmp_path, "breadth-first-sharded", args={"use_distributed_optimizer": False, "use_torch_fsdp2": True, "ckpt_format": "torch_dist"}),
+        make_run(
+            tmp_path,
+            "interleaved-grouped",
+            args={"use_distributed_optimizer": True, "microbatch_group_size_per_vp_stage": 8},
+        ),
+        make_run(
+            tmp_path,
+            "breadth-first-sharded",
+            args={"use_distributed_optimizer": False, "use_torch_fsdp2": True, "ckpt_format": "torch_dist"},
+        ),
     ]
     comparison = compared(*paths)
-    assert set(comparison.changed["breadth-first-sharded"]) == {"pipeline_schedule", "use_distributed_optimizer", "use_torch_fsdp2", "ckpt_format"}
+    assert set(comparison.changed["breadth-first-sharded"]) == {
+        "pipeline_schedule",
+        "use_distributed_optimizer",
+        "use_torch_fsdp2",
+        "ckpt_format",
+    }
     assert "save" not in comparison.changed["interleaved-grouped"]
 
 
@@ -176,7 +210,10 @@ def test_the_same_arm_twice_is_said_to_measure_scatter(tmp_path):
     assert any("the two measure how much runs scatter" in note for note in comparison.notes)
 
 
-@pytest.mark.parametrize("arguments, words", [(["nowhere"], "nowhere is not a directory"), (["."], "holds no run"), ([".", "--warmup", "-1"], "")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["nowhere"], "nowhere is not a directory"), (["."], "holds no run"), ([".", "--warmup", "-1"], "")],
+)
 def test_bad_input_is_one_short_message(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *arguments]) == 2
@@ -195,7 +232,18 @@ def test_a_directory_of_runs_stands_for_them(tmp_path):
 
 
 FILES = ("run.json", "steps.jsonl", "end.json")
-BAD_VALUES = (None, 1e999, -1, 10**400, "\ud800", "<script>alert(1)</script>", "a|b\x1b[31m", [1, None], {"x": [{}]}, True)
+BAD_VALUES = (
+    None,
+    1e999,
+    -1,
+    10**400,
+    "\ud800",
+    "<script>alert(1)</script>",
+    "a|b\x1b[31m",
+    [1, None],
+    {"x": [{}]},
+    True,
+)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -213,7 +261,12 @@ def test_no_damage_of_the_files_stops_the_report(data, tmp_path_factory):
     comparison = compare(runs, force=True)
     html = page(comparison, runs)
     assert "<script" not in html
-    for written in (html, terminal(comparison), markdown(comparison), json.dumps(comparison.as_json(), allow_nan=False)):
+    for written in (
+        html,
+        terminal(comparison),
+        markdown(comparison),
+        json.dumps(comparison.as_json(), allow_nan=False),
+    ):
         assert "\x1b" not in written.encode("utf-8").decode()
 
 
@@ -231,7 +284,9 @@ def damage(path: Path, data: st.DataObject) -> None:
         path.unlink()
         path.mkdir()
     elif kind == "text":
-        path.write_text(data.draw(st.sampled_from(("[" * 100_000, "{}\n[]\n3\nnull", '{"step": 1}' * 2, "\ufeff{}", "1" * 5000))))
+        path.write_text(
+            data.draw(st.sampled_from(("[" * 100_000, "{}\n[]\n3\nnull", '{"step": 1}' * 2, "\ufeff{}", "1" * 5000)))
+        )
     else:
         lines = content.decode().splitlines()
         place = data.draw(st.integers(0, len(lines) - 1))
@@ -271,7 +326,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href")]
+        self.addresses += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
+        ]
         self.rows += [[]] if tag == "tr" else []
         self._in_cell = tag in ("td", "th")
 
@@ -285,7 +344,9 @@ class Page(HTMLParser):
 
 def page_of(tmp_path, capsys):
     paths = two_arms(tmp_path, rounds=2)
-    (paths[0] / "timeline.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'><script>1</script></svg>")
+    (paths[0] / "timeline.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'><script>1</script></svg>"
+    )
     files = [str(tmp_path / name) for name in ("r.html", "r.md", "r.json")]
     assert main(["compare", *map(str, paths), "--html", files[0], "--markdown", files[1], "--json", files[2]]) == 0
     capsys.readouterr()
@@ -304,10 +365,14 @@ def test_the_page_has_the_tables_numbers_and_asks_nothing_of_a_network(tmp_path,
 
 def test_markdown_and_json_have_the_same_numbers(tmp_path, capsys):
     comparison, _, text, data = page_of(tmp_path, capsys)
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")
+    ]
     assert rows[2:] == [[cell.replace("\\", "") for cell in cells(arm)] for arm in comparison.arms]
     read_back = json.loads(data)
-    assert read_back["good"] is True and [arm["step_s_p50"] for arm in read_back["arms"]] == [arm.step_s_p50 for arm in comparison.arms]
+    assert read_back["good"] is True and [arm["step_s_p50"] for arm in read_back["arms"]] == [
+        arm.step_s_p50 for arm in comparison.arms
+    ]
 
 
 def test_chromium_shows_the_page(tmp_path, capsys):
@@ -334,11 +399,13 @@ class FakeWandb(types.ModuleType):
         self.given = given
         return self
 
-    def Table(self, columns, data):  # noqa: N802 - W&B's name
+    def Table(self, columns, data):
         return {"columns": columns, "data": data}
 
-    def Artifact(self, name, type):  # noqa: A002, N802
-        return types.SimpleNamespace(name=name, type=type, add_file=lambda path, name: self.files.update({name: Path(path).read_bytes()}))
+    def Artifact(self, name, type):
+        return types.SimpleNamespace(
+            name=name, type=type, add_file=lambda path, name: self.files.update({name: Path(path).read_bytes()})
+        )
 
     def finish(self):
         self.is_finished = True

@@ -137,6 +137,7 @@ def _explained(comparison: Comparison) -> list[str]:
     kinds = ", ".join(f"{arm.name} {arm.interval.kind}" for arm in comparison.arms if arm.interval)
     return [
         f"The first {comparison.warmup} steps after each start of a process are dropped as warm-up.",
+        "Traced steps, and the step after them, are not timed.",
         "p50 and p90: the median over runs of each run's median and 90th percentile.",
         "Time / first arm is the ratio of the p50; below 1 is faster than the first arm.",
         f"The interval is of the mean ratio over runs; steps of a run are not independent{': ' + kinds if kinds else ''}.",

@@ -83,9 +83,19 @@ class Run:
             or f"end.json has status {text(self.end.get('status')) or 'unknown'!r} and no reason"
         )
 
+    @cached_property
+    def traced(self) -> set[int]:
+        """The steps under the recorder."""
+        return {step.number for step in self.steps if step.values.get("bubble_fraction_measured") is not None}
+
     def timed(self, warmup: int) -> list[float]:
-        """Step times in seconds without the first `warmup` steps of each process of the run."""
-        return [step.time_s for step in self.steps if step.since_start >= warmup and step.time_s is not None]
+        """Step times in seconds, without the first `warmup` steps of each process of the run.
+
+        Traced steps are left out, and the step after them, in which the trace may still be gathered and written.
+        """
+        slow = self.traced | {step + 1 for step in self.traced}
+        counted = (step for step in self.steps if step.since_start >= warmup and step.number not in slow)
+        return [step.time_s for step in counted if step.time_s is not None]
 
 
 def number(value: Any) -> float | None:
