@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from megatron_bfpp.report.compare import compare
+from megatron_bfpp.report.runs import load
+
 END = {"status": "finished"}
 OUT_OF_MEMORY = {"status": "failed", "reason": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"}
 
@@ -40,3 +43,14 @@ def _step(step: int, step_s: float, loss_error: float) -> dict:
         "step_time_s": None if step == 1 else step_s * (10 if step <= 5 else 1),
         "peak_memory_gib_max_rank": 3 + step / 100, "peak_memory_rank": step % 4, **(traced if step == 10 else {}),
     }  # fmt: skip
+
+
+def compared(*paths, **options):
+    return compare(load([str(path) for path in paths]), **options)
+
+
+def two_arms(folder, rounds=1, **of_breadth_first):
+    paths = [make_run(folder, "1f1b", each, step_s=0.4 + each / 1000) for each in range(1, rounds + 1)]
+    return paths + [
+        make_run(folder, "breadth-first", each, 0.3 + each / 1000, **of_breadth_first) for each in range(1, rounds + 1)
+    ]
