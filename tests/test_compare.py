@@ -259,9 +259,9 @@ def damage(path: Path, data: st.DataObject) -> None:
     if kind == "missing":
         path.unlink()
     elif kind == "cut":
-        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        path.write_bytes(content[: data.draw(st.integers(0, 5000)) % len(content)])
     elif kind == "bytes":
-        place = data.draw(st.integers(0, len(content)))
+        place = data.draw(st.integers(0, 5000)) % len(content)  # whose length depends on the folder
         path.write_bytes(content[:place] + data.draw(st.binary(max_size=8)) + content[place + 4 :])
     elif kind == "folder":
         path.unlink()
