@@ -19,8 +19,8 @@ from .report.runs import Run, load
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("compare", help="compare finished runs: time, memory, losses, configuration")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory that --bfpp-run-dir had, or one that holds such; "
-                        "the arm of the first is the reference")  # fmt: skip
+    place = "a directory that --bfpp-run-dir had, or one that holds such; the arm of the first is the reference"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=place)
     parser.add_argument("--html", metavar="PATH", help="write a page that needs nothing else")
     parser.add_argument("--markdown", metavar="PATH", help="write the table as Markdown")
     parser.add_argument("--json", metavar="PATH", help="write every number")
@@ -28,7 +28,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--warmup", type=int, metavar="N", help="steps to drop after each start; default 5, or half of a short run"
     )
     parser.add_argument("--loss-tolerance", type=float, default=0.0, metavar="X",
-                        help="relative difference of losses up to which the exit code is 0; default 0: every bit")  # fmt: skip
+                        help="relative difference of losses that exit code 0 allows; default 0: every bit")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than the schedule")
     parser.add_argument("--wandb-project", metavar="NAME", help="make one run of W&B there, with table and files")
     parser.set_defaults(run=run)

@@ -188,6 +188,14 @@ def test_arms_may_differ_in_the_schedule_and_in_what_full_sharding_demands(tmp_p
     assert "save" not in comparison.changed["interleaved-grouped"]
 
 
+def test_a_commit_in_megatron_cores_version_does_not_count(tmp_path):
+    versions = [{"megatron-core": version} for version in ("0.19.2+608ae2a", "0.19.2+7089481", "0.18.2")]
+    paths = [make_run(tmp_path, "1f1b", place, versions=each) for place, each in enumerate(versions, 1)]
+    assert compared(*paths[:2]).arms[0].runs == 2
+    with pytest.raises(UserError, match=r"version of megatron-core \(1f1b.1: '0.19.2', 1f1b.3: '0.18.2'\)"):
+        compared(*paths)
+
+
 def test_the_same_arm_twice_is_said_to_measure_scatter(tmp_path):
     comparison = compared(make_run(tmp_path, "1f1b"), make_run(tmp_path, "1f1b-again"))
     assert any("the two measure how much runs scatter" in note for note in comparison.notes)

@@ -196,7 +196,8 @@ def _peak(runs: list[Run]) -> tuple[float | None, int | None]:
     """GiB and rank of the largest peak of all steps, those of the warm-up too."""
     found = [
         (peak, number(step.values.get("peak_memory_rank")))
-        for run in runs for step in run.steps if (peak := number(step.values.get("peak_memory_gib_max_rank"))) is not None
+        for run in runs for step in run.steps
+        if (peak := number(step.values.get("peak_memory_gib_max_rank"))) is not None
     ]  # fmt: skip
     peak, rank = max(found, key=lambda each: each[0], default=(None, None))
     return peak, None if rank is None else round(rank)

@@ -1,4 +1,4 @@
-"""An A/B as one HTML page that needs nothing else: no script, nothing from a network. Wide tables become cards on a phone."""
+"""An A/B as one HTML page that needs nothing else: no script, no network. The table becomes cards on a phone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _COLORS = 6
 # Whatever a run's files say, a page under this policy loads and runs nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1f24; --soft: #5b636e; --line: #d9dde3; --back: #ffffff; --card: #f5f7f9; --bad: #b3261e;
+:root { color-scheme: light dark; --ink: #1c1f24; --soft: #5b636e; --line: #d9dde3; --back: #ffffff; --card: #f5f7f9;
+  --bad: #b3261e;
   --c0: #1d63b8; --c1: #c25e00; --c2: #2a7d46; --c3: #8a3fb0; --c4: #a8326e; --c5: #5d6b00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2abb6; --line: #3a414a; --back: #15181c; --card: #1e2328; --bad: #ff8a80;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2abb6; --line: #3a414a; --back: #15181c;
+  --card: #1e2328; --bad: #ff8a80;
   --c0: #6db1ff; --c1: #ffab5e; --c2: #6fd08c; --c3: #d09bf0; --c4: #f58fc0; --c5: #c6d45a; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 82rem; background: var(--back); color: var(--ink);
@@ -26,20 +28,29 @@ body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 82rem; background: 
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .2rem 0; } .soft { color: var(--soft); font-size: .9rem; } .bad { color: var(--bad); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
-th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; } td:first-child { font-weight: 600; }
+th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; } td:first-child {
+  font-weight: 600; }
 ul { margin: 0; padding-left: 1.2rem; } li { margin: .15rem 0; }
 svg { display: block; width: 100%; overflow: visible; } svg text { fill: var(--soft); font-size: 12px; }
-.strip { display: grid; grid-template-columns: minmax(6rem, 12rem) 1fr; column-gap: 1.2rem; align-items: center; padding-right: 1.2rem; }
-.track { stroke: var(--line); } .p90 { stroke: var(--soft); stroke-width: 2; } .run { fill: var(--c0); fill-opacity: .75; }
-.p50 { stroke: var(--ink); stroke-width: 3; } .curve { fill: none; stroke-width: 2; } .key { display: inline-block; margin-right: 1.2rem; }
-.key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align: middle; background: var(--key); }
-figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); } figcaption { color: var(--soft); font-size: .9rem; }
+.strip { display: grid; grid-template-columns: minmax(6rem, 12rem) 1fr; column-gap: 1.2rem; align-items: center;
+  padding-right: 1.2rem; }
+.track { stroke: var(--line); } .p90 { stroke: var(--soft); stroke-width: 2; } .run { fill: var(--c0); fill-opacity:
+  .75; }
+.p50 { stroke: var(--ink); stroke-width: 3; } .curve { fill: none; stroke-width: 2; } .key { display: inline-block;
+  margin-right: 1.2rem; }
+.key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align:
+  middle; background: var(--key); }
+figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); } figcaption { color:
+  var(--soft); font-size: .9rem; }
 @media (max-width: 60rem) {
   thead { display: none; } table, tbody, tr, td { display: block; width: 100%; }
   tr { background: var(--card); border-radius: .5rem; padding: .5rem .3rem; margin: .7rem 0; }
-  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .15rem .6rem; text-align: right; }
-  td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; } td:first-child::before { content: none; }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .15rem .6rem; text-align: right;
+  }
+  td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; }
+  td:first-child::before { content: none; }
   .strip { grid-template-columns: 1fr; } .strip > b { margin-top: .5rem; } }
 """
 
@@ -69,9 +80,8 @@ def page(comparison: Comparison, runs: list[Run]) -> str:
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>A/B: {escape(', '.join(arm.name for arm in comparison.arms))}</title><style>{_STYLE}</style></head>\n<body>"
-        + "\n".join(part for part in body if part)
-        + "</body></html>\n"
+        f"<title>A/B: {escape(', '.join(arm.name for arm in comparison.arms))}</title>"
+        f"<style>{_STYLE}</style></head>\n<body>" + "\n".join(part for part in body if part) + "</body></html>\n"
     )
 
 
@@ -103,15 +113,18 @@ def _step_times(arms: list[Arm]) -> str:
     for arm in timed:
         p50, p90 = ((value - low) / scale for value in (arm.step_s_p50 or low, arm.step_s_p90 or low))
         dots = "".join(
-            f"<circle class=run cx='{(run.median_s - low) / scale:.2%}' cy=14 r=5><title>{escape(run.run)}: {run.median_s:.4g} s</title></circle>"
+            f"<circle class=run cx='{(run.median_s - low) / scale:.2%}' cy=14 r=5>"
+            f"<title>{escape(run.run)}: {run.median_s:.4g} s</title></circle>"
             for run in arm.times
         )
         rows.append(
             f"<b>{escape(arm.name)}</b><svg height=28 role=img aria-label='step times of {escape(arm.name)}'>"
-            f"<line class=track x1=0 x2='100%' y1=14 y2=14 /><line class=p90 x1='{p50:.2%}' x2='{p90:.2%}' y1=14 y2=14 />"
+            f"<line class=track x1=0 x2='100%' y1=14 y2=14 />"
+            f"<line class=p90 x1='{p50:.2%}' x2='{p90:.2%}' y1=14 y2=14 />"
             f"{dots}<line class=p50 x1='{p50:.2%}' x2='{p50:.2%}' y1=4 y2=24 /></svg>"
         )
-    axis = f"<span></span><svg height=18><text x=0 y=12>{low:.4g} s</text><text x='100%' y=12 text-anchor=end>{high:.4g} s</text></svg>"
+    ends = f"<text x=0 y=12>{low:.4g} s</text><text x='100%' y=12 text-anchor=end>{high:.4g} s</text>"
+    axis = f"<span></span><svg height=18>{ends}</svg>"
     key = "Dot: a run's median. Bar: p50, with a line to p90. The axis does not start at 0."
     return f"<h2>Step time</h2><div class=strip>{''.join(rows)}{axis}</div><p class=soft>{key}</p>"
 
@@ -141,21 +154,22 @@ def _curves(runs: list[Run]) -> str:
         )
         keys.append(f"<span class=key style='--key:{color}'>{escape(arm)}</span>")
     return (
-        f"<h2>lm loss</h2><p class=soft>{high:.5g} at the top, {low:.5g} at the bottom; steps {left:g} to {right:g}. First run of each arm.</p>"
-        f"<svg height=200 viewBox='0 0 1000 200' preserveAspectRatio=none role=img aria-label='lm loss'>{''.join(lines)}</svg><p>{''.join(keys)}</p>"
+        f"<h2>lm loss</h2><p class=soft>{high:.5g} at the top, {low:.5g} at the bottom; steps {left:g} to {right:g}. "
+        "First run of each arm.</p>"
+        "<svg height=200 viewBox='0 0 1000 200' preserveAspectRatio=none role=img aria-label='lm loss'>"
+        f"{''.join(lines)}</svg><p>{''.join(keys)}</p>"
     )
 
 
 def _timelines(runs: list[Run]) -> str:
-    """timeline.svg of the first run of each arm that has one. As an image: what is in the file cannot run or load anything."""
+    """timeline.svg of the first run of each arm that has one. As images: what is in them can run and load nothing."""
     pictures: dict[str, str] = {}
     for run in runs:
         path = run.path / "timeline.svg"
         if run.arm in pictures or not path.is_file() or path.stat().st_size > _LARGEST_PICTURE:
             continue
         data = base64.b64encode(path.read_bytes()).decode()
+        image = f"<img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'>"
         caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
-        pictures[run.arm] = (
-            f"{caption}<figure><img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'></figure>"
-        )
+        pictures[run.arm] = f"{caption}<figure>{image}</figure>"
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""

@@ -111,7 +111,7 @@ def _losses(arm: Arm, tolerance: float) -> list[str]:
     unmatched = sorted({name for each in arm.losses for name in each.unmatched})
     if unmatched:
         sentences.append(
-            f"{arm.name}: only one side has a number for {', '.join(map(repr, unmatched))} at some step: not compared there"
+            f"{arm.name}: only one side has {', '.join(map(repr, unmatched))} at some step, which is left out"
         )
     return sentences
 
@@ -140,8 +140,9 @@ def _explained(comparison: Comparison) -> list[str]:
         "Traced steps, and the step after them, are not timed.",
         "p50 and p90: the median over runs of each run's median and 90th percentile.",
         "Time / first arm is the ratio of the p50; below 1 is faster than the first arm.",
-        f"The interval is of the mean ratio over runs; steps of a run are not independent{': ' + kinds if kinds else ''}.",
-        "TFLOP/s by Megatron's formula, which counts the same for every arm. Peak memory: the largest of any rank, in GiB.",
+        f"The interval is of the mean ratio over runs{f' ({kinds})' if kinds else ''}: steps are not independent.",
+        "TFLOP/s by Megatron's formula, which counts the same for every arm.",
+        "Peak memory: the largest of any rank and step, in GiB.",
     ]
 
 

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Of the mean ratio (geometric, over runs). low and high are None where there is none; `kind` says which or why not."""
+    """Of the mean ratio (geometric, over runs). Without one low and high are None; `kind` says which or why not."""
 
     low: float | None
     high: float | None

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run left. header: run.json, {} where it cannot be read. Of a step that was run twice the later line counts."""
+    """What a run left. header: run.json, {} where it cannot be read. Of a step that ran twice the later line counts."""
 
     path: Path
     header: dict[str, Any]
@@ -140,7 +140,8 @@ def load(paths: list[str]) -> list[Run]:
             raise UserError(f"{given} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
         if not inside:
             raise UserError(
-                f"{given} holds no run: none of {', '.join(FILES)} is there.\n  Name the directories that --bfpp-run-dir had."
+                f"{given} holds no run: none of {', '.join(FILES)} is there.\n"
+                "  Name the directories that --bfpp-run-dir had."
             )
         found += inside
     return [read(path) for path in dict.fromkeys(found)]
@@ -157,7 +158,7 @@ def read(path: Path) -> Run:
     form = header.get("format")
     if header and form != "megatron_bfpp run 1":
         notes.append(
-            f"run.json has the format {text(form) or form!r}, not 'megatron_bfpp run 1': read as far as its names are known"
+            f"run.json has the format {text(form) or repr(form)[:80]}, not megatron_bfpp run 1: names may mean else"
         )
     steps = _steps(path / "steps.jsonl", notes)
     end = _object(path / "end.json", notes, "") if (path / "end.json").exists() else {}
