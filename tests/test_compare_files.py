@@ -173,3 +173,14 @@ def test_without_numpy_torch_and_megatron_runs_are_compared(tmp_path):
         f"sys.exit(main(['compare', *{paths!r}]))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["nowhere"], "nowhere is not a directory"), (["."], "holds no run"), ([".", "--warmup", "-1"], "")],
+)
+def test_bad_input_is_one_short_message(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.strip().splitlines()) <= 3

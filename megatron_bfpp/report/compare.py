@@ -14,6 +14,7 @@ from .losses import Match, match
 from .runs import Run, number, section, text
 
 WARMUP = 5  # steps, if the caller names none and the runs are long enough
+FEW_STEPS = 10  # of which a 90th percentile is one step or none
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Arm:
     runs: int
     failures: list[str]  # "NAME: REASON" of each run that did not finish
     times: list[RunTime]
+    timed_steps: int  # of the run with the fewest, of those in `times`
     step_s_p50: float | None  # median over runs of each run's median, and of each run's 90th percentile
     step_s_p90: float | None
     tokens_per_s_per_gpu: float | None
@@ -159,6 +161,7 @@ def _arm(name: str, runs: list[Run], warmup: int, reference: Run | None, first: 
         runs=len(runs),
         failures=[f"{run.name}: {run.reason}" for run in runs if not run.is_finished],
         times=times,
+        timed_steps=min((len(found) for _, found in timed), default=0),
         step_s_p50=p50,
         step_s_p90=_median(_p90(found) for _, found in timed),
         tokens_per_s_per_gpu=tokens / gpu_s if tokens is not None and gpu_s else None,
@@ -220,6 +223,8 @@ def _told_of(arm: Arm, runs: list[Run]) -> list[str]:
         told.append(f"{arm.name} has no timed step after the warm-up")
     elif not any(run.is_finished for run in runs):
         told.append(f"{arm.name} has no finished run: its times are those of the steps before the end")
+    if 0 < arm.timed_steps < FEW_STEPS:
+        told.append(f"{arm.name}: {arm.timed_steps} timed steps in a run are too few to say much")
     lengths = {len(run.steps) for run in runs if run.is_finished}
     if len(lengths) > 1:
         told.append(f"{arm.name}: finished runs have between {min(lengths)} and {max(lengths)} steps")
