@@ -2,6 +2,7 @@
 run schedules on an emulated network.
 
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
+    bfpp compare ab/*.* --html report.html
     bfpp check plan.csv
     bfpp check --config configs/gpt_52b_64_v100.yaml --gpu v100-32
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
@@ -17,7 +18,7 @@ import math
 import shutil
 import sys
 
-from . import __version__, bench, dry_run, plan
+from . import __version__, bench, compare, dry_run, plan
 from .errors import UserError
 from .files import write_whole
 from .report.grid import grid, summary
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench}")
+    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,compare}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     prove.add_argument("--microbatches", type=int, help="micro-batches")
     dry_run.add_arguments(prove)
     prove.set_defaults(run=_check)
+    compare.add_command(commands)
     plan.add_command(commands)
     bench.add_command(commands)
     return bfpp

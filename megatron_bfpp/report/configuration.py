@@ -1,0 +1,73 @@
+"""What differs in the configurations of runs, and whether arms differ in the schedule alone. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .runs import Run, section, text
+
+Differences = dict[str, tuple[str, str]]  # setting: its value in the one run and in the other
+
+# Where a run writes, what it is called, which process wrote the file: nothing of this changes what is computed.
+_PLACES = frozenset({
+    "save", "tensorboard_dir", "wandb_save_dir", "wandb_exp_name", "wandb_project", "wandb_entity",
+    "bfpp_run_dir", "data_cache_path", "rank", "local_rank", "BFPP_ARM", "BFPP_ROUND", "BFPP_RUN_NAME", "BFPP_RUN_DIR",
+    "WANDB_RUN_GROUP",
+})  # fmt: skip
+# The one setting in which arms may differ: the order of a step's forwards and backwards.
+_SCHEDULE = re.compile(r"pipeline_schedule|breadth_first_\w+|microbatch_group_size_per_vp_stage")
+# Full sharding, and what Megatron demands with --use-torch-fsdp2 or sets for it.
+_SHARDING = "use_torch_fsdp2"
+_WITH_SHARDING = frozenset({
+    _SHARDING, "use_distributed_optimizer", "overlap_param_gather", "align_param_gather", 
+    "gradient_accumulation_fusion", "ckpt_format", "high_priority_stream_groups", "CUDA_DEVICE_MAX_CONNECTIONS",
+})  # fmt: skip
+_SECTIONS = (("args", ""), ("environment", ""), ("versions", "version of "), ("commits", "commit of "))
+
+
+def differences(one: Run, other: Run) -> Differences:
+    """Every setting in which two runs differ. A part of the configuration that one did not record is left out."""
+    found: Differences = {}
+    for name, prefix in _SECTIONS:
+        ours, theirs = (_part(run, name) for run in (one, other))
+        if not ours or not theirs:
+            continue
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key not in _PLACES and (key in ours, ours.get(key)) != (key in theirs, theirs.get(key)):
+                found[prefix + _shown(key)] = _value(ours, key), _value(theirs, key)
+    for key, label in (("device", "device"), ("tokens_per_step", "tokens per step")):
+        if key in one.header and key in other.header and one.header[key] != other.header[key]:
+            found[label] = _value(one.header, key), _value(other.header, key)
+    world = [section(run.header, "shape").get("world_size") for run in (one, other)]
+    if None not in world and world[0] != world[1]:
+        found["world size"] = _shown(repr(world[0])), _shown(repr(world[1]))
+    return found
+
+
+def unexpected(found: Differences) -> list[str]:
+    """Of what differs between two arms: the settings that are not the schedule's, nor follow from full sharding."""
+    allowed = _WITH_SHARDING if _SHARDING in found else frozenset()
+    return [name for name in found if not _SCHEDULE.fullmatch(name) and name not in allowed]
+
+
+def unknown(run: Run) -> bool:
+    return not section(run.header, "args")
+
+
+def _part(run: Run, name: str) -> dict[str, Any]:
+    """A part of run.json. Without the commit that Megatron-Core adds to its version: that of any repository around it.
+
+    An environment in a checkout of something else would seem to have another Megatron after each commit there.
+    """
+    values = section(run.header, name)
+    version = values.get("megatron-core")
+    return values | {"megatron-core": version.partition("+")[0]} if isinstance(version, str) else values
+
+
+def _value(values: dict[str, Any], key: str) -> str:
+    return _shown(repr(values[key])) if key in values else "(not there)"
+
+
+def _shown(words: str) -> str:
+    return text(words)[:200] or repr(words)
