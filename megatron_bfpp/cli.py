@@ -4,6 +4,7 @@
     bfpp check plan.csv
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
+    bfpp trace RUN/trace.json --svg timeline.svg
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
@@ -18,6 +19,7 @@ import sys
 from . import __version__, bench, plan
 from .errors import UserError
 from .files import write_whole
+from .report import timeline as trace
 from .report.grid import grid, summary
 from .report.picture import svg
 from .schedule import (
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     prove.set_defaults(run=_check)
     plan.add_command(commands)
     bench.add_command(commands)
+    trace.add_command(commands)
     return parser
 
 
