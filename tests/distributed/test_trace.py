@@ -1,6 +1,7 @@
 """Traced steps on real processes: the trace is valid and whole, training has the same bits, and the files of the run are there."""
 
 import json
+import os
 import sys
 from collections import defaultdict
 from functools import partial
@@ -61,7 +62,7 @@ class Wandb(ModuleType):
 
     def __init__(self, path: str):
         super().__init__("wandb")
-        self.path = path
+        self.path, self.config = path, {}
 
     def init(self, **told):
         self._keep({"config": {name: str(value) for name, value in told["config"].items()}})
@@ -169,3 +170,21 @@ def compare_clocks():
 
 def test_the_offset_of_a_clock_is_found_within_the_error_that_is_stated(tmp_path):
     run_job(compare_clocks, 2, tmp_path)
+
+
+@pytest.mark.skipif(not os.environ.get("BFPP_ALL_CASES"), reason="with BFPP_ALL_CASES=1")
+@pytest.mark.parametrize("engine", ["sharded", "megatron"])
+def test_fully_sharded_chunks_and_megatrons_loop_are_traced(engine, tmp_path):
+    flags, ranks = (*flags_of(2, 2, 1, 2, 4), *UNTIED, *OURS), 4
+    flags += ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion") if engine == "sharded" else ("--breadth-first-engine", "megatron")
+    bits, run = traced(tmp_path, ranks, *flags)
+    assert bits == losses(ranks, *flags)
+    events, shape = events_of(run), PipelineShape(2, 2, 4)
+    assert_valid(events, 10_000.0)
+    for rank, actions in enumerate(lower(breadth_first(shape), shape, resident_chunks=2 if engine == "sharded" else None)):
+        assert names(events, 3, rank, COMPUTE_LANE) == [str(action) for action in actions if action.op in "FB"]
+        if engine == "sharded":
+            gates = [str(action) for action in actions if action.microbatch is None]
+            assert names(events, 3, rank, LANES.index("data-parallel")) == gates
+    last = json.loads((run / "steps.jsonl").read_text().splitlines()[-1])
+    assert all(each > 0 for each in last["exposed_dp_s"]) and (last["exposed_p2p_s"] is None) == (engine == "megatron")
