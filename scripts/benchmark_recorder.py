@@ -1,8 +1,8 @@
 """What the recorder costs a rank: python scripts/benchmark_recorder.py [--chunk-ms 20] [--repeat 10]
 
-A rank runs its plan with the executor; a forward takes --chunk-ms (it spins on the process's own clock, so that other work
-of the machine does not count) and a backward twice that. Messages are there at once. Off is a step that is not traced, and
-stands here twice, to show the noise; on notes every action and a wait per message. Prints process time per forward or
+A rank runs its plan with the executor; a forward takes --chunk-ms (it spins on the process's own clock, so that other
+work of the machine does not count) and a backward twice that. Messages are there at once. Off is a step that is not traced, and stands
+here twice, to show the noise; on notes every action and a wait per message. Prints process time per forward or
 backward, medians over the steps. Not a GPU: there a note takes two CUDA events instead of two readings of the clock.
 """
 

@@ -44,7 +44,8 @@ def test_steps_that_can_be_traced():
 def test_a_job_that_cannot_be_traced_is_refused_before_anything_is_wrapped(more, words, monkeypatch):
     monkeypatch.setattr(observe.seams, "apply", None)  # would raise
     monkeypatch.delenv("BFPP_RUN_DIR", raising=False)
-    args = SimpleNamespace(**{"pipeline_model_parallel_size": 4, "bfpp_trace_steps": "20-22", "train_iters": 100, **more})
+    given = {"pipeline_model_parallel_size": 4, "bfpp_trace_steps": "20-22", "train_iters": 100}
+    args = SimpleNamespace(**given | more)
     with pytest.raises(UserError, match=words) as error:
         observe.observe(args)
     assert len(str(error.value).splitlines()) == 2
@@ -54,7 +55,8 @@ def test_a_job_that_asks_for_nothing_is_left_alone(monkeypatch):
     monkeypatch.setattr(observe.seams, "apply", None)
     for name in ("BFPP_RUN_DIR", "BFPP_STEP_LOG"):
         monkeypatch.delenv(name, raising=False)
-    assert observe.observe(SimpleNamespace(pipeline_model_parallel_size=4, tensorboard_dir=None, wandb_project="")) == []
+    args = SimpleNamespace(pipeline_model_parallel_size=4, tensorboard_dir=None, wandb_project="")
+    assert observe.observe(args) == []
 
 
 def test_the_flag_of_the_folder_wins_over_the_variable(monkeypatch):
@@ -66,8 +68,12 @@ def test_the_flag_of_the_folder_wins_over_the_variable(monkeypatch):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run of one process."""
-    one = {"get_rank": lambda: 0, "get_world_size": lambda: 1, "all_gather_object": lambda found, mine: found.__setitem__(0, mine)}
-    monkeypatch.setattr(run_files, "dist", SimpleNamespace(**one))
+
+    def all_gather_object(found, mine):
+        found[0] = mine
+
+    one = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1, all_gather_object=all_gather_object)
+    monkeypatch.setattr(run_files, "dist", one)
     monkeypatch.setattr(run_files, "describe", lambda args, name, hosts: {"name": name, "hosts": hosts})
     return run_files.Run(str(tmp_path / "a" / "run"))
 

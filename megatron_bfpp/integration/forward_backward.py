@@ -222,7 +222,7 @@ def _nvtx(action: Action) -> Iterator[None]:
 
 
 def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
-    """Ranges named as the actions of the plan where Megatron makes ranges, under --nvtx-ranges; notes in a recorded step."""
+    """Ranges named as the plan's actions where Megatron makes ranges, under --nvtx-ranges; notes in a recorded step."""
     recorder = RECORDING.recorder
     if recorder is None:
         return _nvtx if core_utils._nvtx_enabled else None

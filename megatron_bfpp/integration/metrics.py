@@ -1,4 +1,4 @@
-"""What the plugin measures of a step beside Megatron's own metrics, and predicts of it. Names as in the files of a run."""
+"""What the plugin measures and predicts of a step beside Megatron's own metrics. Names as in the files of a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from .tracing import RECORDING
 
 # In TensorBoard and W&B, under bfpp/. The others are lists, or stand in the files of a run only.
 CHARTS = (
-    "tokens_per_s_per_gpu", "peak_memory_gib_max_rank", "bubble_fraction_predicted", "bubble_fraction_measured", "exposed_dp_s",
-)  # fmt: skip
+    "tokens_per_s_per_gpu",
+    "peak_memory_gib_max_rank",
+    "bubble_fraction_predicted",
+    "bubble_fraction_measured",
+    "exposed_dp_s",
+)
 
 
 def of_step(args: Any, step: int, step_time_s: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is watched in a job: which of Megatron's functions are wrapped for the flags and variables that ask for logs and traces.
+"""Which of Megatron's functions are wrapped for the flags and variables that ask for logs, metrics and traces.
 
 A job that asks for nothing has none of them wrapped.
 """
@@ -47,17 +47,20 @@ def observe(args: Any) -> list[str]:
 def _refuse_traces(args: Any, steps: tuple[int, int]) -> None:
     if args.pipeline_model_parallel_size < 2:
         raise UserError(
-            f"--bfpp-trace-steps needs pipeline ranks, but --pipeline-model-parallel-size is {args.pipeline_model_parallel_size}.\n"
+            f"--bfpp-trace-steps needs pipeline ranks, but --pipeline-model-parallel-size is "
+            f"{args.pipeline_model_parallel_size}.\n"
             "  Use --pipeline-model-parallel-size 2 or more, or leave it out."
         )
     last = getattr(args, "train_iters", None)
     if last and steps[0] > last:
         raise UserError(
-            f"--bfpp-trace-steps begins with step {steps[0]}, but --train-iters is {last}.\n  Use steps from 1 to {last}."
+            f"--bfpp-trace-steps begins with step {steps[0]}, but --train-iters is {last}.\n"
+            f"  Use steps from 1 to {last}."
         )
     if getattr(args, "overlap_moe_expert_parallel_comm", False):
         raise UserError(
-            "--bfpp-trace-steps does not work with --overlap-moe-expert-parallel-comm: a forward and a backward run as one there.\n"
+            "--bfpp-trace-steps does not work with --overlap-moe-expert-parallel-comm: a forward and a backward run "
+            "as one there.\n"
             "  Leave out one of them."
         )
     if getattr(args, "cuda_graph_impl", None) == "full_iteration" or "full_iteration" in str(

@@ -1,7 +1,7 @@
 """The files of a run, --bfpp-run-dir DIR: run.json at the start, a line of steps.jsonl per step, end.json at the end.
 
-The last rank writes them, where Megatron has its losses. A run that is resumed in the same folder writes run.json anew and
-goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first rank that fails says there why.
+The last rank writes them, where Megatron has its losses. A run that is resumed in the same folder writes run.json anew
+and goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first rank that fails says why.
 A file that cannot be written is told in the log, and training goes on.
 """
 
@@ -32,7 +32,9 @@ from .step_log import append_line
 
 FORMAT = "megatron_bfpp run 1"
 TRAIN = Seam("megatron.training.training", "train", ("forward_step_func", "model", "config"))
-_NAMES, _PREFIXES = {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}, ("NCCL_", "TORCH_NCCL_", "NVTE_")
+# Of the environment, what run.json keeps.
+_NAMES = {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
+_PREFIXES = ("NCCL_", "TORCH_NCCL_", "NVTE_")
 
 
 class Run:
@@ -44,7 +46,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--bfpp-run-dir {folder} cannot be made: {error.strerror}.\n  Name another folder.") from None
+            reason = f"--bfpp-run-dir {folder} cannot be made: {error.strerror}"
+            raise UserError(f"{reason}.\n  Name another folder.") from None
 
     def begin(self, args: Any) -> None:
         """Write run.json. Collective over all ranks."""
@@ -119,9 +122,13 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
         "pipeline_schedule": settings.schedule,
         "started": _now(),
         "args": json.loads(json.dumps(vars(args), default=str, sort_keys=True)),
-        "environment": {key: os.environ[key] for key in sorted(os.environ) if key in _NAMES or key.startswith(_PREFIXES)},
+        "environment": {
+            key: value for key, value in sorted(os.environ.items()) if key in _NAMES or key.startswith(_PREFIXES)
+        },
         "versions": _versions(is_cuda),
-        "commits": {"megatron_bfpp": _commit(__file__), "megatron": _commit(inspect.getfile(num_floating_point_operations))},
+        "commits": {
+            "megatron_bfpp": _commit(__file__), "megatron": _commit(inspect.getfile(num_floating_point_operations)),
+        },
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         "hosts": hosts,
         "shape": {
@@ -174,7 +181,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(file: str) -> str | None:
-    """Short hash of the checkout that holds `file`; None for a file that git does not know, as in an installed package."""
+    """Short hash of the checkout that holds `file`; None for a file that git does not know, as of a package."""
     git = ["git", "-C", str(Path(file).parent)]
     try:
         for command in (["ls-files", "--error-unmatch", file], ["rev-parse", "--short", "HEAD"]):

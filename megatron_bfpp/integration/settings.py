@@ -87,8 +87,8 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
     )  # fmt: skip
     group.add_argument(
         "--bfpp-trace-steps", default=None, metavar="A-B",
-        help="Record when every forward, backward and message of these steps runs, on all pipeline ranks of the first replica: a "
-        "Chrome trace, in the run's folder or in ./bfpp-trace.json. One number for one step.",
+        help="Record when every forward, backward and message of these steps runs, on all pipeline ranks of the first "
+        "replica: a Chrome trace, in the run's folder or in ./bfpp-trace.json. One number for one step.",
     )  # fmt: skip
 
 
@@ -115,12 +115,16 @@ def trace_steps_of(args: Any) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(text).strip(), re.ASCII)
     if match is None:
-        raise UserError(f"--bfpp-trace-steps {text} names no steps.\n  Use one number, or the first and the last: 20-22.")
+        raise UserError(
+            f"--bfpp-trace-steps {text} names no steps.\n"
+            "  Use one number, or the first and the last: 20-22."
+        )
     first, last = int(match[1]), int(match[2] or match[1])
     if not 1 <= first <= last:
         raise UserError(f"--bfpp-trace-steps {text}: steps count from 1, first the smaller.\n  Use for example 20-22.")
     if last - first >= MOST_TRACED_STEPS:
         raise UserError(
-            f"--bfpp-trace-steps {text} are {last - first + 1} steps.\n  Use at most {MOST_TRACED_STEPS}; three are enough for a picture."
+            f"--bfpp-trace-steps {text} are {last - first + 1} steps.\n"
+            f"  Use at most {MOST_TRACED_STEPS}; three are enough for a picture."
         )
     return first, last

@@ -6,8 +6,8 @@ with every loss of the step by its name; hex holds all bits. step_time_s: from t
 "communication" has what this rank has sent since the step before, by parallel dimension and kind (runtime/traffic.py).
 
 --bfpp-log-communication has the same counts in Megatron's log, in TensorBoard and in W&B, without a file.
-The lines of a run's steps.jsonl (run_files.py) begin with the same fields; those of metrics.py follow. Where Megatron has a
-TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
+The lines of a run's steps.jsonl (run_files.py) begin with the same fields; those of metrics.py follow. Where Megatron has
+a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TRAFFIC = Traffic(dimension)  # of this process
 
 
 def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The replacement of Megatron's training_log that also writes to `path` and to the folder of the run, and draws charts."""
+    """The replacement of training_log that also writes to `path` and to the folder of the run, and draws charts."""
 
     def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training.global_vars import get_args
@@ -105,9 +105,12 @@ def _tell(args: Any, step: int, charts: dict[str, float], counts: dict[str, dict
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     if getattr(args, "bfpp_log_communication", False):
-        charts |= {f"bfpp/{name.replace(' ', '-')}-{unit}": value for name, count in counts.items() for unit, value in count.items()}
+        for name, count in counts.items():
+            charts |= {f"bfpp/{name.replace(' ', '-')}-{unit}": value for unit, value in count.items()}
         if step % args.log_interval == 0:
-            told = ", ".join(f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items())
+            told = ", ".join(
+                f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items()
+            )
             print(f"megatron_bfpp {__version__}: step {step}, this rank sent: {told}", flush=True)
     # Traced steps are few, and are drawn whenever they are.
     if step % args.tensorboard_log_interval == 0 or "bfpp/bubble_fraction_measured" in charts:

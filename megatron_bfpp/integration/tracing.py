@@ -1,7 +1,7 @@
-"""--bfpp-trace-steps: steps of training recorded on all pipeline ranks of one replica, gathered, and written as a trace.
+"""--bfpp-trace-steps: steps of training recorded on all pipeline ranks of one replica and written as a trace.
 
-The recorded ranks are those of data-parallel, context-parallel and tensor-parallel rank 0. Nothing but notes is taken within
-a step. Before it the ranks compare their clocks; after it its notes go to the first rank, which writes the file anew
+The recorded ranks are those of data-parallel, context-parallel and tensor-parallel rank 0. Nothing but notes is taken
+within a step. Before it the ranks compare their clocks; after it its notes go to the first rank, which writes the file anew
 and tells all ranks the step's bubble and waits, for the logs.
 
 The plan's engine records its actions and waits. Under Megatron's own loops (1f1b, --breadth-first-engine megatron)
@@ -124,12 +124,12 @@ class Tracer:
             for chunk, module in enumerate(model):
                 for owner, name, op in _waits_of_replicas(module):
                     action = Action(self._shape.stages_on(self._pp_rank)[chunk], op)
-                    stage_noted = _noted(owner, name, action, self._recorder)
-                    stack.enter_context(stage_noted)
+                    stack.enter_context(_noted(owner, name, action, self._recorder))
             if self._has_plan:
                 stack.enter_context(changed(RECORDING, recorder=self._recorder))
             else:
-                stack.enter_context(changed(schedules, **_steps_of_megatron(self._recorder, self._shape, self._pp_rank)))
+                wrapped = _steps_of_megatron(self._recorder, self._shape, self._pp_rank)
+                stack.enter_context(changed(schedules, **wrapped))
             yield
 
     def collect(self, step: int, is_last: bool) -> dict[str, Any]:

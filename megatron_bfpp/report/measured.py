@@ -77,8 +77,10 @@ def read(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON, or was cut off: {error}.") from None
     other = document.get("otherData") if isinstance(document, dict) else None
     if not isinstance(other, dict) or other.get("format") != FORMAT:
-        raise UserError(f"{path} is no trace of megatron_bfpp.\n  Name a trace.json that --bfpp-trace-steps has written.")
-    return document
+        raise UserError(
+            f"{path} is no trace of megatron_bfpp.\n  Name a trace.json that --bfpp-trace-steps has written."
+        )
+    return dict(document)
 
 
 def steps_of(document: dict[str, Any]) -> dict[int, Measured]:
@@ -90,7 +92,9 @@ def steps_of(document: dict[str, Any]) -> dict[int, Measured]:
                 events[event["args"]["step"]].append(event)
         return {
             about["step"]: _measured(
-                PipelineShape(other["pp"], about["chunks"], about["microbatches"]), events[about["step"]], other["waits"]
+                PipelineShape(other["pp"], about["chunks"], about["microbatches"]),
+                events[about["step"]],
+                other["waits"],
             )
             for about in other["steps"]
         }
@@ -119,7 +123,8 @@ def _measured(shape: PipelineShape, events: list[dict[str, Any]], waits_are_know
         if kind in ("wait-dp", "data-parallel"):
             gates[rank].append((begin, end))
     p2p = [sum(each.end - each.start for each in rank if each.kind == "p2p") for rank in waits]
-    return Measured(shape, spans, length, waits, busy, p2p if waits_are_known else None, [_covered(each) for each in gates])
+    exposed_dp = [_covered(each) for each in gates]
+    return Measured(shape, spans, length, waits, busy, p2p if waits_are_known else None, exposed_dp)
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:

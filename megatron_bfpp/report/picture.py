@@ -56,7 +56,8 @@ def _one(name: str, timeline: Timeline, y: int, scale: float, end: float, unit: 
         )
         parts += [_box(span, timeline, top, scale) for span in spans]
         if isinstance(timeline, Measured):
-            parts += [_wait(wait, top, scale) for wait in timeline.waits[pp_rank] if (wait.end - wait.start) * scale >= 0.3]
+            visible = [wait for wait in timeline.waits[pp_rank] if (wait.end - wait.start) * scale >= 0.3]
+            parts += [_wait(wait, top, scale) for wait in visible]
     return parts + _axis(y + _TOP + shape.pp_size * (_ROW + _GAP), scale, end)
 
 

@@ -1,4 +1,4 @@
-"""The recorded steps of all ranks of a pipeline as one Chrome trace (chrome://tracing, Perfetto). Standard library only.
+"""The recorded steps of all ranks of a pipeline as one Chrome trace, for Perfetto. Standard library only.
 
 A process per pp_rank; in each, lanes without overlap:
     compute        2F0, from the end of the waits that it begins with; args.busy_us leaves out the waits within it
@@ -65,11 +65,12 @@ class Trace:
 
 
 def _names(pp_rank: int) -> Iterator[Event]:
-    yield {"ph": "M", "name": "process_name", "pid": pp_rank, "tid": 0, "ts": 0, "args": {"name": f"pp_rank {pp_rank}"}}
-    yield {"ph": "M", "name": "process_sort_index", "pid": pp_rank, "tid": 0, "ts": 0, "args": {"sort_index": pp_rank}}
+    about = {"ph": "M", "pid": pp_rank, "ts": 0}
+    yield {**about, "name": "process_name", "tid": 0, "args": {"name": f"pp_rank {pp_rank}"}}
+    yield {**about, "name": "process_sort_index", "tid": 0, "args": {"sort_index": pp_rank}}
     for lane, name in enumerate(LANES):
-        yield {"ph": "M", "name": "thread_name", "pid": pp_rank, "tid": lane, "ts": 0, "args": {"name": name}}
-        yield {"ph": "M", "name": "thread_sort_index", "pid": pp_rank, "tid": lane, "ts": 0, "args": {"sort_index": lane}}
+        yield {**about, "name": "thread_name", "tid": lane, "args": {"name": name}}
+        yield {**about, "name": "thread_sort_index", "tid": lane, "args": {"sort_index": lane}}
 
 
 def _lanes(intervals: list[Interval], zero: int) -> Iterator[Event]:
@@ -112,7 +113,8 @@ def _receives(actions: list[Interval], waits: list[Interval], zero: int) -> Iter
 
 
 def _event(lane: int, name: str, category: str, start: int, end: int, zero: int) -> Event:
-    return {"ph": "X", "name": name, "cat": category, "tid": lane, "ts": (start - zero) / 1000, "dur": (end - start) / 1000}
+    times = {"ts": (start - zero) / 1000, "dur": (end - start) / 1000}
+    return {"ph": "X", "name": name, "cat": category, "tid": lane, **times}
 
 
 def _arrows(sent: Arrows, received: Arrows, step_index: int) -> Iterable[Event]:

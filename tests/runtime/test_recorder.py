@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from itertools import count
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +52,8 @@ def test_a_wait_that_fails_is_over():
 
 
 def test_the_hosts_clock_is_taken_on_a_cpu():
-    assert isinstance(clock_of(torch.device("cpu")), HostClock) and isinstance(clock_of(torch.device("cuda")), CudaClock)
+    assert isinstance(clock_of(torch.device("cpu")), HostClock)
+    assert isinstance(clock_of(torch.device("cuda")), CudaClock)
     recorder = Recorder(HostClock())
     before = time.perf_counter_ns()
     with recorder.span(Action(0, Op.F, 0)):
@@ -150,9 +151,10 @@ def test_a_trace_is_sorted_its_lanes_do_not_overlap_and_every_arrow_has_two_ends
     messages = 2 * (shape.num_stages - 1) * shape.num_microbatches * 2  # two steps
     starts, ends = ({event["id"]: event for event in events if event["ph"] == phase} for phase in "sf")
     assert starts.keys() == ends.keys() and len(starts) == messages
-    assert all(event["tid"] == SENDING for event in starts.values()) and all(e["tid"] == RECEIVING for e in ends.values())
+    assert {event["tid"] for event in starts.values()} == {SENDING}
+    assert {event["tid"] for event in ends.values()} == {RECEIVING}
     for rank in range(shape.pp_size):
         for lane in (COMPUTE_LANE, WAITING, SENDING, RECEIVING):
-            spans = [(event["ts"], event["ts"] + event["dur"]) for event in events
-                     if (event["ph"], event["pid"], event["tid"]) == ("X", rank, lane) and event["args"]["step"] == 5]  # fmt: skip
-            assert all(end <= start + 1e-9 for (_, end), (start, _) in zip(spans, spans[1:])), (rank, lane)
+            found = [event for event in events if (event["ph"], event["pid"], event["tid"]) == ("X", rank, lane)]
+            spans = [(each["ts"], each["ts"] + each["dur"]) for each in found if each["args"]["step"] == 5]
+            assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(spans)), (rank, lane)
