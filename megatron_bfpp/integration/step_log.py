@@ -69,11 +69,13 @@ def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., 
             options = get_args()
             found, counts = metrics.of_step(options, step, step_time_s), TRAFFIC.taken()
             is_last = dist.get_rank() == dist.get_world_size() - 1
-            entry = _entry(given, step_time_s) | {"communication": counts} if is_last else {}
-            if path is not None and is_last:
-                append_line(path, entry)
-            if run is not None:
-                run.add(step, entry | found)
+            if path is not None or run is not None:
+                # Only then: reading a loss waits for the device.
+                entry = _entry(given, step_time_s) | {"communication": counts} if is_last else {}
+                if path is not None and is_last:
+                    append_line(path, entry)
+                if run is not None:
+                    run.add(step, entry | found)
             answer = training_log(*args, **kwargs)
             if is_last:
                 _tell(options, step, metrics.charts(options, found), counts)
