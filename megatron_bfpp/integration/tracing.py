@@ -107,7 +107,7 @@ class Tracer:
             self._recorder = Recorder(clock_of(this_device()))
             # Over gloo: comparing clocks must not wait for a GPU. The group of a pipeline is made by its ranks alone.
             self._group = parallel_state.create_group(
-                ranks, backend="gloo", use_local_synchronization=True, group_desc="BFPP_CLOCKS"
+                ranks, backend="gloo", use_local_synchronization=True, group_desc="CLOCKS"
             )
 
     @contextmanager
