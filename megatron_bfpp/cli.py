@@ -7,6 +7,7 @@ run schedules on an emulated network.
     bfpp check --config configs/gpt_52b_64_v100.yaml --gpu v100-32
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
+    bfpp trace RUN/trace.json --svg timeline.svg
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
@@ -21,6 +22,7 @@ import sys
 from . import __version__, bench, compare, dry_run, plan
 from .errors import UserError
 from .files import write_whole
+from .report import timeline as trace
 from .report.grid import grid, summary
 from .report.page import page
 from .report.picture import svg
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,compare}")
+    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -92,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_command(commands)
     plan.add_command(commands)
     bench.add_command(commands)
+    trace.add_command(commands)
     return bfpp
 
 

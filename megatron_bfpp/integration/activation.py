@@ -80,9 +80,6 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
     seams.apply(ADD_ARGUMENTS, with_flags)
     seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
     seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
-    path = os.environ.get("BFPP_STEP_LOG")
-    if path:
-        seams.apply(step_log.SEAM, step_log.logging_steps(path))
 
 
 def disable() -> None:

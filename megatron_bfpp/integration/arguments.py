@@ -10,8 +10,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from . import fully_sharded, fully_sharded_seams, seams, step_log
+from . import fully_sharded, fully_sharded_seams
 from .batches import few_microbatches
+from .observe import observe
 from .placed import check_placement
 from .placement import place
 from .settings import Settings, add_flags, settings_of
@@ -52,8 +53,6 @@ def validating(
             args.pipeline_schedule = explicit
         settings = settings_of(args)
         lines = []
-        if getattr(args, "bfpp_log_communication", False):
-            seams.apply(step_log.SEAM, step_log.logging_steps(os.environ.get("BFPP_STEP_LOG")))
         is_breadth_first = settings.schedule != "1f1b"
         if is_breadth_first:
             refuse(args, settings)
@@ -68,6 +67,7 @@ def validating(
         else:
             on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
+        lines += observe(args)
         is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
         with fully_sharded_seams.pipeline_ranks_allowed(validate) if is_sharded else nullcontext():
             validated = validate(args, *more, **kwargs)
@@ -97,13 +97,15 @@ def validating_yaml(
         if explicit is not None:
             args.pipeline_schedule = explicit
         settings = settings_of(args)
+        lines = observe(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule == "1f1b":
             fully_sharded.refuse_under_1f1b(validated)
             on_1f1b()
         else:
             refuse(validated, settings)
-            _tell(validated, _validated(validated, settings))
+            lines += _validated(validated, settings)
+        _tell(validated, lines)
         return validated
 
     return wrapper

@@ -31,7 +31,9 @@ from ..schedule.sharding import count_gathers
 from . import fully_sharded, replicas
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
+from .seams import changed
 from .settings import Settings
+from .tracing import RECORDING
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,14 @@ def run(
     messages = Messages(
         channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
+        waiting=None if RECORDING.recorder is None else RECORDING.recorder.waiting,
     )  # fmt: skip
     gates: DataParallel | FullySharded
     if resident is None:
         gates = replicas.data_parallel(config, model, forward_only)
     else:
         gates = fully_sharded.data_parallel(model, config)
-    with gates:
+    with RECORDING.around(gates, shape, pp_rank), gates:
         Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
 
     if finalize is not None:
@@ -219,21 +222,19 @@ def _nvtx(action: Action) -> Iterator[None]:
 
 
 def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
-    """Ranges named as the actions of the plan where Megatron makes ranges: under --nvtx-ranges."""
-    return _nvtx if core_utils._nvtx_enabled else None
+    """Ranges named as the plan's actions where Megatron makes ranges, under --nvtx-ranges; notes in a recorded step."""
+    recorder = RECORDING.recorder
+    if recorder is None:
+        return _nvtx if core_utils._nvtx_enabled else None
+    if not core_utils._nvtx_enabled:
+        return recorder.span
 
+    @contextmanager
+    def both(action: Action) -> Iterator[None]:
+        with _nvtx(action), recorder.span(action):
+            yield
 
-@contextmanager
-def changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of `owner` set for a while, and restored also after an error."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+    return both
 
 
 @lru_cache(maxsize=64)

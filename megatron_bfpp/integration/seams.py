@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,3 +67,16 @@ def _rebind(name: str, old: object, new: object) -> None:
         # vars, not getattr: lazy modules import what they are asked for.
         if getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
+
+
+@contextmanager
+def changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of `owner` set for a while, and restored also after an error."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from ..errors import UserError
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
+MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
 
 
@@ -77,6 +80,16 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
         help="Log the collectives and messages of each step with their bytes, under either schedule: one line per log interval, and "
         "bfpp/... in TensorBoard and W&B.",
     )  # fmt: skip
+    group.add_argument(
+        "--bfpp-run-dir", default=None, metavar="DIR",
+        help="Write the files of the run there, under either schedule: run.json, steps.jsonl, end.json, and a trace. "
+        "Default: the environment variable BFPP_RUN_DIR.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bfpp-trace-steps", default=None, metavar="A-B",
+        help="Record when every forward, backward and message of these steps runs, on all pipeline ranks of the first "
+        "replica: a Chrome trace, in the run's folder or in ./bfpp-trace.json. One number for one step.",
+    )  # fmt: skip
 
 
 def settings_of(args: Any) -> Settings:
@@ -88,3 +101,30 @@ def settings_of(args: Any) -> Settings:
         engine=getattr(args, "breadth_first_engine", None) or "plan",
         resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
     )
+
+
+def run_dir_of(args: Any) -> str | None:
+    """The folder of the run's files: the flag, or the environment's."""
+    return getattr(args, "bfpp_run_dir", None) or os.environ.get("BFPP_RUN_DIR") or None
+
+
+def trace_steps_of(args: Any) -> tuple[int, int] | None:
+    """First and last of the steps to trace, counted from 1 as in the log; UserError if they cannot be."""
+    text = getattr(args, "bfpp_trace_steps", None)
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(text).strip(), re.ASCII)
+    if match is None:
+        raise UserError(
+            f"--bfpp-trace-steps {text} names no steps.\n"
+            "  Use one number, or the first and the last: 20-22."
+        )
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not 1 <= first <= last:
+        raise UserError(f"--bfpp-trace-steps {text}: steps count from 1, first the smaller.\n  Use for example 20-22.")
+    if last - first >= MOST_TRACED_STEPS:
+        raise UserError(
+            f"--bfpp-trace-steps {text} are {last - first + 1} steps.\n"
+            f"  Use at most {MOST_TRACED_STEPS}; three are enough for a picture."
+        )
+    return first, last

@@ -6,6 +6,8 @@ with every loss of the step by its name; hex holds all bits. step_time_s: from t
 "communication" has what this rank has sent since the step before, by parallel dimension and kind (runtime/traffic.py).
 
 --bfpp-log-communication has the same counts in Megatron's log, in TensorBoard and in W&B, without a file.
+The lines of a run's steps.jsonl (run_files.py) begin with the same fields; those of metrics.py follow. Where Megatron has
+a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from .. import __version__
 from ..runtime.traffic import Traffic
 from .seams import Seam
+
+if TYPE_CHECKING:
+    from .run_files import Run
 
 SEAM = Seam("megatron.training.training", "training_log", ("loss_dict", "iteration", "grad_norm"))
 
@@ -44,32 +50,46 @@ def dimension(group: dist.ProcessGroup, kind: str) -> str:
 TRAFFIC = Traffic(dimension)  # of this process
 
 
-def logging_steps(path: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The replacement of Megatron's training_log that also writes to `path`, and does what --bfpp-log-communication asks for."""
+def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The replacement of training_log that also writes to `path` and to the folder of the run, and draws charts."""
 
     def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:
+        from megatron.training.global_vars import get_args
+
+        from . import metrics
+
         signature = inspect.signature(training_log)
         previous: float | None = None
-        TRAFFIC.install()
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             nonlocal previous
             given = signature.bind(*args, **kwargs).arguments
             before, previous = previous, time.perf_counter()
-            counts = TRAFFIC.taken()
+            step, step_time_s = given["iteration"], None if before is None else previous - before
+            options = get_args()
+            found, counts = metrics.of_step(options, step, step_time_s), TRAFFIC.taken()
             is_last = dist.get_rank() == dist.get_world_size() - 1
-            if path is not None and is_last:
-                entry = _entry(given, None if before is None else previous - before) | {"communication": counts}
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")  # one write per line: a killed run leaves whole lines
+            if path is not None or run is not None:
+                # Only then: reading a loss waits for the device.
+                entry = _entry(given, step_time_s) | {"communication": counts} if is_last else {}
+                if path is not None and is_last:
+                    append_line(path, entry)
+                if run is not None:
+                    run.add(step, entry | found)
             answer = training_log(*args, **kwargs)
             if is_last:
-                _tell(counts, given["iteration"])
+                _tell(options, step, metrics.charts(options, found), counts)
             return answer
 
         return wrapper
 
     return replace
+
+
+def append_line(path: str | Path, entry: dict[str, Any]) -> None:
+    """One write per line: a killed run leaves whole lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def _entry(given: dict[str, Any], step_time_s: float | None) -> dict[str, Any]:
@@ -82,20 +102,23 @@ def _entry(given: dict[str, Any], step_time_s: float | None) -> dict[str, Any]:
     return {**entry, "step_time_s": step_time_s}
 
 
-def _tell(counts: dict[str, dict[str, int]], step: int) -> None:
-    from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
+def _tell(args: Any, step: int, charts: dict[str, float], counts: dict[str, dict[str, int]]) -> None:
+    """To TensorBoard and W&B, and with --bfpp-log-communication to the log."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-    args = get_args()
-    if not getattr(args, "bfpp_log_communication", False):
-        return
-    metrics = {f"bfpp/{name.replace(' ', '-')}-{unit}": value for name, count in counts.items() for unit, value in count.items()}
-    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if step % args.log_interval == 0:
-        told = ", ".join(f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items())
-        print(f"megatron_bfpp {__version__}: step {step}, this rank sent: {told}", flush=True)
-    if step % args.tensorboard_log_interval == 0:
-        for name, value in metrics.items():
+    if getattr(args, "bfpp_log_communication", False):
+        for name, count in counts.items():
+            charts |= {f"bfpp/{name.replace(' ', '-')}-{unit}": value for unit, value in count.items()}
+        if step % args.log_interval == 0:
+            told = ", ".join(
+                f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items()
+            )
+            print(f"megatron_bfpp {__version__}: step {step}, this rank sent: {told}", flush=True)
+    # Traced steps are few, and are drawn whenever they are.
+    if step % args.tensorboard_log_interval == 0 or "bfpp/bubble_fraction_measured" in charts:
+        tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+        for name, value in charts.items():
             if tensorboard:
                 tensorboard.add_scalar(name, value, step)
         if wandb:
-            wandb.log(metrics, step)
+            wandb.log(charts, step)

@@ -5,27 +5,33 @@ from __future__ import annotations
 from html import escape
 
 from ..schedule import Op, Span, Timeline
+from .measured import Measured, Wait
 
 _ROW, _GAP, _LEFT, _TOP = 22, 4, 84, 50  # pixels: a rank's row, between rows, the labels, the titles
 _LIGHT = {Op.F: (191, 217, 245), Op.B: (255, 217, 168)}  # first chunk
 _DARK = {Op.F: (24, 84, 160), Op.B: (196, 98, 0)}  # last chunk
+_WAITS = {"p2p": "#d62768", "dp": "#2a8a3e"}  # what a measured step stood still for
 _FONT = "font-family='system-ui, sans-serif'"
 
 
-def svg(timelines: list[tuple[str, Timeline]], width: int = 1280) -> str:
+def svg(
+    timelines: list[tuple[str, Timeline]], width: int = 1280, unit: str = "forward units", forward: float = 1.0
+) -> str:
     """The picture of named timelines, one below the other. Text is inside a box where it fits.
 
-    width: pixels of the whole picture; wide schedules get at least 3 pixels per forward unit.
+    width: pixels of the whole picture; wide schedules get at least 3 pixels per forward.
+    unit, forward: of all times, and how long a forward is in it.
     """
     end = max(timeline.step_time for _, timeline in timelines)
-    scale = max((width - _LEFT - 20) / end, 3.0)
+    scale = max((width - _LEFT - 20) / end, 3.0 / forward)
     parts: list[str] = []
     y = 0
     for name, timeline in timelines:
-        parts += _one(name, timeline, y, scale, end)
+        parts += _one(name, timeline, y, scale, end, unit)
         y += _TOP + timeline.shape.pp_size * (_ROW + _GAP) + 34
     total_width, height = round(_LEFT + end * scale + 20), y + 26
-    legend = _legend(y + 6, timelines[0][1].shape.num_chunks)
+    has_waits = any(isinstance(timeline, Measured) for _, timeline in timelines)
+    legend = _legend(y + 6, timelines[0][1].shape.num_chunks, unit, has_waits)
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{total_width}' height='{height}' "
         f"viewBox='0 0 {total_width} {height}'>\n<rect width='100%' height='100%' fill='#ffffff'/>\n"
@@ -34,11 +40,11 @@ def svg(timelines: list[tuple[str, Timeline]], width: int = 1280) -> str:
     )
 
 
-def _one(name: str, timeline: Timeline, y: int, scale: float, end: float) -> list[str]:
+def _one(name: str, timeline: Timeline, y: int, scale: float, end: float, unit: str) -> list[str]:
     shape = timeline.shape
     title = (
         f"{name}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches. "
-        f"Step {timeline.step_time:g} forward units, bubble {timeline.bubble_fraction:.1%}"
+        f"Step {timeline.step_time:.6g} {unit}, bubble {timeline.bubble_fraction:.1%}"
     )
     parts = [f"<text x='{_LEFT}' y='{y + 28}' {_FONT} font-size='15' font-weight='600' fill='#1c1c1c'>{escape(title)}</text>"]
     for pp_rank, spans in enumerate(timeline.spans):
@@ -49,6 +55,9 @@ def _one(name: str, timeline: Timeline, y: int, scale: float, end: float) -> lis
             f"<rect x='{_LEFT}' y='{top}' width='{timeline.step_time * scale:.1f}' height='{_ROW}' fill='#f0f0f0'/>"
         )
         parts += [_box(span, timeline, top, scale) for span in spans]
+        if isinstance(timeline, Measured):
+            visible = [wait for wait in timeline.waits[pp_rank] if (wait.end - wait.start) * scale >= 0.3]
+            parts += [_wait(wait, top, scale) for wait in visible]
     return parts + _axis(y + _TOP + shape.pp_size * (_ROW + _GAP), scale, end)
 
 
@@ -59,7 +68,7 @@ def _box(span: Span, timeline: Timeline, top: int, scale: float) -> str:
     x, wide = _LEFT + span.start * scale, (span.end - span.start) * scale
     box = (
         f"<rect class='{op.value}' x='{x:.1f}' y='{top}' width='{max(wide - 0.8, 0.8):.1f}' height='{_ROW}' fill='{color}'>"
-        f"<title>{span.action} (chunk {chunk}): {span.start:g} to {span.end:g}</title></rect>"
+        f"<title>{span.action} (chunk {chunk}): {span.start:.6g} to {span.end:.6g}</title></rect>"
     )
     if wide >= 7 * len(str(microbatch)) + 2:
         box += (
@@ -67,6 +76,15 @@ def _box(span: Span, timeline: Timeline, top: int, scale: float) -> str:
             f"fill='{'#ffffff' if is_dark else '#1c1c1c'}'>{microbatch}</text>"
         )
     return box
+
+
+def _wait(wait: Wait, top: int, scale: float) -> str:
+    """A bar along the foot of the row, which leaves the action that waits to be seen."""
+    x, wide = _LEFT + wait.start * scale, (wait.end - wait.start) * scale
+    return (
+        f"<rect class='wait-{wait.kind}' x='{x:.1f}' y='{top + _ROW - 5}' width='{wide:.1f}' height='5' "
+        f"fill='{_WAITS[wait.kind]}'><title>waits for {wait.name}: {wait.end - wait.start:.6g}</title></rect>"
+    )
 
 
 def shade(op: Op, chunk: int, chunks: int) -> tuple[str, bool]:
@@ -89,7 +107,7 @@ def _axis(y: int, scale: float, end: float) -> list[str]:
     return parts
 
 
-def _legend(y: int, chunks: int) -> list[str]:
+def _legend(y: int, chunks: int, unit: str, has_waits: bool) -> list[str]:
     parts, x = [], _LEFT
     for op, name in ((Op.F, "forward"), (Op.B, "backward")):
         for chunk in range(chunks):
@@ -98,5 +116,10 @@ def _legend(y: int, chunks: int) -> list[str]:
         label = f"{name}, first chunk to last" if chunks > 1 else name
         parts.append(f"<text x='{x + 5}' y='{y + 10}' {_FONT} font-size='12' fill='#1c1c1c'>{label}</text>")
         x += 190
-    note = "number: microbatch; grey: idle; time in forward units"
+    if has_waits:
+        for kind, name in (("p2p", "waits for a message"), ("dp", "waits for a gather or reduction")):
+            parts.append(f"<rect x='{x}' y='{y + 4}' width='14' height='5' fill='{_WAITS[kind]}'/>")
+            parts.append(f"<text x='{x + 20}' y='{y + 10}' {_FONT} font-size='12' fill='#1c1c1c'>{name}</text>")
+            x += 150 if kind == "p2p" else 210
+    note = f"number: microbatch; grey: idle; time in {unit}"
     return parts + [f"<text x='{x}' y='{y + 10}' {_FONT} font-size='12' fill='#555555'>{note}</text>"]

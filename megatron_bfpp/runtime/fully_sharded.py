@@ -35,6 +35,8 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import FSDPModule
 
+from ..schedule.ir import Op
+
 # An FSDP module: torch makes the class at run time, of FSDPModule and of the module's own class.
 Unit = Any
 
@@ -145,6 +147,16 @@ class FullySharded:
         """Free the chunk's gathered parameters; unreduced gradients stay."""
         for unit in self._units[chunk]:
             unit.reshard()
+
+    def waits(self) -> Iterator[tuple[object, str, int, Op]]:
+        """The functions that wait for gathers and reductions: owner, name, chunk, and for which of the two."""
+        for chunk, units in enumerate(self._units):
+            for unit in units:
+                for group in unit._get_fsdp_state()._fsdp_param_groups:
+                    yield group, "wait_for_unshard", chunk, Op.UNSHARD
+            yield self._model[chunk]._get_fsdp_state(), "_root_post_backward_final_callback", chunk, Op.REDUCE_GRAD
+        for name in ("finish", "finish_earlier"):
+            yield self._reductions, name, 0, Op.REDUCE_GRAD
 
 
 def _units(chunk: Unit) -> Iterator[Unit]:

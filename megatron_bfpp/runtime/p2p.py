@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -126,6 +127,7 @@ class Messages:
     dtype: torch.dtype
     device: torch.device
     variable_shapes: bool = False  # each tensor is preceded by its three sizes
+    waiting: Callable[[Action], AbstractContextManager[object]] | None = None  # around every wait; None costs nothing
     _receives: dict[Action, _Receive] = field(default_factory=dict)
     _unread_shapes: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # one at most per channel
     _postponed: dict[dist.ProcessGroup, deque[Action]] = field(default_factory=dict)
@@ -152,7 +154,7 @@ class Messages:
         while self.variable_shapes and (action not in self._receives or self._receives[action].holds_shape):
             self._read_shape(self._routes[action.stage, action.op])
         received = self._receives.pop(action)
-        received.handle.wait()
+        self._wait(received.handle, action)
         return received.buffer
 
     def send(self, action: Action, tensor: torch.Tensor, release: Callable[[], None] | None = None) -> None:
@@ -167,7 +169,7 @@ class Messages:
     def before_compute(self) -> None:
         """Give up what was sent SEND_WINDOW or more compute actions ago. To be called before each F and B."""
         while len(self._sent) >= SEND_WINDOW and self._may_wait_for(self._sent[0]):
-            _finish(self._sent.popleft())
+            self._finish(self._sent.popleft())
         self._sent.append([])
 
     def finish_send(self, action: Action) -> None:
@@ -175,13 +177,27 @@ class Messages:
         for sent in self._sent:
             for each in [each for each in sent if each.action == action]:
                 sent.remove(each)
-                _finish([each])
+                self._finish([each])
 
     def assert_finished(self) -> None:
         """Wait for the last sends; nothing may be left over."""
         while self._sent:
-            _finish(self._sent.popleft())
+            self._finish(self._sent.popleft())
         assert not self._receives, f"received but never used: {', '.join(map(str, self._receives))}"
+
+    def _finish(self, sent: list[_Sent]) -> None:
+        for each in sent:
+            for handle in each.handles:
+                self._wait(handle, each.action)
+            if each.release is not None:
+                each.release()
+
+    def _wait(self, handle: dist.Work, action: Action) -> None:
+        if self.waiting is None:
+            handle.wait()
+        else:
+            with self.waiting(action):
+                handle.wait()
 
     def _may_wait_for(self, sent: list[_Sent]) -> bool:
         """With variable shapes a tensor is asked for only when its shape is read, by a peer that may have to wait for this
@@ -197,7 +213,7 @@ class Messages:
     def _read_shape(self, route: Route) -> None:
         """Wait for the shape that a channel has asked for last; then ask for its tensor, and for the next shape."""
         header = self._unread_shapes.pop(route.group)
-        header.handle.wait()
+        self._wait(header.handle, header.action)
         buffer = self._empty(tuple(header.buffer.tolist()), header.action)
         self._receives[header.action] = _irecv(header.action, route, buffer)
         if self._postponed.get(route.group):
@@ -210,11 +226,3 @@ class Messages:
 
 def _irecv(action: Action, route: Route, buffer: torch.Tensor) -> _Receive:
     return _Receive(action, dist.irecv(buffer, route.peer, group=route.group), buffer)
-
-
-def _finish(sent: list[_Sent]) -> None:
-    for each in sent:
-        for handle in each.handles:
-            handle.wait()
-        if each.release is not None:
-            each.release()
