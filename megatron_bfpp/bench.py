@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UserError
 from .files import write_whole
-from .report.bench import Result, as_json, table
+from .report.bench import Result, as_json, markdown, table
 from .schedule import PipelineShape
 from .schedule.replay import Costs
 
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
         return " + ".join(f"{name} {value:.3g}" for name, value in named if value) or "free"
 
 
-# With the defaults about 2 and 15 minutes.
+# With the defaults about 3 and 20 minutes (full with --repeat 1).
 SHORT = [Setting((4, 2, 8), 0.5), Setting((4, 4, 8), 0.5), Setting((4, 4, 8), 0.25, 0.25), Setting((4, 4, 8), 0.0, 0.0, 1.0)]
 FULL = [Setting((4, 4, 8))]
 FULL += [
@@ -59,7 +59,7 @@ FULL += [
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
-    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 2 minutes, full 15")
+    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 3 minutes, full 15 to 20")
     bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
     bench.add_argument("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates")
@@ -78,16 +78,20 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
     bench.add_argument("--repeat", type=int, default=2, help="steps of every arm, alternating between the arms; default 2")
     bench.add_argument("--json", metavar="PATH", help="write all that was measured")
+    bench.add_argument("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
     bench.add_argument("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
     bench.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    results = _measure(args, _settings(args))
+    results = _measure(args, settings(args))
     print(table(results))
     if args.json is not None:
         write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
         print(f"wrote {args.json}")
+    if args.markdown is not None:
+        write_whole(args.markdown, markdown(results), "--markdown")
+        print(f"wrote {args.markdown}")
     if args.plot is not None:
         from .report.bench_plot import plot
 
@@ -96,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """The cases that the command line names. --model also sets the time of a backward."""
     for flag, value, least in (("--forward-ms", args.forward_ms, 0.1), ("--backward-time", args.backward_time, 0.01),
                                ("--repeat", args.repeat, 1), ("--transfer", args.transfer or 0, 0), ("--reduction", args.reduction or 0, 0),
                                ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1)):  # fmt: skip
@@ -129,7 +134,10 @@ def _of_model(args: argparse.Namespace) -> Setting:
     gpu, strategy = load_gpu(args.gpu), strategy_of(flags, args.gpus)
     if strategy.pp < 2:
         raise UserError(f"{args.model} on {args.gpus} GPUs has no pipeline ranks, and so no schedule to run.")
-    times = durations(gpt_of(flags), strategy, gpu, precision_of(flags) or gpu.precision)
+    precision = precision_of(flags) or gpu.precision
+    if precision not in gpu.peak_flops:
+        raise UserError(f"{args.model} trains in {precision}, which {gpu.name} does not have.\n  Use another --gpu.")
+    times = durations(gpt_of(flags), strategy, gpu, precision)
     forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)
     count, args.backward_time = strategy.num_microbatches, backward / forward
     print(
@@ -148,7 +156,7 @@ def _shape(text: str) -> Sizes:
     return pp, chunks, microbatches
 
 
-def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
+def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     # Here and in the ranks Megatron warns of every library that it could use and a CPU does without.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     from .integration.bench import ARMS, FREE, SHARDED, run_case
@@ -157,12 +165,13 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
-    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in settings]
-    progress, results = _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
-    for setting, case in zip(settings, cases, strict=True):
+    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in chosen]
+    repeated, progress, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
+    for setting, case in zip(chosen, cases, strict=True):
         shape, replicas = case.shape, case.replicas
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
         found = run_case(case, partial(progress.step, title))
+        repeated += found.repeated
         costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
                       replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
         results += [
@@ -170,6 +179,8 @@ def _measure(args: argparse.Namespace, settings: list[Setting]) -> list[Result]:
             for arm in case.arms
         ]
     progress.end()
+    if repeated:
+        print(f"{repeated} steps were run again: the machine was busy when the emulated work was due", file=sys.stderr)
     return results
 
 

@@ -21,7 +21,9 @@ from .errors import UserError
 from .files import write_whole
 from .report import timeline as trace
 from .report.grid import grid, summary
+from .report.page import page
 from .report.picture import svg
+from .report.picture_png import png
 from .schedule import (
     Action,
     Op,
@@ -39,8 +41,7 @@ from .schedule.ir import COMPUTE
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         return int(args.run(args))
     except (UserError, ValueError) as error:
@@ -52,10 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace}")
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
+    bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
+    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
     show.add_argument("--hop", type=float, default=0.0, help="time of a message between ranks, in forwards; default 0")
     show.add_argument("--svg", metavar="PATH", help="write the picture")
+    show.add_argument("--png", metavar="PATH", help="write it as PNG; needs matplotlib")
+    show.add_argument("--html", metavar="PATH", help="write it as a page of its own, with the numbers")
     show.add_argument("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
     show.add_argument("--plan", action="store_true", help="with sends and receives, in --csv and --text")
     show.add_argument("--resident-chunks", type=int, help="of fully sharded parameters, in --plan: gathered at one time")
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_command(commands)
     bench.add_command(commands)
     trace.add_command(commands)
-    return parser
+    return bfpp
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -115,6 +119,12 @@ def _show(args: argparse.Namespace) -> int:
     if args.svg is not None:
         write_whole(args.svg, svg(timelines), "--svg")
         print(f"wrote {args.svg}")
+    if args.html is not None:
+        write_whole(args.html, page(timelines), "--html")
+        print(f"wrote {args.html}")
+    if args.png is not None:
+        png(timelines, args.png)
+        print(f"wrote {args.png}")
     return 0
 
 

@@ -1,28 +1,41 @@
 """Files are written whole or not at all. Standard library only."""
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
 
-def write_whole(path: str, text: str, flag: str) -> None:
-    """Write `text` to `path` under another name first; UserError, naming `flag`, where that is impossible.
+def write_figure(figure: Any, path: str, flag: str) -> None:
+    """Write a figure of matplotlib's; its ending says in which format, PNG without one."""
+    picture = io.BytesIO()
+    try:
+        figure.savefig(picture, dpi=150, format=os.path.splitext(path)[1].lstrip(".") or "png")
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise UserError(f"{flag} {path} cannot be written: {error}.") from None
+    write_whole(path, picture.getvalue(), flag)
+
+
+def write_whole(path: str, content: str | bytes, flag: str) -> None:
+    """Write `content` to `path` under another name first; UserError, naming `flag`, where that is impossible.
 
     A link stays a link: the file that it names is replaced. What is no regular file (/dev/null, /dev/stdout, a pipe) is
     written to as it is: renaming over it would replace the device, and containers run as root.
     """
+    data = content.encode() if isinstance(content, str) else content
     try:
         target = Path(os.path.realpath(path))
         if not path or target.is_dir():
             raise IsADirectoryError(None, "It is a folder" if path else "The name is empty")
         if target.exists() and not target.is_file():
-            Path(path).write_text(text, encoding="utf-8")
+            Path(path).write_bytes(data)
             return
         # Short, so that it is no longer than a file name may be when the user's own is not.
         temporary = target.with_name(f".bfpp-{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

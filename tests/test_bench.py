@@ -2,15 +2,17 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from megatron_bfpp.cli import main
-from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, table
+from megatron_bfpp.report.bench import Result, as_json, lower_bound_s, markdown, table
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 from megatron_bfpp.schedule.lower import add_send_recv
 from megatron_bfpp.schedule.replay import Costs, replay
 
+ROOT = Path(__file__).parents[1]
 SHAPE, COSTS = PipelineShape(4, 2, 8), Costs(0.02, 0.04, hop=0.01)
 
 
@@ -51,6 +53,19 @@ def test_what_collectives_cost_is_in_the_table_and_in_the_bound():
     assert lines[1].split()[-1] == "exposed" and lines[2].split()[-1] == "0.50" and lines[3].startswith("exposed: ")
 
 
+def test_the_markdown_table_has_a_row_per_case():
+    costs = Costs(0.02, 0.04, reduction=0.4)
+    results = [
+        Result("interleaved", SHAPE, "free", Costs(0.02, 0.04), [1.2]),
+        Result("interleaved", SHAPE, "reduction 1", costs, [1.8], [1.2]),
+        Result("breadth-first-sharded", SHAPE, "reduction 1", costs, [1.6], [1.2]),
+    ]
+    assert markdown(results).splitlines()[2:] == [
+        "| 4 x 2, 8 | free | 1.053 |  |",
+        "| 4 x 2, 8 | reduction 1 | 1.169 (1.50) | 1.039 (1.00) |",
+    ]
+
+
 def test_torchs_arms_are_predicted_from_torchs_plan():
     shape = PipelineShape(4, 1, 8)
     plan = add_send_recv(breadth_first(shape), shape)
@@ -75,6 +90,36 @@ def test_torchs_arms_are_predicted_from_torchs_plan():
 def test_bad_input_is_one_short_message(arguments, words, capsys):
     pytest.importorskip("megatron.core")
     assert main(["bench", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.strip().splitlines()) <= 3
+
+
+def test_a_model_runs_in_slow_motion_with_the_times_that_plan_estimates():
+    from megatron_bfpp.bench import settings
+    from megatron_bfpp.cli import parser
+
+    configuration = str(ROOT / "configs" / "gpt_52b_512_h100.yaml")
+    args = parser().parse_args(["bench", "--model", configuration, "--gpu", "h100-80", "--gpus", "512"])
+    (setting,) = settings(args)
+    assert setting.sizes == (8, 8, 16) and setting.is_replicated
+    assert 1.5 < args.backward_time < 2.5 and 0 < setting.hop < 0.1 and 0 < setting.transfer < 0.5
+    slower = parser().parse_args(["bench", "--model", configuration, "--gpu", "a100-80", "--gpus", "512"])
+    assert settings(slower)[0].hop < setting.hop  # the network takes less of a slower GPU's time
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--gpu", "h100-80"], "but --gpus is not"),
+        (["--gpus", "64"], "but --gpu is not"),
+        (["--gpu", "h100-80", "--gpus", "64", "--hop", "0.5"], "but --hop is set as well"),
+        (["--gpu", "h100", "--gpus", "64"], "h100"),
+        (["--gpu", "h100-80", "--gpus", "63"], "63"),
+        (["--gpu", "v100-32", "--gpus", "64"], "trains in bf16"),
+    ],
+)
+def test_a_model_needs_its_gpus(arguments, words, capsys):
+    assert main(["bench", "--model", str(ROOT / "configs" / "gpt_52b_64_a100_h100.yaml"), *arguments]) == 2
     message = capsys.readouterr().err
     assert words in message and len(message.strip().splitlines()) <= 3
 

@@ -56,6 +56,19 @@ def test_a_written_plan_is_sound_and_a_damaged_one_is_not(tmp_path, capsys):
     assert "pp_rank 0: 1 of its actions are missing: 4F1" in capsys.readouterr().out
 
 
+def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
+    page, picture = tmp_path / "both.html", tmp_path / "both.png"
+    both = ["--order", "1f1b", "--order", "breadth-first"]
+    assert main([*SHOW, *both, "--html", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("<svg") == 1 and "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
+    assert "prefers-color-scheme: dark" in text and "<td>breadth-first</td>" in text
+    pytest.importorskip("matplotlib")
+    assert main([*SHOW, *both, "--png", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*SHOW, "--png", str(tmp_path / "picture.xyz")]) == 2
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_figure
 from .noise_scale import CLUSTERS, trade_off
 from .search import Found, Request
 from .strategy import SCHEDULES
@@ -49,7 +49,7 @@ def plot(found: dict[int, Found], request: Request, path: str, critical_batch: f
         axes.grid(alpha=0.25)
     figure.suptitle(title, fontsize=10)
     panels[0].legend(fontsize=8, frameon=False)
-    _write(figure, path)
+    write_figure(figure, path, "--plot")
 
 
 def _gpu_seconds(found: dict[int, Found], request: Request) -> dict[str, dict[float, float]]:
@@ -90,17 +90,3 @@ def _describe_cost(axes: Any, request: Request, critical_batch: float) -> None:
     axes.set_ylabel("GPU-days per billion tokens")
     clusters = f"clusters of {request.num_gpus} to {CLUSTERS[-1]} GPUs, right to left"
     axes.set_title(f"{clusters}; critical batch {critical_batch:g} sequences", fontsize=8)
-
-
-def _write(figure: Any, path: str) -> None:
-    """Under another name first: a picture is there whole or not at all."""
-    stem, ending = os.path.splitext(path)
-    temporary = f"{stem}.bfpp-{os.getpid()}{ending or '.png'}"
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)

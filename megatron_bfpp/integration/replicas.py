@@ -22,7 +22,10 @@ Sync = Callable[[Iterator[Parameter]], None]
 
 
 def data_parallel(config: Any, model: list[Module], evaluation: bool) -> DataParallel:
-    """For one step, of what Megatron's training loop has put into the config and its wrappers into the chunks."""
+    """For one step, of what Megatron's training loop has put into the config and its wrappers into the chunks.
+
+    A function of somebody else's in the config is called as Megatron's interleaved loop would: once per chunk, for all of it.
+    """
     if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
         return DataParallel(None, None, None, [])
     grad_sync, param_sync = (
@@ -30,11 +33,11 @@ def data_parallel(config: Any, model: list[Module], evaluation: bool) -> DataPar
         for function in (config.grad_sync_func, config.param_sync_func)
     )
     first, in_backward = model[0], set()
-    if grad_sync is not None and _reduces_in_buckets(first):
+    if grad_sync is not None and _reduces_in_buckets(first) and grad_sync[0] == first.start_grad_sync:
         in_backward, grad_sync = {0}, [partial(_reduce_rest, first), *grad_sync[1:]]
     if param_sync is None:
         param_sync = _unaligned_gathers(model)
-    elif _gathers_in_buckets(first):
+    elif _gathers_in_buckets(first) and param_sync[0] == first.start_param_sync:
         param_sync = [partial(_gather_in_forward_order, first), *param_sync[1:]]
     return DataParallel(config.no_sync_func, grad_sync, param_sync, model, in_backward)
 

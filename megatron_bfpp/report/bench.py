@@ -127,6 +127,17 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def markdown(results: list[Result]) -> str:
+    """A row per case, a column per arm: step time over the lower bound, and in brackets the exposed collectives where there are any."""
+    arms = list(dict.fromkeys(each.arm for _, found in _cases(results) for each in found))
+    lines = ["| P x V, M | network | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
+    for (shape, network), found in _cases(results):
+        by_arm = {each.arm: f"{each.to_bound:.3f}" + ("" if each.exposed is None else f" ({each.exposed:.2f})") for each in found}
+        cells = [f"{shape.pp_size} x {shape.num_chunks}, {shape.num_microbatches}", network, *(by_arm.get(arm, "") for arm in arms)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _cases(results: list[Result]) -> Iterator[tuple[tuple[PipelineShape, str], list[Result]]]:
     grouped: dict[tuple[PipelineShape, str], list[Result]] = {}
     for each in results:

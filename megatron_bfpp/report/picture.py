@@ -64,7 +64,7 @@ def _one(name: str, timeline: Timeline, y: int, scale: float, end: float, unit: 
 def _box(span: Span, timeline: Timeline, top: int, scale: float) -> str:
     stage, op, microbatch = span.action
     chunk, chunks = timeline.shape.chunk_of(stage), timeline.shape.num_chunks
-    color, is_dark = _shade(op, chunk, chunks)
+    color, is_dark = shade(op, chunk, chunks)
     x, wide = _LEFT + span.start * scale, (span.end - span.start) * scale
     box = (
         f"<rect class='{op.value}' x='{x:.1f}' y='{top}' width='{max(wide - 0.8, 0.8):.1f}' height='{_ROW}' fill='{color}'>"
@@ -87,7 +87,7 @@ def _wait(wait: Wait, top: int, scale: float) -> str:
     )
 
 
-def _shade(op: Op, chunk: int, chunks: int) -> tuple[str, bool]:
+def shade(op: Op, chunk: int, chunks: int) -> tuple[str, bool]:
     """Color of a chunk, and whether it wants white text on it."""
     part = chunk / max(1, chunks - 1)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(_LIGHT[op], _DARK[op], strict=True))
@@ -111,7 +111,7 @@ def _legend(y: int, chunks: int, unit: str, has_waits: bool) -> list[str]:
     parts, x = [], _LEFT
     for op, name in ((Op.F, "forward"), (Op.B, "backward")):
         for chunk in range(chunks):
-            parts.append(f"<rect x='{x}' y='{y}' width='14' height='12' fill='{_shade(op, chunk, chunks)[0]}'/>")
+            parts.append(f"<rect x='{x}' y='{y}' width='14' height='12' fill='{shade(op, chunk, chunks)[0]}'/>")
             x += 15
         label = f"{name}, first chunk to last" if chunks > 1 else name
         parts.append(f"<text x='{x + 5}' y='{y + 10}' {_FONT} font-size='12' fill='#1c1c1c'>{label}</text>")

@@ -66,7 +66,10 @@ class _Channel:
 
 class _Replay:
     def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits: Waits):
-        self.plan, self.shape, self.costs, self.waits = plan, shape, costs, waits
+        self.plan, self.shape, self.costs = plan, shape, costs
+        self.for_sends, self.for_forward_sends = waits.for_sends, waits.for_forward_sends
+        stages = range(shape.num_stages)
+        self.durations = {op: [costs.of(Action(stage, op)) for stage in stages] for op in COMPUTE}
         size = shape.pp_size
         self.position, self.clock = [0] * size, [0.0] * size
         self.spans: list[list[Span]] = [[] for _ in range(size)]
@@ -114,7 +117,7 @@ class _Replay:
                 if start is None:
                     self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
                     return
-                now = collectives.compute(action, start) if self.has_collectives else start + self.costs.of(action)
+                now = collectives.compute(action, start) if self.has_collectives else start + self.durations[op][action.stage]
                 self.spans[rank].append(Span(action, start, now))
                 window.append([])
             elif op in SENDS:
@@ -140,8 +143,8 @@ class _Replay:
             if arrival is None:
                 return None
             now = max(now, arrival)
-        due = window[0] if self.waits.for_sends and len(window) == SEND_WINDOW else []
-        if self.waits.for_forward_sends:
+        due = window[0] if self.for_sends and len(window) == SEND_WINDOW else []
+        if self.for_forward_sends:
             due = due + [send for send in window[-1] if send[1] is Op.SEND_F]
         for send in due:
             left = self.left.get(send)

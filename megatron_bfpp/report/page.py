@@ -1,0 +1,36 @@
+"""A schedule as one HTML page that needs nothing else: the picture, and what it shows in numbers. Standard library."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ..schedule import Timeline
+from .picture import svg
+
+_STYLE = """
+body { font: 16px system-ui, sans-serif; margin: 1.5rem; color: #1c1c1c; background: #ffffff; }
+.picture { overflow-x: auto; }
+table { border-collapse: collapse; margin-top: 1rem; }
+th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #d0d0d0; }
+th:first-child, td:first-child { text-align: left; }
+@media (prefers-color-scheme: dark) { body { color: #e8e8e8; background: #181818; } .picture { border-radius: 6px; } }
+"""
+
+
+def page(timelines: list[tuple[str, Timeline]]) -> str:
+    """The page of named timelines on one time axis. A box of the picture tells its action when the pointer rests on it."""
+    shape = timelines[0][1].shape
+    title = f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches"
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{each.step_time:g}</td><td>{each.bubble_fraction:.2%}</td>"
+        f"<td>{', '.join(map(str, each.peak_live_activations()))}</td></tr>"
+        for name, each in timelines
+    )
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
+        f"<div class='picture'>{svg(timelines)}</div>\n"
+        "<table><tr><th>order</th><th>step, in forwards</th><th>bubble</th><th>peak live activations by rank</th></tr>"
+        f"{rows}</table>\n</body></html>\n"
+    )
