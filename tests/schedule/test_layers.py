@@ -18,8 +18,8 @@ ROOMS = {
     "schedule": set(),
     "runtime": {"megatron_bfpp.schedule", "torch"},
     "emulate": {"torch"},
-    "integration": {
-        *("megatron_bfpp.schedule", "megatron_bfpp.runtime", "megatron_bfpp.emulate", "torch", "numpy", "yaml", "megatron"),
+    "integration": {  # report: a traced run draws its own timeline
+        *("megatron_bfpp.report", "megatron_bfpp.schedule", "megatron_bfpp.runtime", "megatron_bfpp.emulate", "torch", "numpy", "yaml", "megatron"),
     },
     "estimate": {"megatron_bfpp.schedule", "yaml", "matplotlib"},
     "report": {"megatron_bfpp.schedule", "matplotlib", "rich", "scipy"},
