@@ -47,7 +47,7 @@ done
 SLURM_NODEID=0 exec "$@"
 """
 # More than a pipe holds: whoever reads only the first line would end it with SIGPIPE.
-SCONTROL = "#!/usr/bin/env bash\nset -e\nfor ((i = 1; i <= 20000; i++)); do echo \"node$i\"; done\n"
+SCONTROL = '#!/usr/bin/env bash\nset -e\nfor ((i = 1; i <= 20000; i++)); do echo "node$i"; done\n'
 
 
 @pytest.fixture
