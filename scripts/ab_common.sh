@@ -16,14 +16,9 @@
 #   WARMUP LOSS_TOLERANCE  of `bfpp compare`
 #   WANDB_PROJECT          log to W&B, with WANDB_RUN_GROUP (default: OUTPUT_PATH's name) and WANDB_MODE as you set them
 
-say() {
-    printf '%s: %s\n' "${script:-ab}" "$*"
-}
+say() { printf '%s: %s\n' "${script:-ab}" "$*"; }
 
-stop() {
-    say "$*" >&2
-    exit 2
-}
+stop() { say "$*" >&2; exit 2; }
 
 # read_options WORD...: --dry-run and --help.
 read_options() {
@@ -42,9 +37,7 @@ read_options() {
 }
 
 # require NAME MEANING: a setting without a default.
-require() {
-    [[ -n "${!1:-}" ]] || stop "$1 is not set: $2"
-}
+require() { [[ -n "${!1:-}" ]] || stop "$1 is not set: $2"; }
 
 # at_least LEAST NAME...: settings that are whole numbers, where they are set.
 at_least() {
@@ -155,7 +148,7 @@ check_arms() {
     done
 }
 
-# trainer: the words after torch.distributed.run's own options.
+# set_trainer: the words after torch.distributed.run's own options.
 set_trainer() {
     if [[ -n "${MEGATRON_PATH:-}" ]]; then
         trainer=(-m megatron_bfpp.run "${device[@]}" "${MEGATRON_PATH}/pretrain_gpt.py")
@@ -188,10 +181,10 @@ reason_in() {
 
 # record_end DIR REASON: end.json of a run that could not write it. Written whole.
 record_end() {
-    local line quoted=""
+    local line
     line="$(printf '%.500s' "$2" | LC_ALL=C tr --delete '\000-\037\177-\377')" # one line of ASCII
-    quoted="${line//\\/\\\\}"
-    printf '{"status": "failed", "reason": "%s", "ended": "%s"}\n' "${quoted//\"/\\\"}" "$(date --utc +%Y-%m-%dT%H:%M:%SZ)" >"$1/.end"
+    line="${line//\\/\\\\}"
+    printf '{"status": "failed", "reason": "%s", "ended": "%s"}\n' "${line//\"/\\\"}" "$(date --utc +%Y-%m-%dT%H:%M:%SZ)" >"$1/.end"
     mv -- "$1/.end" "$1/end.json"
 }
 
@@ -199,10 +192,7 @@ record_end() {
 run_one() {
     local arm="$1" round="$2" name="$1.$2" status=0
     local dir="${OUTPUT_PATH}/${name}" log="${OUTPUT_PATH}/logs/${name}.log" attempt=1
-    if [[ "$(status_of "${dir}")" == finished ]]; then
-        say "${name} has finished before: skipped"
-        return
-    fi
+    [[ "$(status_of "${dir}")" != finished ]] || { say "${name} has finished before: skipped" && return; }
     set_arm "${arm}"
     set_logging "${name}" "${dir}"
     # shellcheck disable=SC2206 # EXTRA_ARGS is a list of words
@@ -220,9 +210,7 @@ run_one() {
     mkdir --parents -- "${dir}" "${OUTPUT_PATH}/logs"
     say "${name}: ${STEPS} steps, log in ${log}"
     launch "${environment[@]}" -- "${words[@]}" >"${log}" 2>&1 </dev/null || status=$?
-    if [[ -n "${stopped}" ]]; then
-        exit "${stopped}" # without an end.json: the next start runs it again
-    fi
+    [[ -z "${stopped}" ]] || exit "${stopped}" # without an end.json: the next start runs it again
     if ((status)) && [[ "$(status_of "${dir}")" != failed ]]; then
         record_end "${dir}" "$(reason_in "${log}" "${status}")"
     elif [[ -z "$(status_of "${dir}")" ]]; then
@@ -233,11 +221,10 @@ run_one() {
 
 # run_all: the arms of a round one after the other, each round beginning with another arm, so that none always runs first.
 run_all() {
-    local round place arm
+    local round place
     for ((round = 1; round <= ROUNDS; round++)); do
         for ((place = 0; place < ${#arms[@]}; place++)); do
-            arm="${arms[(place + round - 1) % ${#arms[@]}]}"
-            run_one "${arm}" "${round}"
+            run_one "${arms[(place + round - 1) % ${#arms[@]}]}" "${round}"
         done
     done
 }

@@ -14,7 +14,9 @@ prepare_slurm() {
     fi
     address=localhost
     if [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
-        address="$(scontrol show hostnames "${SLURM_JOB_NODELIST}" | head --lines=1)"
+        local hosts
+        hosts="$(scontrol show hostnames "${SLURM_JOB_NODELIST}")"
+        address="${hosts%%$'\n'*}" # not by `head`: it would end scontrol with SIGPIPE, and so, under pipefail, this script
     elif [[ -z "${dry_run}" ]]; then
         stop "there is no allocation: submit this with sbatch, or look with --dry-run"
     fi

@@ -46,7 +46,8 @@ while [[ "$1" == --* ]]; do
 done
 SLURM_NODEID=0 exec "$@"
 """
-SCONTROL = "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n"
+# More than a pipe holds: whoever reads only the first line would end it with SIGPIPE.
+SCONTROL = '#!/usr/bin/env bash\nset -e\nfor ((i = 1; i <= 20000; i++)); do echo "node$i"; done\n'
 
 
 @pytest.fixture
