@@ -122,7 +122,7 @@ set_arm() {
     arm_flags=("${flags[@]}")
     arm_environment=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
     case "$1" in
-        # Megatron's default. `interleaved` is its name in `bfpp bench`, where 1f1b stands for the one without chunks.
+        # Megatron's default, under its name in `bfpp bench`; also under that of its --pipeline-schedule.
         1f1b | interleaved) arm_flags+=(--pipeline-schedule 1f1b) ;;
         interleaved-grouped)
             arm_flags+=(--pipeline-schedule 1f1b --microbatch-group-size-per-virtual-pipeline-stage "${MICROBATCHES}")
@@ -134,7 +134,7 @@ set_arm() {
             arm_flags+=(--pipeline-schedule breadth-first --use-torch-fsdp2 --no-gradient-accumulation-fusion --ckpt-format torch_dist)
             arm_environment=(--unset=CUDA_DEVICE_MAX_CONNECTIONS)
             ;;
-        *) stop "ARMS: $1 does not exist; use 1f1b interleaved interleaved-grouped breadth-first breadth-first-sharded" ;;
+        *) stop "ARMS: $1 does not exist; use interleaved interleaved-grouped breadth-first breadth-first-sharded" ;;
     esac
 }
 

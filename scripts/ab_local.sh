@@ -4,10 +4,10 @@
 # The A/B of schedules on this machine, without SLURM: every arm in every round, one after the other, and `bfpp compare` at the
 # end. Started again, it goes on where it was stopped. Without a GPU, in 4 minutes after scripts/quickstart.sh:
 #
-#   OUTPUT_PATH=ab ARMS="1f1b breadth-first" ROUNDS=1 STEPS=8 bash scripts/ab_local.sh
+#   OUTPUT_PATH=ab ARMS="interleaved breadth-first" ROUNDS=1 STEPS=8 bash scripts/ab_local.sh
 #
 # Settings are environment variables; scripts/ab_common.sh lists all. Here: CONFIG is configs/quickstart.yaml, ARMS
-# "1f1b interleaved-grouped breadth-first", ROUNDS 3, STEPS 40, GPUS_PER_NODE 4 processes, DEVICE auto, cuda or cpu.
+# "interleaved interleaved-grouped breadth-first", ROUNDS 3, STEPS 40, GPUS_PER_NODE 4 processes, DEVICE auto, cuda or cpu.
 # Exit code 0: all runs finished with the same losses. 1: not so. 2: bad input.
 set -euo pipefail
 
@@ -19,7 +19,7 @@ read_options "$@"
 
 CONFIG="${CONFIG:-${root}/configs/quickstart.yaml}"
 ROUNDS="${ROUNDS:-3}" STEPS="${STEPS:-40}" NNODES=1 GPUS_PER_NODE="${GPUS_PER_NODE:-4}"
-read -r -a arms <<<"${ARMS:-1f1b interleaved-grouped breadth-first}"
+read -r -a arms <<<"${ARMS:-interleaved interleaved-grouped breadth-first}"
 device=(--device "${DEVICE:-auto}")
 [[ -n "${PYTHON:-}" || ! -x "${root}/.venv/bin/python" ]] || PYTHON="${root}/.venv/bin/python"
 if [[ -z "${DATA_PATH:-}" && -f "${root}/.quickstart/text_text_document.bin" ]]; then
