@@ -156,11 +156,7 @@ def run(
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
         waiting=None if RECORDING.recorder is None else RECORDING.recorder.waiting,
     )  # fmt: skip
-    gates: DataParallel | FullySharded
-    if resident is None:
-        gates = replicas.data_parallel(config, model, forward_only)
-    else:
-        gates = fully_sharded.data_parallel(model, config)
+    gates = _gates(config, model, forward_only, resident is not None)
     with RECORDING.around(gates, shape, pp_rank), gates:
         Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
 
@@ -205,6 +201,11 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     if config.sequence_parallel:
         sequence //= groups.tp.size()
     return sequence, call["micro_batch_size"], config.hidden_size
+
+
+def _gates(config: Any, model: list[torch.nn.Module], evaluation: bool, is_sharded: bool) -> DataParallel | FullySharded:
+    """What gathers and reduces in one step."""
+    return fully_sharded.data_parallel(model, config) if is_sharded else replicas.data_parallel(config, model, evaluation)
 
 
 def _reset_stash(config: Any, evaluation: bool) -> None:
