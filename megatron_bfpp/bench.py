@@ -10,6 +10,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import progress
 from .errors import UserError
 from .files import write_whole
 from .report.bench import Result, as_json, markdown, table
@@ -166,11 +167,11 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
     cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in chosen]
-    repeated, progress, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
+    repeated, bar, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
     for setting, case in zip(chosen, cases, strict=True):
         shape, replicas = case.shape, case.replicas
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
-        found = run_case(case, partial(progress.step, title))
+        found = run_case(case, partial(bar.step, title))
         repeated += found.repeated
         costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
                       replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
@@ -178,7 +179,7 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
             Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
             for arm in case.arms
         ]
-    progress.end()
+    bar.end()
     if repeated:
         print(f"{repeated} steps were run again: the machine was busy when the emulated work was due", file=sys.stderr)
     return results
@@ -214,11 +215,9 @@ class _Progress:
         self.done += 1
         if sys.stderr.isatty():
             left_s = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-            bar = "#" * (20 * self.done // self.total)
-            print(f"\r\033[K[{bar:<20}] {title}: {arm}, about {left_s:.0f} s left", end="", file=sys.stderr, flush=True)
+            progress.show(self.done / self.total, f"{title}: {arm}, about {left_s:.0f} s left")
         elif self.done % max(1, self.total // 20) == 0:
             print(f"bench: {self.done} of {self.total} steps", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        progress.clear()

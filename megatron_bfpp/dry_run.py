@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import progress
 from .errors import UserError
 from .files import write_whole
 
@@ -133,11 +133,11 @@ def _pp_size(words: list[str]) -> int:
 def _examined(question: Question, pp_ranks: list[int]) -> list[Rank]:
     from .dry_run_processes import examine_ranks
 
-    progress = _Progress(len(pp_ranks))
+    bar = _Progress(len(pp_ranks))
     try:
-        return examine_ranks(question, pp_ranks, progress.step)
+        return examine_ranks(question, pp_ranks, bar.step)
     finally:
-        progress.end()
+        bar.end()
 
 
 # What is answered
@@ -277,10 +277,7 @@ class _Progress:
         self._show(f"pp_rank {pp_rank} is built, about {left_s:.0f} s left")
 
     def _show(self, what: str) -> None:
-        if sys.stderr.isatty():
-            bar = "#" * (20 * self.done // self.total)
-            print(f"\r\033[K[{bar:<20}] {what}", end="", file=sys.stderr, flush=True)
+        progress.show(self.done / self.total, what)
 
     def end(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        progress.clear()

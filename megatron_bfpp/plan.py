@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from . import progress
 from .errors import UserError
 from .files import write_whole
 
@@ -83,15 +84,15 @@ def run(args: argparse.Namespace) -> int:
 
     request, batches, flags = _request(args)
     found: dict[int, Found] = {}
-    progress = _Progress(len(batches))
+    bar = _Progress(len(batches))
     for batch in batches:
         request = replace(request, global_batch=batch)
         if args.as_configured:
             found[batch] = _configured(request, flags)
         else:
-            found[batch] = search(request, progress.step)
-        progress.next()
-    progress.end()
+            found[batch] = search(request, bar.step)
+        bar.next()
+    bar.end()
     if not any(each.estimates for each in found.values()):
         if args.rejected:
             print(_rejections(found))
@@ -255,12 +256,10 @@ class _Progress:
         if sys.stderr.isatty() and now - self.shown_at > SHORTEST_UPDATE_S:
             self.shown_at = now
             part = (self.finished + done / max(1, total)) / self.searches
-            bar = "#" * int(20 * part)
-            print(f"\r\033[K[{bar:<20}] {part:.0%} of the strategies", end="", file=sys.stderr, flush=True)
+            progress.show(part, f"{part:.0%} of the strategies")
 
     def next(self) -> None:
         self.finished += 1
 
     def end(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        progress.clear()
