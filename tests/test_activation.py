@@ -151,7 +151,7 @@ def test_the_channels_have_the_options_of_megatrons_pipeline_group(monkeypatch, 
     settings = tmp_path / "nccl.yaml"
     settings.write_text("pp: {max_ctas: 8}\ndp: {max_ctas: 2}\n")
     args = SimpleNamespace(nccl_communicator_config_path=str(settings), high_priority_stream_groups=["pp", "ep"])
-    monkeypatch.setattr(groups, "_megatron_args", lambda: args)
+    monkeypatch.setattr(groups, "megatron_args", lambda: args)
     options = groups._nccl_options()
     assert options.is_high_priority_stream and options.config.max_ctas == 8
     args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []

@@ -66,6 +66,8 @@ def enable_for_dry_run() -> None:
 def _apply_to_training(explicit: str | None, device: str) -> None:
     import megatron.training.training  # noqa: F401  # binds by name what is replaced here
 
+    from . import reliability
+
     def with_flags(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
             parser = add_arguments(parser, *args, **kwargs)
@@ -76,8 +78,11 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
 
     def leave_alone() -> None:
         seams.undo(SCHEDULE)
+        seams.undo(reliability.TRAIN_STEP)
 
     seams.apply(ADD_ARGUMENTS, with_flags)
+    seams.apply(reliability.INITIALIZE, reliability.meeting)
+    seams.apply(reliability.TRAIN_STEP, reliability.stepping)
     seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
     seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
 

@@ -15,7 +15,7 @@ from .batches import few_microbatches
 from .observe import observe
 from .placed import check_placement
 from .placement import place
-from .settings import Settings, add_flags, settings_of
+from .settings import Settings, add_flags, settings_of, timeout_of
 
 _ONLY_1F1B = "use --pipeline-schedule 1f1b"
 _TE_GRAPHS = "Transformer Engine's graphs are captured in 1F1B's order"
@@ -67,6 +67,8 @@ def validating(
         else:
             on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
+            if settings.debug_p2p:
+                lines.append("WARNING: --bfpp-debug-p2p has no effect under 1f1b, whose messages Megatron sends")
         lines += observe(args)
         is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
         with fully_sharded_seams.pipeline_ranks_allowed(validate) if is_sharded else nullcontext():
@@ -133,6 +135,10 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse(
             "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
         )
+    if settings.engine == "megatron" and settings.debug_p2p:
+        why = "Megatron's loop sends its messages itself (--breadth-first-engine megatron)"
+        _refuse("--bfpp-debug-p2p", why, "use --breadth-first-engine plan")
+    timeout_of(args)
     fully_sharded.refuse(args, settings)
     _check_warmup(args)
     _check_data(args)

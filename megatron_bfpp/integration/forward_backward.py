@@ -31,6 +31,7 @@ from ..schedule.sharding import count_gathers
 from . import fully_sharded, replicas
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
+from .reliability import ACTIVITY, after_schedule, begin_step
 from .seams import changed
 from .settings import Settings
 from .tracing import RECORDING
@@ -139,6 +140,8 @@ def run(
     resident = fully_sharded.resident_chunks(settings, shape.num_chunks) if fully_sharded.is_sharded(model) else None
     plan = plan_of(shape, settings.group_size, settings.backward == "eager", forward_only, resident)
     pp_rank, device = pp_group.rank(), this_device()
+    channels = channel_groups(pp_group, device)
+    begin_step(forward_only, shape, channels.ranks, pp_rank)
     _announce(settings, shape, plan, forward_only, resident)
 
     _reset_stash(config, forward_only)
@@ -152,14 +155,16 @@ def run(
     peak = plan.peak_live_activations[pp_rank]
     compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
     messages = Messages(
-        channel_groups(pp_group, device), shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
+        channels, shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
         variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
+        debug=settings.debug_p2p, activity=ACTIVITY,
         waiting=None if RECORDING.recorder is None else RECORDING.recorder.waiting,
     )  # fmt: skip
     gates = _gates(config, model, forward_only, resident is not None)
     with RECORDING.around(gates, shape, pp_rank), gates:
-        Executor(shape, compute, messages, gates, forward_only, _span()).run(plan.actions[pp_rank])
+        Executor(shape, compute, messages, gates, forward_only, _span(), ACTIVITY).run(plan.actions[pp_rank])
 
+    ACTIVITY.begin("the end of the gradients")
     if finalize is not None:
         schedules.finish_embedding_wgrad_compute(config, embedding, is_last_rank, groups.tp)
         tokens = compute.total_num_tokens if config.calculate_per_token_loss else None
@@ -168,6 +173,7 @@ def run(
         schedules.off_interface.reset()
     if config.timers is not None:
         config.timers("forward-backward").stop()
+    after_schedule(forward_only)
     return compute.store
 
 
@@ -187,12 +193,16 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
     changes: dict[str, Any] = {"microbatch_group_size_per_vp_stage": microbatches}
     if config.overlap_p2p_comm:  # nearly all of the step is warm-up and cool-down, which block without it
         changes["overlap_p2p_comm_warmup_flush"] = True
-    with changed(config, **changes):
-        if settings.backward == "eager":
-            return original(**call)
-        total = microbatches * len(call["model"])
-        with changed(schedules, get_pp_rank_microbatches=lambda *_, **__: (total, True, total, 0)):
-            return original(**call)
+    pp_group = process_groups(call.get("p2p_communicator"), call.get("pg_collection"))[0]
+    evaluation = call.get("forward_only", False)
+    begin_step(evaluation, shape, torch.distributed.get_process_group_ranks(pp_group), pp_group.rank())
+    ACTIVITY.begin("Megatron's loop")
+    total = microbatches * len(call["model"])
+    late = {"get_pp_rank_microbatches": lambda *_, **__: (total, True, total, 0)}
+    with changed(config, **changes), changed(schedules, **({} if settings.backward == "eager" else late)):
+        answer = original(**call)
+    after_schedule(evaluation)
+    return answer
 
 
 def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollection) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.devic
 
 def _nccl_options() -> Any:
     """What --high-priority-stream-groups and --nccl-communicator-config-path ask of Megatron's own pipeline group."""
-    args = _megatron_args()
+    args = megatron_args()
     if args is None:
         return None
     choices: dict[str, Any] = {}
@@ -65,11 +65,12 @@ def _nccl_options() -> Any:
 
 def _timeout() -> timedelta | None:
     """--distributed-timeout-minutes, where there is a command line."""
-    args = _megatron_args()
+    args = megatron_args()
     return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)
 
 
-def _megatron_args() -> Any:
+def megatron_args() -> Any:
+    """Megatron's parsed command line; None without megatron.training, and before it is parsed."""
     variables = sys.modules.get("megatron.training.global_vars")
     return None if variables is None else variables._GLOBAL_ARGS
 

@@ -58,7 +58,7 @@ def undo(seam: Seam) -> None:
 
 
 def undo_all() -> None:
-    for seam in list(_applied):
+    for seam in reversed(list(_applied)):  # of two around one function the outer one first
         undo(seam)
 
 

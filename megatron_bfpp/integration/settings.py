@@ -13,6 +13,7 @@ from ..errors import UserError
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
+PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog speaks before NCCL ends the process
 MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
 
@@ -26,6 +27,7 @@ class Settings:
     group_size: int | None = None  # microbatches per group; None for all of a step
     engine: str = "plan"
     resident_chunks: int | None = None  # gathered at one time, with fully sharded parameters; None for the default
+    debug_p2p: bool = False  # each message says what it is, and the receiver compares
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -76,6 +78,16 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
         f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}.",
     )  # fmt: skip
     group.add_argument(
+        "--bfpp-timeout-seconds", type=float, default=None, metavar="S",
+        help="Breadth-first: a job of which an action of a step, or a wait in it, takes longer is ended on all ranks, and each says what it "
+        "was doing. 0: never. Default: 0.8 of --distributed-timeout-minutes.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bfpp-debug-p2p", action="store_true",
+        help="Breadth-first: send with each message which one it is; a receiver that waits for another one ends the job and names both. "
+        "Slower: a message is asked for only when its header is read.",
+    )  # fmt: skip
+    group.add_argument(
         "--bfpp-log-communication", action="store_true",
         help="Log the collectives and messages of each step with their bytes, under either schedule: one line per log interval, and "
         "bfpp/... in TensorBoard and W&B.",
@@ -100,6 +112,7 @@ def settings_of(args: Any) -> Settings:
         group_size=getattr(args, "breadth_first_group_size", None),
         engine=getattr(args, "breadth_first_engine", None) or "plan",
         resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
+        debug_p2p=bool(getattr(args, "bfpp_debug_p2p", False)),
     )
 
 
@@ -128,3 +141,17 @@ def trace_steps_of(args: Any) -> tuple[int, int] | None:
             f"  Use at most {MOST_TRACED_STEPS}; three are enough for a picture."
         )
     return first, last
+
+
+def timeout_of(args: Any) -> float:
+    """Seconds that a step's action may take; 0 for no watchdog. UserError for what cannot be one."""
+    given = getattr(args, "bfpp_timeout_seconds", None)
+    if given is None:
+        limits = [60.0 * args.distributed_timeout_minutes, getattr(args, "distributed_timeout_seconds_after_init", None)]
+        return PART_OF_MEGATRONS * min(limit for limit in limits if limit)
+    if not 0 <= given < float("inf") or 0 < given < 1:
+        raise UserError(
+            f"--bfpp-timeout-seconds is {given:g}; it is the time that an action of a step may take.\n"
+            "  Use 1 or more, well above the longest step; or 0 for no watchdog."
+        )
+    return float(given)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from ..schedule.ir import Action, Op, PipelineShape
+from .activity import Activity
 from .data_parallel import DataParallel
 from .fully_sharded import FullySharded
 from .p2p import Messages
@@ -40,6 +41,7 @@ class Executor:
     data_parallel: DataParallel | FullySharded
     forward_only: bool = False
     span: Callable[[Action], AbstractContextManager[object]] | None = None  # around every action; None costs nothing
+    activity: Activity = field(default_factory=Activity)  # what the watchdog reads
     _inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # (stage, microbatch) ->
     _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _input_grads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -57,17 +59,20 @@ class Executor:
             Op.RESHARD: self._reshard,
             Op.REDUCE_GRAD: self._reduce_grad,
         }
-        span = self.span
+        span, begin = self.span, self.activity.begin
         try:
             for action in actions:
+                begin(action)
                 if span is None:
                     handlers[action.op](action)
                 else:
                     with span(action):
                         handlers[action.op](action)
         except Exception as error:
+            self.activity.fail()
             error.add_note(f"megatron_bfpp: pp_rank {self.shape.rank_of(action.stage)} was running {action}")
             raise
+        begin("the end of the step")
         self.messages.assert_finished()
         assert not self._inputs and not self._outputs and not self._input_grads, "a tensor was never used"
 

@@ -20,12 +20,13 @@ Decisions for GPUs, where this project cannot test, and their reasons:
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,16 @@ import torch.distributed as dist
 from ..schedule.check import SEND_WINDOW
 from ..schedule.ir import RECEIVES, SENDS, Action, Op, PipelineShape
 from ..schedule.lower import Channel, channel, communicator, peer
+from . import headers
+from .activity import Activity
+
+
+class PeerLostError(RuntimeError):
+    """A message could not be sent or received. Its cause is on the other side; this rank is not at fault."""
+
+
+class MessageMismatchError(RuntimeError):
+    """With --bfpp-debug-p2p: another message has arrived than the one that is waited for."""
 
 
 class Route(NamedTuple):
@@ -100,12 +111,12 @@ class ChannelGroups:
 
 @dataclass(slots=True)
 class _Receive:
-    """A posted receive. With variable shapes, first of the shape, then of the tensor."""
+    """A posted receive. Where headers precede the tensors, first of the header, then of the tensor."""
 
     action: Action
     handle: dist.Work
     buffer: torch.Tensor
-    holds_shape: bool = False
+    is_header: bool = False
 
 
 class _Sent(NamedTuple):
@@ -127,32 +138,35 @@ class Messages:
     dtype: torch.dtype
     device: torch.device
     variable_shapes: bool = False  # each tensor is preceded by its three sizes
+    debug: bool = False  # each tensor is preceded by a header of headers.py, which is compared
+    activity: Activity = field(default_factory=Activity)  # what the watchdog reads
     waiting: Callable[[Action], AbstractContextManager[object]] | None = None  # around every wait; None costs nothing
     _receives: dict[Action, _Receive] = field(default_factory=dict)
-    _unread_shapes: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # one at most per channel
+    _unread: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # headers, one at most per channel
     _postponed: dict[dist.ProcessGroup, deque[Action]] = field(default_factory=dict)
     _sent: deque[list[_Sent]] = field(default_factory=lambda: deque([[]]))
 
     def __post_init__(self) -> None:
         self._routes = self.groups.routes(self.shape)
+        self._has_headers = self.variable_shapes or self.debug
 
     def post_receive(self, action: Action) -> None:
         """Launch the receive of RECV_F or RECV_B; `receive` waits for it."""
         route = self._routes[action.stage, action.op]
-        if not self.variable_shapes:
-            self._receives[action] = _irecv(action, route, self._empty(self.tensor_shape, action))
+        if not self._has_headers:
+            self._receives[action] = self._irecv(action, route, self._empty(self.tensor_shape, action))
             return
-        # A channel is in order: the tensor that follows an earlier shape must be asked for before the next shape. That one
+        # A channel is in order: the tensor that follows an earlier header must be asked for before the next header. That one
         # may not be there yet, and nothing waits here: `receive`, which has to wait anyway, goes on with the channel.
-        if route.group in self._unread_shapes:
+        if route.group in self._unread:
             self._postponed.setdefault(route.group, deque()).append(action)
         else:
-            self._post_shape(action, route)
+            self._post_header(action, route)
 
     def receive(self, action: Action) -> torch.Tensor:
         """The tensor of an earlier `post_receive`, once it has arrived."""
-        while self.variable_shapes and (action not in self._receives or self._receives[action].holds_shape):
-            self._read_shape(self._routes[action.stage, action.op])
+        while self._has_headers and (action not in self._receives or self._receives[action].is_header):
+            self._read_header(self._routes[action.stage, action.op])
         received = self._receives.pop(action)
         self._wait(received.handle, action)
         return received.buffer
@@ -161,9 +175,14 @@ class Messages:
         """Launch SEND_F or SEND_B. release is called once `tensor` may be reused."""
         group, target = self._routes[action.stage, action.op]
         tensors = [tensor.detach().contiguous()]
-        if self.variable_shapes:
+        if self.debug:
+            tensors.insert(0, headers.write(action, tensor, self.device))
+        elif self.variable_shapes:
             tensors.insert(0, torch.tensor(tensor.shape, dtype=torch.int64, device=self.device))
-        handles = [dist.isend(each, target, group=group) for each in tensors]
+        try:
+            handles = [dist.isend(each, target, group=group) for each in tensors]
+        except RuntimeError as error:
+            self._lost(action, error)
         self._sent[-1].append(_Sent(action, handles, tensors, release))
 
     def before_compute(self) -> None:
@@ -193,36 +212,72 @@ class Messages:
                 each.release()
 
     def _wait(self, handle: dist.Work, action: Action) -> None:
-        if self.waiting is None:
-            handle.wait()
-        else:
-            with self.waiting(action):
+        self.activity.wait(action)
+        try:
+            if self.waiting is None:
                 handle.wait()
+            else:
+                with self.waiting(action):
+                    handle.wait()
+        except RuntimeError as error:
+            self._lost(action, error)
+        self.activity.waited()
+        if self.device.type == "cuda":  # wait() has only put it in the stream's way
+            self.activity.launched(action, handle)
+
+    def _lost(self, action: Action, error: RuntimeError) -> NoReturn:
+        verb = "sent to" if action.op in SENDS else "received from"
+        # gloo begins with its source line and ends with advice: "[.../pair.cc:561] Connection closed by peer [...]. This is ..."
+        reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().splitlines()[0]).split(". This is")[0]
+        raise PeerLostError(f"{action} could not be {verb} {self._other(action)}: {reason}") from error
+
+    def _other(self, action: Action) -> str:
+        other = peer(action, self.shape)
+        assert other is not None, "a message has two ends"
+        pp_rank = self.shape.rank_of(other.stage)
+        return f"pp_rank {pp_rank} (rank {self.groups.ranks[pp_rank]})"
 
     def _may_wait_for(self, sent: list[_Sent]) -> bool:
-        """With variable shapes a tensor is asked for only when its shape is read, by a peer that may have to wait for this
+        """With headers a tensor is asked for only when its header is read, by a peer that may have to wait for this
         rank's next action before: waiting for such a send can deadlock, so it is given up when it has completed.
         """
-        return not self.variable_shapes or all(handle.is_completed() for each in sent for handle in each.handles)
+        return not self._has_headers or all(handle.is_completed() for each in sent for handle in each.handles)
 
-    def _post_shape(self, action: Action, route: Route) -> None:
-        header = _irecv(action, route, torch.empty(3, dtype=torch.int64, device=self.device))
-        header.holds_shape = True
-        self._receives[action] = self._unread_shapes[route.group] = header
+    def _post_header(self, action: Action, route: Route) -> None:
+        size = headers.SIZE if self.debug else 3
+        header = self._irecv(action, route, torch.empty(size, dtype=torch.int64, device=self.device))
+        header.is_header = True
+        self._receives[action] = self._unread[route.group] = header
 
-    def _read_shape(self, route: Route) -> None:
-        """Wait for the shape that a channel has asked for last; then ask for its tensor, and for the next shape."""
-        header = self._unread_shapes.pop(route.group)
+    def _read_header(self, route: Route) -> None:
+        """Wait for the header that a channel has asked for last; then ask for its tensor, and for the next header."""
+        header = self._unread.pop(route.group)
         self._wait(header.handle, header.action)
-        buffer = self._empty(tuple(header.buffer.tolist()), header.action)
-        self._receives[header.action] = _irecv(header.action, route, buffer)
+        sizes = self._compared(header) if self.debug else tuple(header.buffer.tolist())
+        self._receives[header.action] = self._irecv(header.action, route, self._empty(sizes, header.action))
         if self._postponed.get(route.group):
-            self._post_shape(self._postponed[route.group].popleft(), route)
+            self._post_header(self._postponed[route.group].popleft(), route)
+
+    def _compared(self, received: _Receive) -> tuple[int, ...]:
+        """The sizes of the tensor that follows; MessageMismatchError unless it is the one that is waited for."""
+        expected = peer(received.action, self.shape)
+        assert expected is not None, "a message has two ends"
+        found = headers.read(received.buffer)
+        sizes = found.sizes if self.variable_shapes else tuple(self.tensor_shape)
+        wanted = headers.Header(expected, self.dtype, sizes)
+        if found != wanted:
+            raise MessageMismatchError(
+                f"pp_rank {self.groups.pp_rank} waits for {wanted} ({received.action} here), "
+                f"but {self._other(received.action)} has sent {found}"
+            )
+        return sizes
 
     def _empty(self, shape: tuple[int, ...], action: Action) -> torch.Tensor:
         # A stage's input is a leaf of its graph: backward_step reads the gradient to send back from it.
         return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=action.op is Op.RECV_F)
 
-
-def _irecv(action: Action, route: Route, buffer: torch.Tensor) -> _Receive:
-    return _Receive(action, dist.irecv(buffer, route.peer, group=route.group), buffer)
+    def _irecv(self, action: Action, route: Route, buffer: torch.Tensor) -> _Receive:
+        try:
+            return _Receive(action, dist.irecv(buffer, route.peer, group=route.group), buffer)
+        except RuntimeError as error:
+            self._lost(action, error)

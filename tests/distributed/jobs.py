@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -102,7 +101,7 @@ def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> No
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as Python does with what nobody catches
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

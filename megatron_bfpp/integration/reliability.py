@@ -1,0 +1,120 @@
+"""Nothing hangs in silence: agreement of all ranks before a model is built, and a watchdog over the steps.
+
+The seams: parallel_state.initialize_model_parallel, which Megatron calls as soon as the ranks have met, and train_step, at
+whose end nothing is pending. Under 1f1b the ranks compare and Megatron is left alone: no watchdog.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from .. import __version__
+from ..runtime.activity import Activity
+from ..runtime.p2p import PeerLostError
+from ..runtime.watchdog import Watchdog
+from ..schedule import PipelineShape
+from .agreement import agree
+from .groups import megatron_args
+from .seams import Seam
+from .settings import settings_of, timeout_of
+
+INITIALIZE = Seam("megatron.core.parallel_state", "initialize_model_parallel", ("pipeline_model_parallel_size",))
+TRAIN_STEP = Seam("megatron.training.training", "train_step", ("forward_step_func",))
+MOST_EXIT_S = 30  # that a process with an uncaught error has for its end
+
+ACTIVITY = Activity()  # of this process
+ON_END: list[Callable[[str], None]] = []  # called with the reason before the watchdog ends the process
+_watchdog: Watchdog | None = None
+
+
+def meeting(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of initialize_model_parallel: all ranks have met, and no group of some of them exists yet."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        options = megatron_args()
+        if options is not None and dist.is_initialized() and dist.get_backend() != "fake":
+            _meet(options)
+        return initialize(*args, **kwargs)
+
+    return wrapper
+
+
+def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of train_step: between steps nothing is timed. A checkpoint may take what it takes."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            answer = train_step(*args, **kwargs)
+        except Exception:
+            ACTIVITY.fail()
+            raise
+        ACTIVITY.end()
+        return answer
+
+    return wrapper
+
+
+def begin_step(evaluation: bool, shape: PipelineShape, ranks: list[int], pp_rank: int) -> None:
+    """The schedule is called. ranks: global, by pp_rank."""
+    args = megatron_args()
+    step = "" if args is None else f"step {args.curr_iteration + 1}"  # as the log counts
+    ACTIVITY.begin_step(f"evaluation after {step}" if evaluation else step, shape, ranks, pp_rank)
+
+
+def after_schedule(evaluation: bool) -> None:
+    """The schedule returns: what follows it in a step is the optimizer's, if there is a watchdog that sees its end."""
+    if evaluation or _watchdog is None:
+        ACTIVITY.end()
+    else:
+        ACTIVITY.begin("the optimizer")
+
+
+def _meet(args: Any) -> None:
+    """Collective over all ranks."""
+    global _watchdog
+    store, rank, size = distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    digest = agree(store, args, rank, size, 60.0 * args.distributed_timeout_minutes)
+    timeout_s = timeout_of(args)
+    settings = settings_of(args)
+    is_on = settings.schedule != "1f1b" and timeout_s > 0 and not getattr(args, "inprocess_restart", False)
+    if rank == 0:
+        watched = f", an action of a step may take {timeout_s:g} s" if is_on else ""
+        print(f"megatron_bfpp {__version__}: all {size} ranks agree, {digest}{watched}", flush=True)
+    if is_on and _watchdog is None:
+        _watchdog = Watchdog(store, rank, size, timeout_s, ACTIVITY, _told)
+        _watchdog.start()
+        atexit.register(_watchdog.stop)
+        sys.excepthook = _ending(sys.excepthook, _watchdog)
+
+
+def _told(reason: str) -> None:
+    for each in ON_END:
+        each(reason)
+
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+def _ending(previous: Hook, watchdog: Watchdog) -> Hook:
+    """What Python calls with an error that nobody has caught, before the process ends."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        ACTIVITY.fail()
+        if not isinstance(error, PeerLostError):  # whose traceback would tell of this rank, which is not at fault
+            previous(kind, error, trace)
+        text = str(error).strip()
+        named = type(error).__name__ + (f": {text.splitlines()[0]}" if text else "")
+        watchdog.failed(f"lost a message: {text}" if isinstance(error, PeerLostError) else f"raised {named}")
+        # Process groups whose other ends are gone can keep a process from ending.
+        faulthandler.dump_traceback_later(MOST_EXIT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+
+    return hook
