@@ -6,11 +6,13 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -31,6 +33,14 @@ _context.set_forkserver_preload(
 gc.freeze()
 
 
+@dataclass
+class Seen:
+    """What is seen of a job beside its output."""
+
+    ended: dict[int, float] = field(default_factory=dict)  # rank -> time.time(), for ranks that have ended by themselves
+    left: dict[int, list[str]] = field(default_factory=dict)  # rank -> processes that outlived it by 10 s
+
+
 class JobError(AssertionError):
     """A rank failed or hung; the message ends with its log."""
 
@@ -48,7 +58,7 @@ def run_job(target, ranks: int, folder: Path, *args) -> list[str]:
     return outputs
 
 
-def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None], list[str]]:
+def run_ranks(target, ranks: int, folder: Path, *args, seen: Seen | None = None) -> tuple[list[int | None], list[str]]:
     """As run_job, for jobs that are meant to fail: every rank's exit code, None for a hang, and its output.
 
     A rank that ends with another code than 0 takes those along that then wait for it.
@@ -68,14 +78,35 @@ def run_ranks(target, ranks: int, folder: Path, *args) -> tuple[list[int | None]
             for rank, process in enumerate(processes):
                 process.join(0.05)
                 codes[rank] = process.exitcode
+                if seen is not None and codes[rank] is not None:
+                    seen.ended.setdefault(rank, time.time())
             if any(codes):  # the others may wait for it until the process group's timeout
                 deadline = min(deadline, time.monotonic() + 10)
+        if seen is not None:
+            seen.left = _left_by({rank: processes[rank].pid for rank in seen.ended})
     finally:
         for process in processes:
             _kill_group(process.pid)
             process.kill()
             process.join()
     return codes, [log.read_text() for log in logs]
+
+
+def _left_by(leaders: dict[int, int]) -> dict[int, list[str]]:
+    """Processes of the groups of ended ranks; those have 10 s to see that their rank is gone."""
+    deadline = time.monotonic() + 10
+    while True:
+        left: dict[int, list[str]] = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+                state, _, group = rest.split()[:3]
+                for rank, leader in leaders.items():
+                    if int(group) == leader and state != "Z":
+                        left.setdefault(rank, []).append(name + ")")
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
 
 
 def _kill_group(leader: int | None) -> None:
@@ -105,13 +136,14 @@ def _rank(target, rank: int, ranks: int, port: int, log: str, args: tuple) -> No
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    multiprocessing.util._exit_function()  # ends what the rank has started, as Python's own end does
     os._exit(code)  # not Python's own end: destroying gloo's groups can wait for ranks that are gone
 
 
 def train(folder: Path, ranks: int, *flags: str, prepare=None) -> list[dict]:
     """Train with our GPT entry point; per step every loss and gradient norm, all bits, as hexadecimal text.
 
-    prepare: called in every rank before anything else.
+    prepare: called in every rank before anything else; may return more flags.
     """
     log = folder / "steps.jsonl"
     log.unlink(missing_ok=True)
@@ -136,7 +168,6 @@ def _train(log: str, flags: list[str], prepare=None) -> None:
     from megatron_bfpp import pretrain_gpt
     from megatron_bfpp.run import launch
 
-    if prepare is not None:
-        prepare()
+    more = (prepare() or []) if prepare is not None else []
     os.environ["BFPP_STEP_LOG"] = log
-    launch(["--device", "cpu", *flags], pretrain_gpt.main)
+    launch(["--device", "cpu", *flags, *more], pretrain_gpt.main)
