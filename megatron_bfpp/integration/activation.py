@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
+from ..runtime import orphans
 from . import seams, step_log
 from .arguments import validating, validating_yaml
 from .seams import Seam
@@ -79,10 +80,12 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
     def leave_alone() -> None:
         seams.undo(SCHEDULE)
         seams.undo(reliability.TRAIN_STEP)
+        seams.undo(reliability.RESULTS_QUEUE)
 
     seams.apply(ADD_ARGUMENTS, with_flags)
     seams.apply(reliability.INITIALIZE, reliability.meeting)
     seams.apply(reliability.TRAIN_STEP, reliability.stepping)
+    seams.apply(reliability.RESULTS_QUEUE, orphans.ending)
     seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
     seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
 
