@@ -117,7 +117,7 @@ def _plan(args: Any) -> dict[str, str]:
 
 
 def _verdict(store: Any, world_size: int, deadline: timedelta) -> str:
-    """"" if all agree, else the message for all."""
+    """The message for all, empty if they agree."""
     found: list[str] = []
     ranks = 0
     for rank in range(1, world_size):

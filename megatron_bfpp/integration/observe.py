@@ -27,11 +27,12 @@ def observe(args: Any) -> list[str]:
     # From here on Megatron is imported, whose arguments are being read.
     from megatron.training.global_vars import get_args
 
-    from . import run_files, tracing
+    from . import reliability, run_files, tracing
 
     run = None
     if folder is not None:
         run = run_files.Run(folder)
+        reliability.ON_END.append(run.end)
         seams.apply(run_files.TRAIN, run_files.keeping(run, get_args))
     if counts:
         step_log.TRAFFIC.install()

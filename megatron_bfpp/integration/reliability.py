@@ -29,7 +29,9 @@ from .settings import settings_of, timeout_of
 
 INITIALIZE = Seam("megatron.core.parallel_state", "initialize_model_parallel", ("pipeline_model_parallel_size",))
 # Whose first call in a rank that saves starts a process of 0.5 GB.
-RESULTS_QUEUE = Seam("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", ("mp_mode",))
+RESULTS_QUEUE = Seam(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", ("mp_mode",)
+)
 TRAIN_STEP = Seam("megatron.training.training", "train_step", ("forward_step_func",))
 MOST_EXIT_S = 30  # that a process with an uncaught error has for its end
 

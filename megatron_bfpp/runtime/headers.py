@@ -41,4 +41,6 @@ def read(header: torch.Tensor) -> Header:
     stage, op, microbatch, dtype, dimensions = numbers[:5]
     if not (0 <= op < len(_OPS) and -1 <= dtype < len(_DTYPES) and 0 <= dimensions <= 3):
         raise ValueError(f"{numbers} is no header of a message")
-    return Header(Action(stage, _OPS[op], microbatch), None if dtype < 0 else _DTYPES[dtype], tuple(numbers[5 : 5 + dimensions]))
+    return Header(
+        Action(stage, _OPS[op], microbatch), None if dtype < 0 else _DTYPES[dtype], tuple(numbers[5 : 5 + dimensions])
+    )

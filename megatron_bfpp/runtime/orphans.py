@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,17 +18,27 @@ from typing import Any
 
 
 def end_with_parent() -> None:
-    """In the helper process, at its start."""
+    """In the helper process, at its start.
+
+    It then leaves SIGTERM alone. torchrun sends that to a rank with all that it has started; with --exit-signal-handler the rank
+    takes it as the wish to save, for which it needs its helper.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_outlive_it_not, daemon=True).start()
+
+
+def _outlive_it_not() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None, "a helper has a parent"
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
 def managers_end_with_this_process() -> Iterator[None]:
     """Those that are started within."""
     start = BaseManager.start
-    BaseManager.start = functools.partialmethod(start, initializer=end_with_parent)  # type: ignore[method-assign]
+    BaseManager.start = functools.partialmethod(start, initializer=end_with_parent)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

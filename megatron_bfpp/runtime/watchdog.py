@@ -121,13 +121,17 @@ class Watchdog:
         elif seconds > self._limit_s / 2 and since != self._warned_of:
             self._warned_of = since
             status = activity.status(self._rank, self._host)
-            print(f"megatron_bfpp: WARNING: {status}; the job ends after {self._timeout_s:g} s", file=sys.stderr, flush=True)
+            print(
+                f"megatron_bfpp: WARNING: {status}; the job ends after {self._timeout_s:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _listen(self) -> None:
         while not self._stopping.wait(self._tick_s):
             try:
                 self._look()
-            except Exception:
+            except RuntimeError:  # torch.distributed.DistStoreError, DistNetworkError
                 # Its host has ended, as at the end of every job; or has died, and then this rank's own time runs out.
                 return
             if self._alarm is not None:
@@ -188,9 +192,11 @@ class Watchdog:
         def attempt() -> None:
             try:
                 action()
-            except Exception as error:
+            except RuntimeError as error:
                 if not self._stopping.is_set():
-                    print(f"megatron_bfpp: the store of the ranks does not answer: {error}", file=sys.stderr, flush=True)
+                    print(
+                        f"megatron_bfpp: the store of the ranks does not answer: {error}", file=sys.stderr, flush=True
+                    )
 
         thread = threading.Thread(target=attempt, daemon=True)
         thread.start()

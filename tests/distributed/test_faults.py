@@ -61,7 +61,9 @@ class Failed:
             assert self.codes[rank] == 1, self.outputs[rank][-3000:]
             assert self.seen.ended[rank] - happened(self.folder) < within_s
             assert len(self.messages(rank)) == 1, self.outputs[rank][-3000:]
-            assert re.search(rf"\(pp_rank {rank}\) on \S+: step 2, in (\d[FB]\d|\d(SEND|RECV)_[FB]\d|the )", self.messages(rank)[0])
+            assert re.search(
+                rf"\(pp_rank {rank}\) on \S+: step 2, in (\d[FB]\d|\d(SEND|RECV)_[FB]\d|the )", self.messages(rank)[0]
+            )
 
 
 @pytest.mark.parametrize("at_rank", [2, 0])
@@ -89,7 +91,9 @@ def test_an_error_of_one_rank(tmp_path, kind):
     assert job.codes[2] == 1
     job.check_others(within_s=TIMEOUT_S)
     assert "ValueError: the fault of this test" in job.outputs[2] and "Traceback" in job.outputs[2]
-    assert re.search(r"rank 2 \(pp_rank 2\) on \S+: step 2, in \d[FB]\d .*; raised ValueError: the fault of this test", job.summary())
+    assert re.search(
+        r"rank 2 \(pp_rank 2\) on \S+: step 2, in \d[FB]\d .*; raised ValueError: the fault of this test", job.summary()
+    )
     # Who only lost its neighbour says so without a traceback of its own.
     assert all("Traceback" not in job.outputs[rank] for rank in job.others)
 
@@ -135,7 +139,9 @@ def test_a_rank_started_otherwise_is_refused_by_all_before_a_model_is_built(tmp_
 def test_a_full_disk_while_saving_loses_the_steps_since_the_checkpoint_before(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small], check=False, capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         saving = ("--save", str(small / "saved"), "--save-interval", "2")
@@ -203,7 +209,9 @@ def test_under_torchrun_a_killed_rank_is_named_before_torchrun_ends_the_others(t
         os.kill(min(ranks), signal.SIGKILL)  # the rank itself; what it has started came later
         assert job.wait(timeout=120) != 0
         text = log.read_text()
-        assert re.search(r"^megatron_bfpp: rank 0 \(pp_rank 0\) on \S+: step \d+.*\n  (it|the job) ends: ", text, re.MULTILINE), text[-3000:]
+        assert re.search(
+            r"^megatron_bfpp: rank 0 \(pp_rank 0\) on \S+: step \d+.*\n  (it|the job) ends: ", text, re.MULTILINE
+        ), text[-3000:]
         assert "  rank 1 says nothing: it is dead, stopped or cut off" in text
         deadline = time.monotonic() + 15
         while marked(mark) and time.monotonic() < deadline:
