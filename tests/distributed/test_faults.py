@@ -188,31 +188,25 @@ def marked(mark: str) -> dict[int, dict[str, str]]:
     return found
 
 
-def test_under_torchrun_a_killed_rank_is_named_before_torchrun_ends_the_others(tmp_path):
-    mark, log = f"BFPP_TEST_MARK={tmp_path}", tmp_path / "log"
+@contextlib.contextmanager
+def torchrun(folder: Path, *flags: str):
+    """A job of 2 ranks under torchrun that has done 5 steps, and its log. Afterwards nothing of it may be left."""
+    mark, log = f"BFPP_TEST_MARK={folder}", folder / "log"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "megatron_bfpp.pretrain_gpt", "--device", "cpu", *MODEL, *BREADTH_FIRST),
-        *("--pipeline-model-parallel-size", "2", "--train-iters", "100000", "--save", str(tmp_path / "saved")),
-        *("--save-interval", "2", "--save-retain-interval", "1000000"),
+        *("--pipeline-model-parallel-size", "2", "--train-iters", "100000", "--save", str(folder / "saved")),
+        *("--save-retain-interval", "1000000", *flags),
     ]
     with open(log, "w") as output:
-        job = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **dict([mark.split("=")])}
-        )
+        environment = {**os.environ, "BFPP_TEST_MARK": str(folder)}
+        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + 240
-        while not re.search(r"iteration +3/", log.read_text()):
+        while not re.search(r"iteration +5/", log.read_text()):
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
-        ranks = {pid: each for pid, each in marked(mark).items() if each.get("RANK") == "1"}
-        os.kill(min(ranks), signal.SIGKILL)  # the rank itself; what it has started came later
-        assert job.wait(timeout=120) != 0
-        text = log.read_text()
-        assert re.search(
-            r"^megatron_bfpp: rank 0 \(pp_rank 0\) on \S+: step \d+.*\n  (it|the job) ends: ", text, re.MULTILINE
-        ), text[-3000:]
-        assert "  rank 1 says nothing: it is dead, stopped or cut off" in text
+        yield job, log
         deadline = time.monotonic() + 15
         while marked(mark) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -222,3 +216,23 @@ def test_under_torchrun_a_killed_rank_is_named_before_torchrun_ends_the_others(t
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         job.wait()
+
+
+def test_under_torchrun_a_killed_rank_is_named_before_torchrun_ends_the_others(tmp_path):
+    with torchrun(tmp_path, "--save-interval", "2") as (job, log):
+        ranks = {pid: each for pid, each in marked(str(tmp_path)).items() if each.get("RANK") == "1"}
+        os.kill(min(ranks), signal.SIGKILL)  # the rank itself; what it has started came later
+        assert job.wait(timeout=120) != 0
+        text = log.read_text()
+        said = r"^megatron_bfpp: rank 0 \(pp_rank 0\) on \S+: step \d+.*\n  (it|the job) ends: "
+        assert re.search(said, text, re.MULTILINE), text[-3000:]
+        assert "  rank 1 says nothing: it is dead, stopped or cut off" in text
+
+
+def test_a_sigterm_to_torchrun_saves_a_checkpoint_after_others_were_saved(tmp_path):
+    with torchrun(tmp_path, "--save-interval", "2", "--exit-signal-handler") as (job, log):
+        job.send_signal(signal.SIGTERM)
+        job.wait(timeout=120)
+        steps = re.findall(r"iteration +(\d+)/", log.read_text())
+        assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text().strip() == steps[-1]
+        assert "exiting program after receiving SIGTERM" in log.read_text()
