@@ -25,7 +25,7 @@ from ..schedule import PipelineShape
 from .agreement import agree
 from .groups import megatron_args
 from .seams import Seam
-from .settings import settings_of, timeout_of
+from .settings import settings_of, timeout_minutes, timeout_of
 
 INITIALIZE = Seam("megatron.core.parallel_state", "initialize_model_parallel", ("pipeline_model_parallel_size",))
 # Whose first call in a rank that saves starts a process of 0.5 GB.
@@ -86,7 +86,7 @@ def _meet(args: Any) -> None:
     """Collective over all ranks."""
     global _watchdog
     store, rank, size = distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-    digest = agree(store, args, rank, size, 60.0 * args.distributed_timeout_minutes)
+    digest = agree(store, args, rank, size, 60.0 * timeout_minutes(args))
     timeout_s = timeout_of(args)
     settings = settings_of(args)
     is_on = settings.schedule != "1f1b" and timeout_s > 0 and not getattr(args, "inprocess_restart", False)

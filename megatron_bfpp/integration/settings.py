@@ -143,11 +143,16 @@ def trace_steps_of(args: Any) -> tuple[int, int] | None:
     return first, last
 
 
+def timeout_minutes(args: Any) -> float:
+    """--distributed-timeout-minutes; Megatron's default where a YAML file leaves it out."""
+    return getattr(args, "distributed_timeout_minutes", None) or 10
+
+
 def timeout_of(args: Any) -> float:
     """Seconds that a step's action may take; 0 for no watchdog. UserError for what cannot be one."""
     given = getattr(args, "bfpp_timeout_seconds", None)
     if given is None:
-        limits = [60.0 * args.distributed_timeout_minutes, getattr(args, "distributed_timeout_seconds_after_init", None)]
+        limits = [60.0 * timeout_minutes(args), getattr(args, "distributed_timeout_seconds_after_init", None)]
         return PART_OF_MEGATRONS * min(limit for limit in limits if limit)
     if not 0 <= given < float("inf") or 0 < given < 1:
         raise UserError(
