@@ -73,12 +73,12 @@ class Collectives:
     """One after the other, in the order of their launch, beside everything else that the rank does.
 
     A chunk whose gather does not stand in the plan is gathered when its first forward would start, as Megatron's hooks do.
-    carry: begins one on a card that is shared, and tells its end later with `ended`; without it each takes its duration.
+    carry: puts one on a card that is shared, and tells its end later; without it each takes its duration.
     """
 
     def __init__(
         self, costs: Costs, waits: Waits, is_sharded: bool, num_microbatches: int,
-        carry: Callable[[float, float], None] | None = None,
+        carry: Callable[[Collective], None] | None = None,
     ):  # fmt: skip
         self._costs, self._waits, self._is_sharded, self._microbatches = costs, waits, is_sharded, num_microbatches
         self._carry = carry
@@ -86,7 +86,6 @@ class Collectives:
         self._backwards: dict[int, int] = {}  # stage -> how many
         self._reducing: dict[int, tuple[int, float]] = {}  # stages whose backward launches it -> launched buckets, and until when
         self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
-        self._under_way: deque[Collective] = deque()  # the first has begun
         self._free = 0.0
         self._last: Collective | None = None  # reduction
         self.log: list[tuple[Action, Collective]] = []
@@ -129,27 +128,14 @@ class Collectives:
             self._backwards[stage] = count
         return start + duration
 
-    def ended(self, now: float) -> None:
-        """The collective that has begun is done: the next one begins."""
-        self._under_way.popleft().end = now
-        self._carry_next(now)
-
     def _begin(self, action: Action, now: float, duration: float) -> Collective:
         collective = Collective(now, duration)
         self.log.append((action, collective))
         if self._carry is None or not duration:
             self._free = collective.end = max(now, self._free) + duration
             return collective
-        self._under_way.append(collective)
-        if len(self._under_way) == 1:
-            self._carry_next(now)
+        self._carry(collective)
         return collective
-
-    def _carry_next(self, now: float) -> None:
-        assert self._carry is not None, "collectives of their own card end as they begin"
-        if self._under_way:
-            first = self._under_way[0]
-            self._carry(max(now, first.launched), first.duration)
 
     def _buckets(self, stage: int) -> int:
         has_buckets = stage == 0 or self._is_sharded or self._waits.for_reductions

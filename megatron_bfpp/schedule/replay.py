@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from .cards import Cards, receiving, sending
+from .cards import Cards, Transfer, receiving, sending
 from .check import SEND_WINDOW
 from .collectives import OURS, UNIT, Collective, Collectives, Costs, Waits, at
 from .ir import COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
@@ -82,7 +82,6 @@ class _Channel:
     sent: deque[tuple[float, Action]] = field(default_factory=deque)  # launched, not begun
     posted: deque[tuple[float, Action]] = field(default_factory=deque)  # receives not begun
     free: float = 0.0
-    is_busy: bool = False  # where the card is shared: until when is not known
 
 
 class _Replay:
@@ -99,8 +98,7 @@ class _Replay:
         self.messages: list[Message] = []
         self.sent: list[deque[list[Key]]] = [deque([[]], SEND_WINDOW) for _ in range(size)]
         self.cards = Cards() if costs.shared_card else None
-        self.ends: dict[Hashable, Callable[[float], None]] = {}  # of what is on a shared card: what then happens
-        carry = None if self.cards is None else self._carry
+        carry = None if self.cards is None else self._carry_collective
         self.collectives = [
             Collectives(costs, waits, is_sharded(plan), shape.num_microbatches, carry and partial(carry, rank)) for rank in range(size)
         ]
@@ -128,8 +126,8 @@ class _Replay:
     def to_the_end(self) -> Prediction:
         self._go_on()
         while self.cards is not None and (done := self.cards.step()):
-            for key in done:
-                self.ends.pop(key)(self.cards.now)
+            for then in done:
+                then(self.cards.now)
             self._go_on()
         stuck = [rank for rank, actions in enumerate(self.plan) if self.position[rank] < len(actions)]
         if stuck:
@@ -193,22 +191,14 @@ class _Replay:
         return now
 
     def _begin(self, queue: _Channel) -> None:
-        while queue.sent and queue.posted and not queue.is_busy:
+        while queue.sent and queue.posted:
             sent, posted = queue.sent.popleft(), queue.posted.popleft()
-            begin = max(sent[0], posted[0], queue.free)
+            begin = max(sent[0], posted[0])
             if self.cards is None or not queue.is_shared or not queue.transfer:
-                self._arrive(queue, sent, posted, begin + queue.transfer)
-                continue
-            queue.is_busy = True
-            sender, receiver = queue.ranks
-            self.ends[sent[1]] = partial(self._left, queue, sent, posted)
-            self.cards.begin(sent[1], begin, queue.transfer, (sending(sender), receiving(receiver)))
-
-    def _left(self, queue: _Channel, sent: tuple[float, Action], posted: tuple[float, Action], now: float) -> None:
-        """A message has left the channel on a shared card."""
-        queue.is_busy = False
-        self._arrive(queue, sent, posted, now)
-        self._begin(queue)
+                self._arrive(queue, sent, posted, max(begin, queue.free) + queue.transfer)
+            else:
+                sender, receiver = queue.ranks
+                self._carry(partial(self._arrive, queue, sent, posted), begin, queue.transfer, sender, receiver, queue)
 
     def _arrive(self, queue: _Channel, sent: tuple[float, Action], posted: tuple[float, Action], left: float) -> None:
         queue.free, arrived = left, left + queue.hop
@@ -222,12 +212,16 @@ class _Replay:
                 self.blocked[rank] = False
                 self.ready.append(rank)
 
-    def _carry(self, rank: int, start: float, duration: float) -> None:
-        """A collective of a rank on its shared card, in both directions as in a ring."""
-        assert self.cards is not None, "only a shared card carries collectives"
-        self.ends[rank] = partial(self._ended, rank)
-        self.cards.begin(rank, start, duration, (sending(rank), receiving(rank)))
+    def _carry(self, then: Callable[[float], None], start: float, size: float, sender: int, receiver: int, queue: Hashable) -> None:
+        """Put a transfer on shared cards. then: what to do when it has ended."""
+        assert self.cards is not None, "no card is shared"
+        self.cards.begin(Transfer(then, size, (sending(sender), receiving(receiver)), queue), start)
 
-    def _ended(self, rank: int, now: float) -> None:
-        self.collectives[rank].ended(now)
-        self._wake((rank,))
+    def _carry_collective(self, rank: int, collective: Collective) -> None:
+        """As in a ring it takes a card in both directions."""
+
+        def end(now: float) -> None:
+            collective.end = now
+            self._wake((rank,))
+
+        self._carry(end, collective.launched, collective.duration, rank, rank, rank)
