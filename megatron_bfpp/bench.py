@@ -174,7 +174,7 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
         found = run_case(case, partial(bar.step, title))
         repeated += found.repeated
         costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
-                      replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
+                      replicas.gather_s, replicas.reduction_s, replicas.buckets, args.shared_card)  # fmt: skip
         results += [
             Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
             for arm in case.arms

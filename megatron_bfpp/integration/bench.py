@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..emulate.network import NUMBERS_PER_CARD, Link, Network, sleep_until
+from ..emulate.shared_card import SharedCards
 from ..emulate.stages import StageTimes
 from ..errors import UserError
 from ..schedule import PipelineShape, Schedule
@@ -85,7 +86,8 @@ def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, ste
     size, results = case.shape.pp_size * case.replicas.size, _context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cards = _context.Array("d", NUMBERS_PER_CARD * size)
-    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, results)) for rank in range(size)]
+    shared = SharedCards(_context, size, case.link.full_duplex) if case.link.collectives_share_card else None
+    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, shared, results)) for rank in range(size)]
     for rank in ranks:
         rank.start()
     found: dict[str, list[float]] = {arm + variant: [] for arm in case.arms for variant in case.variants}
@@ -123,7 +125,7 @@ def _next(results: Any, timeout_s: float) -> tuple[str, Any]:
     return arm, answer
 
 
-def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
+def _rank(rank: int, port: int, case: Case, cards: Any, shared: SharedCards | None, results: Any) -> None:
     size = case.shape.pp_size * case.replicas.size
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
@@ -132,7 +134,7 @@ def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
     arm = "the set-up"
     try:
         with _process_group(rank, port, size, case.shape):
-            for arm, answer in _answers(rank, case, cards):
+            for arm, answer in _answers(rank, case, cards, shared):
                 if rank == 0:
                     results.put((arm, answer))
     except BaseException as error:
@@ -155,11 +157,11 @@ def _process_group(rank: int, port: int, size: int, shape: PipelineShape) -> Ite
     dist.destroy_process_group()
 
 
-def _answers(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, Any]]:
+def _answers(rank: int, case: Case, cards: Any, shared: SharedCards | None) -> Iterator[tuple[str, Any]]:
     """The plans, then each step with its time and how often it was run."""
     from .bench_arms import Arms
 
-    network = Network(case.link, case.message_bytes, cards, scale=0.0)
+    network = Network(case.link, case.message_bytes, cards, scale=0.0, shared=shared)
     network.random.seed(rank)
     arms = Arms(case.shape, case.times, network, case.replicas)
     with network.installed():
