@@ -14,18 +14,21 @@ from ..schedule.cards import Cards, Transfer, receiving, sending
 
 _BYTES = 1 << 18  # of the pickled cards: about 150 for each transfer that is under way or queued
 _PER_OWNER = 4096  # transfers whose ends are kept
-# Ranks tell of a transfer a little after it began. The cards stay so far behind real time that each is there when its turn comes.
-_BEHIND_S = 0.003
 _SHORTEST_SLEEP_S = 0.0005
 
 
 class SharedCards:
-    """Of `ranks` ranks. An owner is a rank for its messages, or ranks + r for the collectives of the group that rank r is first of."""
+    """Of `ranks` ranks. An owner is a rank for its messages, or ranks + r for the collectives of the group that rank r is first of.
 
-    def __init__(self, context: Any, ranks: int, full_duplex: bool):
+    behind_s: so far the cards stay behind real time, since ranks tell of a transfer a little after it began; shorter than any work,
+        which then starts in time. What a busy machine holds up for longer begins late: `late_s` is the worst of this process.
+    """
+
+    def __init__(self, context: Any, ranks: int, full_duplex: bool, behind_s: float):
+        self.late_s = 0.0
         self._state = context.Array("c", _BYTES)
         self._ends = context.Array("d", 2 * ranks * _PER_OWNER, lock=False)
-        self._full_duplex = full_duplex
+        self._full_duplex, self._behind_s = full_duplex, behind_s
         self._save(Cards())
 
     def ticket(self, owner: int, number: int) -> int:
@@ -50,18 +53,19 @@ class SharedCards:
                 next_s = cards.next_end()
             if end_s:
                 return float(end_s)
-            sleep_s = 0.0 if next_s is None else next_s + _BEHIND_S - time.monotonic()
+            sleep_s = 0.0 if next_s is None else next_s + self._behind_s - time.monotonic()
             time.sleep(max(_SHORTEST_SLEEP_S, sleep_s))
 
     def _begin(self, ticket: int, start_s: float, duration_s: float, places: tuple[Any, ...], queue: Any) -> None:
         with self._state.get_lock():
             cards = self._load()
             self._ends[ticket - 1] = 0.0
+            self.late_s = max(self.late_s, cards.now - start_s)
             cards.begin(Transfer(ticket, duration_s, places, queue), start_s)
             self._pass_time(cards)
 
     def _pass_time(self, cards: Cards) -> None:
-        until_s = time.monotonic() - _BEHIND_S
+        until_s = time.monotonic() - self._behind_s
         while done := cards.step(until_s):
             for ticket in done:
                 self._ends[ticket - 1] = cards.now
