@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -57,13 +57,26 @@ class Link:
     full_duplex: bool = True
     collectives_share_card: bool = False  # else they have a card of their own
     jitter: float = 0.0  # standard deviation of latency and compute times, as a part of them
+    # Pipeline ranks in a node. Messages within a node have its own link, which nothing else uses.
+    node_size: int = 1
+    node_latency_s: float = 0.0
+    node_bandwidth: float = float("inf")
 
     def __post_init__(self) -> None:
-        if self.latency_s < 0 or self.bandwidth <= 0 or not 0 <= self.jitter < 1:
+        if min(self.latency_s, self.node_latency_s) < 0 or min(self.bandwidth, self.node_bandwidth) <= 0 or not 0 <= self.jitter < 1:
             raise ValueError(
                 f"network {self.name}: latency {self.latency_s} s, bandwidth {self.bandwidth} bytes/s, jitter {self.jitter}; "
                 "they must be at least 0, above 0, and in [0, 1)"
             )
+
+
+
+class Way(NamedTuple):
+    """What a message between two ranks takes. is_shared: on a card that collectives use too."""
+
+    transfer_s: float
+    latency_s: float
+    is_shared: bool
 
 
 def sleep_until(moment_s: float) -> None:
@@ -93,16 +106,20 @@ class Network:
     random: random.Random = field(default_factory=random.Random)
     shared: SharedCards | None = None  # where collectives share the card
     sent: int = 0  # messages of this rank on the shared card
+    replicas: int = 1  # of the pipeline: global rank = pp_rank * replicas + replica, as Megatron numbers them
 
     def drawn(self, duration_s: float) -> float:
         """A duration as it happens to be this time; never below half of it."""
         jitter = max(0.5, self.random.gauss(1.0, self.link.jitter)) if self.link.jitter else 1.0
         return duration_s * self.scale * jitter
 
-    @property
-    def transfer_s(self) -> float:
-        """How long a message takes a card."""
-        return self.scale * self.message_bytes / self.link.bandwidth
+    def way_to(self, other: int) -> Way:
+        """Between this rank and a neighbour in its pipeline."""
+        link, here, there = self.link, dist.get_rank() // self.replicas, other // self.replicas
+        if here // link.node_size == there // link.node_size:
+            return Way(self.scale * self.message_bytes / link.node_bandwidth, link.node_latency_s, False)
+        transfer_s = self.scale * self.message_bytes / link.bandwidth
+        return Way(transfer_s, link.latency_s, self.shared is not None and transfer_s > 0)
 
     def work(self, duration_s: float) -> float:
         """Put work on the compute stream; when it will be done."""
@@ -125,20 +142,20 @@ class Network:
                 self.cards[index] = begin + duration_s
         return begin
 
-    def _launch(self, receiver: int, duration_s: float) -> float:
+    def _launch(self, receiver: int, way: Way) -> float:
         """Send a message of what the stream has made; what it carries: when it begins, or on a shared card its ticket."""
-        if self.shared is None or duration_s == 0:
-            return self.occupy(dist.get_rank(), receiver, duration_s)
+        if self.shared is None or not way.is_shared:
+            return self.occupy(dist.get_rank(), receiver, way.transfer_s)
         ticket = self.shared.ticket(dist.get_rank(), self.sent)
         self.sent += 1
-        self.shared.begin_message(ticket, self.stream_s, duration_s, dist.get_rank(), receiver)
+        self.shared.begin_message(ticket, self.stream_s, way.transfer_s, dist.get_rank(), receiver)
         return ticket
 
-    def left_s(self, mark: float, duration_s: float, posted_s: float = 0.0) -> float:
+    def left_s(self, mark: float, way: Way, posted_s: float = 0.0) -> float:
         """When a message has left the cards that carries `mark`, and whose receive was posted then."""
-        if self.shared is None or duration_s == 0:
-            return max(mark, posted_s) + duration_s
-        return max(self.shared.wait(int(mark)), posted_s + duration_s)
+        if self.shared is None or not way.is_shared:
+            return max(mark, posted_s) + way.transfer_s
+        return max(self.shared.wait(int(mark)), posted_s + way.transfer_s)
 
     def _index(self, rank: int, direction: int) -> int:
         return NUMBERS_PER_CARD * rank + (direction if self.link.full_duplex else SENDING)
@@ -149,17 +166,19 @@ class Network:
         real = dist.isend, dist.irecv
 
         def isend(tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
-            transfer_s = self.transfer_s
             target = dist.get_global_rank(group or dist.group.WORLD, more["group_dst"]) if dst is None else dst
-            mark = self._launch(target, transfer_s)
+            way = self.way_to(target)
+            mark = self._launch(target, way)
             wire = stamped(tensor, mark)
             work = real[0](wire, dst, group=group, tag=tag, **more)
-            return _Sent(self, work, wire, mark, transfer_s)
+            return _Sent(self, work, wire, mark, way)
 
         def irecv(tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
             posted = self.stream_s
+            source = dist.get_global_rank(group or dist.group.WORLD, more["group_src"]) if src is None else src
+            way = self.way_to(source)
             work = real[1](tensor, src, group=group, tag=tag, **more)
-            return _Received(self, work, tensor, posted, self.transfer_s, self.drawn(self.link.latency_s))
+            return _Received(self, work, tensor, posted, way, self.drawn(way.latency_s))
 
         with _replaced(isend, irecv):
             yield
@@ -187,29 +206,29 @@ def stamped(tensor: torch.Tensor, mark: float) -> torch.Tensor:
 
 
 class _Sent(dist.Work):
-    def __init__(self, network: Network, work: dist.Work, wire: torch.Tensor, mark: float, transfer_s: float):
+    def __init__(self, network: Network, work: dist.Work, wire: torch.Tensor, mark: float, way: Way):
         super().__init__()
         self._network, self._work, self._wire = network, work, wire
-        self._mark, self._transfer_s = mark, transfer_s
+        self._mark, self._way = mark, way
 
     def wait(self, timeout: Any = None) -> bool:
         self._work.wait()
-        self._network.wait_until(self._network.left_s(self._mark, self._transfer_s))
+        self._network.wait_until(self._network.left_s(self._mark, self._way))
         return True
 
 
 class _Received(dist.Work):
     def __init__(
-        self, network: Network, work: dist.Work, buffer: torch.Tensor, posted_s: float, transfer_s: float, latency_s: float
+        self, network: Network, work: dist.Work, buffer: torch.Tensor, posted_s: float, way: Way, latency_s: float
     ):
         super().__init__()
         self._network, self._work, self._buffer = network, work, buffer
-        self._posted_s, self._transfer_s, self._latency_s = posted_s, transfer_s, latency_s
+        self._posted_s, self._way, self._latency_s = posted_s, way, latency_s
 
     def wait(self, timeout: Any = None) -> bool:
         self._work.wait()
         if self._buffer.dtype is torch.float64:
             mark = float(self._buffer.detach().view(-1)[-1])
-            left_s = self._network.left_s(mark, self._transfer_s, self._posted_s)
+            left_s = self._network.left_s(mark, self._way, self._posted_s)
             self._network.wait_until(left_s + self._latency_s)
         return True

@@ -64,7 +64,7 @@ def replay_step(strategy: Strategy, times: Durations) -> Step:
         times.gather,
         times.reduction,
         1 if is_chunked else times.buckets,
-        times.shared_card if isinstance(times.shared_card, bool) else any(times.shared_card) and times.shared_card,
+        times.shared_card,
     )
     waits = OURS if strategy.schedule in BREADTH_FIRST else MEGATRON
     step = replay(plan, shape, costs, waits).step_time + times.ends + times.optimizer

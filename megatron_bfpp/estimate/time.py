@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..schedule.collectives import at
+from ..schedule.collectives import Costs
 from .activations import Activations
 from .hardware import GPU
 from .memory import PRECISIONS
@@ -53,7 +53,7 @@ class Durations:
 
     def messages(self, pp: int) -> list[float]:
         """hop and transfer of each edge."""
-        return [at(self.hop, edge) + at(self.transfer, edge) for edge in range(pp)]
+        return Costs(hop=self.hop, transfer=self.transfer).messages(pp)
 
 
 def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:

@@ -162,7 +162,7 @@ def _answers(rank: int, case: Case, cards: Any, shared: SharedCards | None) -> I
     """The plans, then each step with its time and how often it was run."""
     from .bench_arms import Arms
 
-    network = Network(case.link, case.message_bytes, cards, scale=0.0, shared=shared)
+    network = Network(case.link, case.message_bytes, cards, scale=0.0, shared=shared, replicas=case.replicas.size)
     network.random.seed(rank)
     arms = Arms(case.shape, case.times, network, case.replicas)
     with network.installed():
@@ -179,12 +179,14 @@ def _answers(rank: int, case: Case, cards: Any, shared: SharedCards | None) -> I
 
 
 def _undisturbed(step: Callable[[], None], network: Network) -> tuple[float, int]:
-    """The time of a step, and how often it was run."""
+    """The time of a step, and how often it was run. Of disturbed ones the shortest counts: what holds a rank up adds to the time."""
+    shortest_s = float("inf")
     for attempt in range(1, _ATTEMPTS + 1):
         step_s, emulated_s, late_s = _timed(step, network)
+        shortest_s = min(shortest_s, step_s)
         if step_s + late_s <= _LATE * emulated_s:
-            break
-    return step_s, attempt
+            return step_s, attempt
+    return shortest_s, attempt
 
 
 def _timed(step: Callable[[], None], network: Network) -> tuple[float, float, float]:

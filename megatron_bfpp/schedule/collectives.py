@@ -34,10 +34,9 @@ class Costs:
         """Of a compute action."""
         return at(self.forward if action.op is Op.F else self.backward, action.stage)
 
-    @property
-    def mean_message(self) -> float:
-        """hop and transfer; the mean over the edges where they differ."""
-        return sum(each if isinstance(each, int | float) else sum(each) / len(each) for each in (self.hop, self.transfer))
+    def messages(self, pp_size: int) -> list[float]:
+        """hop and transfer of each edge."""
+        return [at(self.hop, edge) + at(self.transfer, edge) for edge in range(pp_size)]
 
 
 def at(cost: float | Sequence[float], index: int) -> float:
@@ -103,8 +102,8 @@ class Collectives:
         elif op is Op.REDUCE_GRAD and stage not in self._reducing:
             self._last = self._begin(Action(stage, op), now, self._costs.reduction)
 
-    def compute(self, action: Action, start: float) -> float | None:
-        """When a forward or backward is done that could start at `start`; None while that is not known: ask again."""
+    def compute(self, action: Action, start: float) -> tuple[float, float] | None:
+        """When a forward or backward starts that could at `start`, and when it is done; None while that is not known: ask again."""
         stage, op, microbatch = action
         duration = self._costs.of(action)
         if op is Op.F and microbatch == 0 and stage not in self._gathered:
@@ -114,19 +113,25 @@ class Collectives:
             if parts[-1].end is None:
                 return None
             self._gathered[stage] = []
-            if op is Op.B or len(parts) == 1:
-                start = max(start, parts[-1].end)
-            else:
-                for part in parts:
-                    assert part.end is not None, "collectives end in the order of their launch"
-                    start = max(start, part.end) + duration / len(parts)
-                return start
+            if op is Op.F and len(parts) > 1:
+                return self._in_parts(parts, start, duration)
+            start = max(start, parts[-1].end)
         if op is Op.B:
             count = self._backwards.get(stage, 0) + 1
             if count == self._microbatches and self._reduces_in_backward(stage):
-                return self._reduce(stage, start, duration)
+                end = self._reduce(stage, start, duration)
+                return None if end is None else (start, end)
             self._backwards[stage] = count
-        return start + duration
+        return start, start + duration
+
+    @staticmethod
+    def _in_parts(parts: list[Collective], start: float, duration: float) -> tuple[float, float]:
+        """Of a forward whose layers run as they are gathered."""
+        ends = [part.end for part in parts if part.end is not None]
+        begin = now = max(start, ends[0])
+        for end in ends:
+            now = max(now, end) + duration / len(parts)
+        return begin, now
 
     def _begin(self, action: Action, now: float, duration: float) -> Collective:
         collective = Collective(now, duration)

@@ -97,7 +97,8 @@ class _Replay:
         self.left: dict[Key, float] = {}  # send -> when its tensor may be reused
         self.messages: list[Message] = []
         self.sent: list[deque[list[Key]]] = [deque([[]], SEND_WINDOW) for _ in range(size)]
-        self.cards = Cards() if costs.shared_card else None
+        is_shared = costs.shared_card if isinstance(costs.shared_card, bool) else any(costs.shared_card)
+        self.cards = Cards() if is_shared else None
         carry = None if self.cards is None else self._carry_collective
         self.collectives = [
             Collectives(costs, waits, is_sharded(plan), shape.num_microbatches, carry and partial(carry, rank)) for rank in range(size)
@@ -134,7 +135,8 @@ class _Replay:
             where = ", ".join(f"pp_rank {rank} at {self.plan[rank][self.position[rank]]}" for rank in stuck)
             raise ScheduleError(f"no rank can run its next action: {where}")
         logs = [each.log for each in self.collectives]
-        return Prediction(self.shape, self.spans, [each.reduced for each in self.collectives], self.messages, logs)
+        reduced = [each.reduced for each in self.collectives]
+        return Prediction(self.shape, self.spans, reduced=reduced, messages=self.messages, collectives=logs)
 
     def _go_on(self) -> None:
         """All ranks, as far as it is known when what they wait for is there."""
@@ -149,14 +151,18 @@ class _Replay:
             action = actions[position]
             op = action.op
             if op in COMPUTE:
-                start = end = self._start(action, now, window)
-                if start is not None:
-                    end = collectives.compute(action, start) if self.has_collectives else start + self.durations[op][action.stage]
-                if start is None or end is None:
+                start = self._start(action, now, window)
+                if start is None:
+                    times = None
+                elif self.has_collectives:
+                    times = collectives.compute(action, start)
+                else:
+                    times = start, start + self.durations[op][action.stage]
+                if times is None:
                     self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
                     return
-                now = end
-                self.spans[rank].append(Span(action, start, now))
+                now = times[1]
+                self.spans[rank].append(Span(action, *times))
                 window.append([])
             elif op in SENDS:
                 queue = self.channels[action.stage, op]
