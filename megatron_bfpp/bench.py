@@ -151,7 +151,7 @@ def _of_model(args: argparse.Namespace) -> Setting:
     if strategy.pp < 2:
         raise UserError(f"{args.model} on {args.gpus} GPUs has no pipeline ranks, and so no schedule to run.")
     precision = precision_of(flags) or gpu.precision
-    if precision not in gpu.peak_flops:
+    if not gpu.has(precision):
         raise UserError(f"{args.model} trains in {precision}, which {gpu.name} does not have.\n  Use another --gpu.")
     times = durations(gpt_of(flags), strategy, gpu, precision)
     forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)

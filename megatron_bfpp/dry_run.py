@@ -154,9 +154,9 @@ def _placed(question: Question, rank: Rank, gpu: GPU | None) -> tuple[Placed | N
         if gpu is not None:
             raise UserError(f"nothing can be predicted for --gpu: {error}") from None
         return None, str(error).splitlines()[0]
-    if gpu is not None and found.precision not in gpu.peak_flops:
+    if gpu is not None and not gpu.has(found.precision):
         raise UserError(
-            f"{gpu.name} has no {found.precision}.\n  Use --{' or --'.join(gpu.peak_flops)}, or another --gpu."
+            f"{gpu.name} has no {found.precision.removesuffix('-params')}.\n  Use --{' or --'.join(gpu.peak_flops)}, or another --gpu."
         )
     return found, ""
 

@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from ..errors import UserError
 from .model import Gemm
 
-__all__ = ["GPU", "Link", "known_gpus", "load_gpu"]
+__all__ = ["GPU", "Link", "beside_products", "known_gpus", "load_gpu", "peak_of"]
 
 _PROFILES = Path(__file__).parent / "profiles"
 
@@ -35,6 +35,16 @@ class Link(NamedTuple):
         if ranks == 1 or not size:
             return 0.0
         return size * (ranks - 1) / ranks / self.bytes_per_s + math.log2(ranks) * self.latency_s
+
+
+def peak_of(precision: str) -> str:
+    """The peak that counts for the matrix products of the layers."""
+    return "fp8" if precision == "fp8-params" else precision
+
+
+def beside_products(precision: str) -> str:
+    """What the rest computes in: attention and logits."""
+    return "bf16" if precision.startswith("fp8") else precision
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,10 @@ class GPU:
 
     def gemm_s(self, gemm: Gemm, precision: str) -> float:
         small = (1 + self.half_size / gemm.m) * (1 + self.half_size / gemm.n) * (1 + self.half_size / gemm.k)
-        return gemm.flops * small / (self.matmul * self.peak_flops[precision])
+        return gemm.flops * small / (self.matmul * self.peak_flops[peak_of(precision)])
+
+    def has(self, precision: str) -> bool:
+        return peak_of(precision) in self.peak_flops and beside_products(precision) in self.peak_flops
 
     def is_in_node(self, first: int, ranks: int, num_gpus: int) -> bool:
         """Whether every group of `ranks` GPUs that stand `first` apart in Megatron's numbering has a node to itself or shares one.
@@ -136,9 +149,9 @@ class _Reader:
             self._number(part[key], f"achievable: {key}", 1.0) for key in ("matmul", "memory", "link")
         )
         peaks = top["peak_tflops"] if isinstance(top["peak_tflops"], dict) else {}
-        if top["precision"] not in peaks or not set(peaks) <= {"fp32", "fp16", "bf16"}:
+        if top["precision"] not in peaks or not set(peaks) <= {"fp32", "fp16", "bf16", "fp8"}:
             raise UserError(
-                f"--gpu {self.name}: peak_tflops is a map of fp32, fp16, bf16, with one for {top['precision']}."
+                f"--gpu {self.name}: peak_tflops is a map of fp32, fp16, bf16, fp8, with one for {top['precision']}."
             )
         return GPU(
             name=str(top["name"]),

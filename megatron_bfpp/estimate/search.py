@@ -223,10 +223,14 @@ def _sharded(request: Request, base: Strategy) -> Iterator[Strategy | str]:
                 reason = f"{sharding}: only with the breadth-first schedule"
             elif base.group < base.num_microbatches:  # a chunk would be gathered and reduced for each group
                 reason = f"{sharding}: only with one group of all micro-batches"
+            elif request.precision.startswith("fp8"):
+                reason = f"{sharding}: not in the model with fp8"
             elif not request.hypothetical and request.precision == "fp16":
                 reason = f"{sharding}: Megatron's FSDP2 has no fp16"
             elif not request.hypothetical and not request.gpt.untied:
                 reason = f"{sharding}: Megatron's FSDP2 needs untied embeddings"
+        if sharding == "replicated" and request.precision == "fp8-params" and base.dp > 1:
+            reason = "fp8 parameters: only with the distributed optimizer"
         if sharding != "replicated" and base.dp == 1:
             reason = "sharding: one data-parallel rank"
         if recompute == "selective" and request.gpu.flash_attention:

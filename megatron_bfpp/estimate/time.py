@@ -3,6 +3,8 @@
 a stage      matrix products at what the GPU achieves on their size; the other kernels by the bytes that they move; two
              all-reduces of tensor parallelism forward and two backward, or the gathers and scatters of as many bytes that
              sequence parallelism has instead. They stand between the products and are not overlapped.
+fp8          for the products of the layers only, at the same achieved part of its peak; attention, logits and messages in bf16, and
+             the other kernels move as much as in bf16: the casts are among them
 a backward   twice the products, and what is recomputed
 a message    a layer's output, for each pair of neighbours within a node or over the network. Megatron numbers the tensor ranks
              first, then data, then pipeline: a pipeline rank is tp * dp GPUs in a row.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from ..schedule.collectives import Costs
 from .activations import Activations
-from .hardware import GPU
+from .hardware import GPU, beside_products
 from .memory import PRECISIONS
 from .model import GPT
 from .strategy import BREADTH_FIRST, Strategy
@@ -64,7 +66,7 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     layers = gpt.num_layers // (s.pp * s.chunks)
     stages = s.pp * s.chunks
     forward, backward = [layers * layer.forward] * stages, [layers * layer.backward] * stages
-    head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), precision)
+    head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), beside_products(precision))
     softmax = PASSES * live.head() / gpu.memory_bytes_per_s
     forward[-1] += head + softmax
     backward[-1] += 2 * head + softmax
@@ -120,7 +122,7 @@ class _Layer:
 
     def __init__(self, gpt: GPT, s: Strategy, gpu: GPU, precision: str, live: Activations):
         products = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.layer_gemms(s.micro_batch, s.tp))
-        attention = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
+        attention = sum(gpu.gemm_s(gemm, beside_products(precision)) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
         if gpu.flash_attention:  # leaves out what the causal mask hides
             attention /= 2
         square = PASSES * (live.layer("none") - live.layer("selective")) / gpu.memory_bytes_per_s
@@ -137,15 +139,16 @@ class _Layer:
 def _collectives(gpt: GPT, s: Strategy, gpu: GPU, precision: str) -> tuple[float, float, float]:
     """Gather and reduction of a chunk, and both of the embedding."""
     element, gradient = PRECISIONS[precision][:2]
+    gathered = PRECISIONS[precision].gathered or element
     link = gpu.link(s.tp, s.dp, s.num_gpus)
     layers = gpt.num_layers // (s.pp * s.chunks) * gpt.layer_parameters(s.tp)
     words = gpt.embedding_parameters(s.tp)
 
-    def both(parameters: int) -> tuple[float, float]:
+    def both(parameters: int, element: int) -> tuple[float, float]:
         scattered = link.all_gather_s(gradient * parameters, s.dp)
         if s.sharding == "replicated":
             return 0.0, 2 * scattered
         return link.all_gather_s(element * parameters, s.dp), scattered
 
-    gather, reduction = both(layers)
-    return gather, reduction, sum(both(words))
+    gather, reduction = both(layers, gathered)
+    return gather, reduction, sum(both(words, element))
