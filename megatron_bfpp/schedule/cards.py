@@ -55,7 +55,7 @@ class Cards:
             self._come(start, transfer)
 
     def next_end(self) -> float | None:
-        """When the next transfer would end if no other began; None where none is under way or to come."""
+        """The earliest moment at which a transfer can end; None where none is under way or to come."""
         return min([*map(self._end, self._left), *(start + each.size for start, _, each in self._to_come)], default=None)
 
     def step(self, until: float = float("inf")) -> list[Any]:

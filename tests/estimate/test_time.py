@@ -221,3 +221,16 @@ def test_without_overlap_megatron_pays_for_every_message_and_breadth_first_does_
             assert overlapped == blocking
         else:
             assert gain > overlapped.gather + overlapped.reduction
+
+
+def test_fp8_is_for_the_products_of_the_layers_alone():
+    gpu, strategy = load_gpu("h100-80"), Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8)
+    bf16, fp8, params = (durations(BIG, strategy, gpu, each) for each in ("bf16", "fp8", "fp8-params"))
+    linear = 4 * sum(gpu.gemm_s(gemm, "bf16") for gemm in BIG.layer_gemms(1, 2))  # of the 4 layers of a stage
+    saved = linear * (1 - 989 / 1979)
+    assert bf16.forward[0] - fp8.forward[0] == pytest.approx(saved)
+    assert bf16.backward[0] - fp8.backward[0] == pytest.approx(2 * saved)
+    assert bf16.forward[-1] - bf16.forward[0] == pytest.approx(fp8.forward[-1] - fp8.forward[0])  # the logits
+    assert fp8.gather == bf16.gather and fp8.transfer == bf16.transfer and fp8.reduction == params.reduction == bf16.reduction
+    assert params.gather - params.hop[0] < 0.51 * bf16.gather
+    assert gpu.has("fp8-params") and not load_gpu("a100-80").has("fp8") and not load_gpu("v100-32").has("fp8")
