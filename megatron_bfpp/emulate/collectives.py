@@ -40,7 +40,8 @@ class Collectives:
         self._count = 0
         self._ranks = dist.get_process_group_ranks(group)
         self._to_begin: queue.SimpleQueue[Collective] = queue.SimpleQueue()
-        if network.shared is not None and dist.get_rank() == self._ranks[0]:
+        self._begins = network.shared is not None and dist.get_rank() == self._ranks[0]
+        if self._begins:
             threading.Thread(target=self._begin_all, daemon=True).start()
 
     def launch(self, duration_s: float) -> Collective:
@@ -51,7 +52,8 @@ class Collectives:
         collective = Collective(told, work, self._count)
         self._count += 1
         self._launched.append(collective)
-        self._to_begin.put(collective)
+        if self._begins:
+            self._to_begin.put(collective)
         return collective
 
     def wait(self, collective: Collective) -> None:
