@@ -77,6 +77,7 @@ class Way(NamedTuple):
     transfer_s: float
     latency_s: float
     is_shared: bool
+    in_node: bool
 
 
 def sleep_until(moment_s: float) -> None:
@@ -86,9 +87,11 @@ def sleep_until(moment_s: float) -> None:
         time.sleep(left)
 
 
-# What the shared numbers of a rank's card are: until when it sends and receives; one of the two for both if not full-duplex.
+# What the shared numbers of a rank are: until when its card, and its link within the node, send and receive; one of the two for both
+# if not full-duplex.
 SENDING, RECEIVING = range(2)
-NUMBERS_PER_CARD = 2
+OF_NODE = 2
+NUMBERS_PER_CARD = 4
 
 
 @dataclass
@@ -117,9 +120,9 @@ class Network:
         """Between this rank and a neighbour in its pipeline."""
         link, here, there = self.link, dist.get_rank() // self.replicas, other // self.replicas
         if here // link.node_size == there // link.node_size:
-            return Way(self.scale * self.message_bytes / link.node_bandwidth, link.node_latency_s, False)
+            return Way(self.scale * self.message_bytes / link.node_bandwidth, link.node_latency_s, False, True)
         transfer_s = self.scale * self.message_bytes / link.bandwidth
-        return Way(transfer_s, link.latency_s, self.shared is not None and transfer_s > 0)
+        return Way(transfer_s, link.latency_s, self.shared is not None and transfer_s > 0, False)
 
     def work(self, duration_s: float) -> float:
         """Put work on the compute stream; when it will be done."""
@@ -130,12 +133,12 @@ class Network:
         """Have the compute stream wait."""
         self.stream_s = max(self.stream_s, moment_s)
 
-    def occupy(self, sender: int, receiver: int, duration_s: float) -> float:
-        """When a transfer of `duration_s` of what the stream has made begins; the cards are taken for it."""
+    def occupy(self, sender: int, receiver: int, duration_s: float, in_node: bool = False) -> float:
+        """When a transfer of `duration_s` of what the stream has made begins; the cards, or the links of the node, are taken for it."""
         if duration_s == 0:
             # Ranks come here in the order of real time, which differs a little from that of the streams; nothing may wait for that.
             return self.stream_s
-        taken = [self._index(sender, SENDING), self._index(receiver, RECEIVING)]
+        taken = [self._index(*end) + OF_NODE * in_node for end in ((sender, SENDING), (receiver, RECEIVING))]
         with self.cards.get_lock():
             begin = max(self.stream_s, *(self.cards[index] for index in taken))
             for index in taken:
@@ -145,7 +148,7 @@ class Network:
     def _launch(self, receiver: int, way: Way) -> float:
         """Send a message of what the stream has made; what it carries: when it begins, or on a shared card its ticket."""
         if self.shared is None or not way.is_shared:
-            return self.occupy(dist.get_rank(), receiver, way.transfer_s)
+            return self.occupy(dist.get_rank(), receiver, way.transfer_s, way.in_node)
         ticket = self.shared.ticket(dist.get_rank(), self.sent)
         self.sent += 1
         self.shared.begin_message(ticket, self.stream_s, way.transfer_s, dist.get_rank(), receiver)
