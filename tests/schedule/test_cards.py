@@ -89,7 +89,7 @@ def test_a_shared_card_changes_nothing_for_messages_that_take_no_time(shape, hop
 
 
 @given(shapes, st.sampled_from([0.1, 0.4]), st.sampled_from([0.0, 3.0, 9.0]), st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_sharing_ends_for_every_runtime_and_costs_no_more_than_all_messages(shape, transfer, collective, buckets):
     plans = [(lower(breadth_first(shape), shape, resident_chunks=each), None) for each in (None, 2)]
     if shape.num_microbatches % shape.pp_size == 0:
