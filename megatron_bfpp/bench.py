@@ -15,7 +15,7 @@ from .errors import UserError
 from .files import write_whole
 from .report.bench import Result, as_json, markdown, table
 from .schedule import PipelineShape
-from .schedule.replay import Costs
+from .schedule.collectives import Costs, at
 
 if TYPE_CHECKING:  # Megatron takes seconds to import
     from .integration.bench import Case
@@ -33,6 +33,9 @@ class Setting(NamedTuple):
     transfer: float = 0.0
     reduction: float = 0.0
     gather: float = 0.0
+    node_size: int = 1  # pipeline ranks in a node, within which a message takes the following two
+    node_hop: float = 0.0
+    node_transfer: float = 0.0
 
     @property
     def is_replicated(self) -> bool:
@@ -41,7 +44,10 @@ class Setting(NamedTuple):
     @property
     def network(self) -> str:
         named = ("hop", self.hop), ("transfer", self.transfer), ("reduction", self.reduction), ("gather", self.gather)
-        return " + ".join(f"{name} {value:.3g}" for name, value in named if value) or "free"
+        text = " + ".join(f"{name} {value:.3g}" for name, value in named if value) or "free"
+        if self.node_size == 1:
+            return text
+        return f"{text}, nodes of {self.node_size} with hop {self.node_hop:.3g} + transfer {self.node_transfer:.3g}"
 
 
 # With the defaults about 3 and 20 minutes (full with --repeat 1).
@@ -74,6 +80,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--dp", type=int, default=2, help="replicas of the pipeline where there are reductions or gathers; default 2")
     bench.add_argument("--buckets", type=int, default=1, help="of gradients in the first chunk of the first rank; default 1")
     bench.add_argument("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
+    bench.add_argument("--node-size", type=int, help="pipeline ranks in a node; --hop and --transfer are between nodes. Default: 1")
+    bench.add_argument("--node-hop", type=float, default=0.0, help="latency within a node, in forwards; default 0")
+    bench.add_argument("--node-transfer", type=float, default=0.0, help="transfer within a node, in forwards; default 0")
     bench.add_argument("--half-duplex", action="store_true", help="a card either sends or receives")
     bench.add_argument("--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it")
     bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
@@ -105,17 +114,23 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     """The cases that the command line names. --model also sets the time of a backward."""
     for flag, value, least in (("--forward-ms", args.forward_ms, 0.1), ("--backward-time", args.backward_time, 0.01),
                                ("--repeat", args.repeat, 1), ("--transfer", args.transfer or 0, 0), ("--reduction", args.reduction or 0, 0),
-                               ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1)):  # fmt: skip
+                               ("--gather", args.gather or 0, 0), ("--dp", args.dp, 2), ("--buckets", args.buckets, 1),
+                               ("--node-size", args.node_size or 1, 1), ("--node-hop", args.node_hop, 0),
+                               ("--node-transfer", args.node_transfer, 0)):  # fmt: skip
         if not least <= value <= 10_000:
             raise UserError(f"{flag} is {value:g}; it must lie between {least:g} and 10000.")
     if args.model is not None:
         return [_of_model(args)]
-    if all(each is None for each in (args.shape, args.hop, args.transfer, args.reduction, args.gather)):
+    if args.node_size is None and (args.node_hop or args.node_transfer):
+        raise UserError("--node-hop and --node-transfer are of messages within a node, and each rank has a node of its own.\n"
+                        "  Add --node-size N.")  # fmt: skip
+    if all(each is None for each in (args.shape, args.hop, args.transfer, args.reduction, args.gather, args.node_size)):
         return FULL if args.set == "full" else SHORT
     shapes = [_shape(text) for text in args.shape or ()] or list(dict.fromkeys(each.sizes for each in SHORT))
     hops = args.hop or ((0.5,) if args.transfer is None else (0.0,))
     rest = args.transfer or 0.0, args.reduction or 0.0, args.gather or 0.0
-    return [Setting(sizes, hop, *rest) for sizes in shapes for hop in hops]
+    node = args.node_size or 1, args.node_hop, args.node_transfer
+    return [Setting(sizes, hop, *rest, *node) for sizes in shapes for hop in hops]
 
 
 def _of_model(args: argparse.Namespace) -> Setting:
@@ -127,16 +142,16 @@ def _of_model(args: argparse.Namespace) -> Setting:
     from .estimate.time import durations
     from .plan import model_words
 
-    given = [flag for flag in ("shape", "hop", "transfer", "reduction", "gather") if getattr(args, flag) is not None]
+    given = [flag for flag in ("shape", "hop", "transfer", "reduction", "gather", "node_size") if getattr(args, flag) is not None]
     if given or args.gpu is None or args.gpus is None:
-        wrong = f"--{given[0]} is set as well" if given else f"--{'gpu' if args.gpu is None else 'gpus'} is not"
+        wrong = f"--{given[0].replace('_', '-')} is set as well" if given else f"--{'gpu' if args.gpu is None else 'gpus'} is not"
         raise UserError(f"--model takes its times from an estimate for --gpus of a --gpu, but {wrong}.")
     flags = parse(model_words([args.model]))
     gpu, strategy = load_gpu(args.gpu), strategy_of(flags, args.gpus)
     if strategy.pp < 2:
         raise UserError(f"{args.model} on {args.gpus} GPUs has no pipeline ranks, and so no schedule to run.")
     precision = precision_of(flags) or gpu.precision
-    if precision not in gpu.peak_flops:
+    if not gpu.has(precision):
         raise UserError(f"{args.model} trains in {precision}, which {gpu.name} does not have.\n  Use another --gpu.")
     times = durations(gpt_of(flags), strategy, gpu, precision)
     forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)
@@ -146,7 +161,16 @@ def _of_model(args: argparse.Namespace) -> Setting:
         f"{1e3 * forward:.3g} ms there and {args.forward_ms:g} ms here, a backward {args.backward_time:.2f} times that"
     )
     collectives = (times.reduction / (count * backward), times.gather / (count * forward)) if strategy.dp > 1 else (0.0, 0.0)
-    return Setting((strategy.pp, strategy.chunks, count), times.hop / forward, times.transfer / forward, *collectives)
+    # Where nodes hold a number of whole pipeline ranks; else some messages of every edge cross, but for a few edges.
+    in_node = max(1, gpu.gpus_per_node // (strategy.tp * strategy.dp))
+    edges = gpu.crosses(strategy.tp * strategy.dp, strategy.pp)
+    is_regular = strategy.shape.edges_between_nodes(in_node) == edges
+    messages = [(at(times.hop, edge) / forward, at(times.transfer, edge) / forward) for edge in range(strategy.pp)]
+    slow = next((each for each, crosses in zip(messages, edges, strict=True) if crosses), messages[0])
+    sizes = strategy.pp, strategy.chunks, count
+    if not is_regular or all(edges) or not any(edges):
+        return Setting(sizes, *slow, *collectives)
+    return Setting(sizes, *slow, *collectives, in_node, *messages[edges.index(False)])
 
 
 def _shape(text: str) -> Sizes:
@@ -169,12 +193,11 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in chosen]
     repeated, bar, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
     for setting, case in zip(chosen, cases, strict=True):
-        shape, replicas = case.shape, case.replicas
+        shape = case.shape
         title = f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}, {setting.network}"
         found = run_case(case, partial(bar.step, title))
         repeated += found.repeated
-        costs = Costs(case.times.forward_s, case.times.backward_s, case.link.latency_s, setting.transfer * case.times.forward_s,
-                      replicas.gather_s, replicas.reduction_s, replicas.buckets)  # fmt: skip
+        costs = _costs(case, setting, args.shared_card)
         results += [
             Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
             for arm in case.arms
@@ -183,6 +206,18 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     if repeated:
         print(f"{repeated} steps were run again: the machine was busy when the emulated work was due", file=sys.stderr)
     return results
+
+
+def _costs(case: Case, setting: Setting, shared_card: bool) -> Costs:
+    times, link, replicas, forward_s = case.times, case.link, case.replicas, case.times.forward_s
+    of_chunks = replicas.gather_s, replicas.reduction_s, replicas.buckets
+    if setting.node_size == 1:
+        return Costs(times.forward_s, times.backward_s, link.latency_s, setting.transfer * forward_s, *of_chunks, shared_card)
+    crosses = case.shape.edges_between_nodes(setting.node_size)
+    hop = [link.latency_s if each else link.node_latency_s for each in crosses]
+    transfer = [(setting.transfer if each else setting.node_transfer) * forward_s for each in crosses]
+    shared = [shared_card and each for each in crosses]
+    return Costs(times.forward_s, times.backward_s, hop, transfer, *of_chunks, shared)
 
 
 def _case(args: argparse.Namespace, setting: Setting, arms: tuple[str, ...]) -> Case:
@@ -194,8 +229,9 @@ def _case(args: argparse.Namespace, setting: Setting, arms: tuple[str, ...]) -> 
     shape, forward_s = PipelineShape(*setting.sizes), args.forward_ms / 1e3
     times = StageTimes(forward_s, forward_s * args.backward_time)
     # Messages of one byte on a card that needs the transfer time for it: only the quotient counts.
-    bandwidth = 1 / (setting.transfer * forward_s) if setting.transfer else float("inf")
-    link = Link(setting.network, setting.hop * forward_s, bandwidth, not args.half_duplex, args.shared_card, args.jitter)
+    bandwidth, of_node = (1 / (each * forward_s) if each else float("inf") for each in (setting.transfer, setting.node_transfer))
+    link = Link(setting.network, setting.hop * forward_s, bandwidth, not args.half_duplex, args.shared_card, args.jitter,
+                setting.node_size, setting.node_hop * forward_s, of_node)  # fmt: skip
     replicas = ALONE
     if setting.is_replicated:
         of_all = shape.num_microbatches

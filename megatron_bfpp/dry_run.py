@@ -154,10 +154,11 @@ def _placed(question: Question, rank: Rank, gpu: GPU | None) -> tuple[Placed | N
         if gpu is not None:
             raise UserError(f"nothing can be predicted for --gpu: {error}") from None
         return None, str(error).splitlines()[0]
-    if gpu is not None and found.precision not in gpu.peak_flops:
-        raise UserError(
-            f"{gpu.name} has no {found.precision}.\n  Use --{' or --'.join(gpu.peak_flops)}, or another --gpu."
-        )
+    if gpu is not None and not gpu.has(found.precision):
+        if found.precision.startswith("fp8"):
+            raise UserError(f"{gpu.name} has no fp8.\n  Leave out --fp8-format, or name another --gpu.")
+        words = [f"--{each}" for each in gpu.peak_flops if each in ("bf16", "fp16")]
+        raise UserError(f"{gpu.name} has no {found.precision}.\n  Use {' or '.join(words)}, or another --gpu.")
     return found, ""
 
 

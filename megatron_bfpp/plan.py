@@ -47,7 +47,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         plan.add_argument(f"--{name.replace('_', '-')}", metavar="N,...", help=f"only these numbers of {meaning}")
     for name, words in _CHOICES.items():
         plan.add_argument(f"--{name}", metavar="NAME,...", help=f"only these of {', '.join(words)}")
-    plan.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: the flags', else the GPU's own")
+    plan.add_argument("--precision", choices=("fp32", "fp16", "bf16", "fp8", "fp8-params"),
+                      help="default: the flags', else the GPU's own; fp8: --fp8-format, fp8-params: with --fp8-param-gather")  # fmt: skip
     plan.add_argument("--no-sequence-parallel", action="store_true", help="tensor parallelism without it")
     waits = "Megatron's schedules wait for all messages and reductions, as before 2023"
     plan.add_argument("--no-overlap", action="store_true", help=waits)
@@ -136,8 +137,8 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
         if not 1 <= value <= 10**9:
             raise UserError(f"{flag} is {value:g}; it must be at least 1.")
     precision = args.precision or precision_of(flags) or gpu.precision
-    if precision not in gpu.peak_flops:
-        raise UserError(f"{gpu.name} has no {precision}.\n  Use --precision {' or '.join(gpu.peak_flops)}.")
+    if not gpu.has(precision):
+        raise UserError(f"{gpu.name} has no {precision.removesuffix('-params')}.\n  Use --precision {' or '.join(gpu.peak_flops)}.")
     if not 0 <= 1e9 * args.reserve_gb < gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
     batches = batch_list(args.global_batch, flags.global_batch_size)

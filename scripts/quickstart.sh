@@ -91,7 +91,7 @@ run_arm 1f1b-grouped --num-virtual-stages-per-pipeline-rank 2 --microbatch-group
 run_arm breadth-first --pipeline-schedule breadth-first
 
 grep --no-filename "^megatron_bfpp .*breadth-first, PP" "${out}/breadth-first.log" || true
-"${python}" -m megatron_bfpp.cli show --pp 4 --chunks 2 --microbatches 8 --order 1f1b --order breadth-first \
+"${python}" -m megatron_bfpp.cli show --pp 4 --chunks 2 --microbatches 8 --order interleaved --order breadth-first \
     --svg "${out}/timeline.svg" >"${out}/timeline.txt"
 "${python}" scripts/quickstart_table.py --steps "${steps}" --folder "${out}" 1f1b 1f1b-grouped breadth-first
 echo "planned timelines: ${out}/timeline.svg (as text: bfpp show --pp 4 --chunks 2 --microbatches 8)"

@@ -1,5 +1,6 @@
 """The bfpp command: what it prints and writes, and its exit codes."""
 
+import json
 import os
 import stat
 import subprocess
@@ -41,7 +42,7 @@ def test_show_prints_the_plan_of_sharded_parameters(capsys):
 
 def test_the_picture_has_a_box_for_each_action_of_each_order(tmp_path):
     path = tmp_path / "both.svg"
-    assert main([*SHOW, "--order", "1f1b", "--order", "breadth-first", "--svg", str(path)]) == 0
+    assert main([*SHOW, "--order", "interleaved", "--order", "breadth-first", "--svg", str(path)]) == 0
     boxes = [node for node in ElementTree.parse(path).iter() if node.get("class") in ("F", "B")]
     assert len(boxes) == 2 * (4 * 2 * 4 * 2)
 
@@ -58,7 +59,7 @@ def test_a_written_plan_is_sound_and_a_damaged_one_is_not(tmp_path, capsys):
 
 def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
     page, picture = tmp_path / "both.html", tmp_path / "both.png"
-    both = ["--order", "1f1b", "--order", "breadth-first"]
+    both = ["--order", "interleaved", "--order", "breadth-first"]
     assert main([*SHOW, *both, "--html", str(page)]) == 0
     text = page.read_text()
     assert text.count("<svg") == 1 and "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
@@ -74,7 +75,7 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
     [
         (["show", "--pp", "1", "--chunks", "2", "--microbatches", "4"], "pp_size is 1"),
         ([*SHOW, "--group", "9"], "group is 9"),
-        ([*SHOW, "--order", "1f1b", "--group", "3"], "Megatron takes 4"),
+        ([*SHOW, "--order", "interleaved", "--group", "3"], "Megatron takes 4"),
         ([*SHOW, "--backward-time", "0"], "--backward-time is 0 forwards"),
         ([*SHOW, "--backward-time", "inf"], "--backward-time is inf forwards"),
         ([*SHOW, "--hop", "nan"], "--hop is nan forwards"),
@@ -83,6 +84,11 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
         ([*SHOW, "--svg", "."], "It is a folder"),
         ([*SHOW, "--csv", "a\x00b"], "embedded null"),
         ([*SHOW, "--svg", "/nowhere/picture.svg"], "--svg /nowhere/picture.svg cannot be written"),
+        ([*SHOW, "--transfer", "-1"], "--transfer is -1 forwards"),
+        ([*SHOW, "--order", "interleaved", "--order", "1f1b", "--csv", "x"], "--csv holds one schedule, and 2 are named"),
+        (["show", "--pp", "4"], "--chunks, --microbatches is not given"),
+        (["show", "/nowhere/order.csv"], "/nowhere/order.csv cannot be read"),
+        (["show", "/nowhere/order.csv", "--group", "2"], "--group is of an --order"),
         (["check", "/nowhere/plan.csv"], "/nowhere/plan.csv cannot be read"),
     ],
 )
@@ -187,3 +193,53 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+def test_every_order_goes_by_the_name_that_bench_and_plan_give_it(capsys):
+    from megatron_bfpp.schedule.upstream import ORDERS
+
+    size = ["show", "--pp", "4", "--chunks", "2", "--microbatches", "8"]
+    assert main([*size, *(word for name in ORDERS for word in ("--order", name)), "--hop", "0.5", "--wide"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip(":") for line in lines if line.endswith(":")] == list(ORDERS)
+    # 1F1B has two chunks' forwards in one: 6 (8 + 3) and its hops; breadth-first hides all of them but those at both ends.
+    steps = [float(line.split()[2]) for line in lines if line.startswith("step time")]
+    assert steps[0] == 74 and steps[1] == 64 and steps[2:] == [60, 60, 60]
+    assert "peak live activations 8 (pp_rank 0) to 2" in lines[5]  # of chunks, as for the others
+
+
+def test_a_file_is_shown_as_what_it_holds(tmp_path, capsys):
+    order, plan, other = (tmp_path / name for name in ("order.csv", "plan.csv", "again.csv"))
+    assert main([*SHOW, "--csv", str(order)]) == 0 and main([*SHOW, "--plan", "--csv", str(plan)]) == 0
+    assert main(["show", str(order), "--csv", str(other)]) == 0
+    assert other.read_text() == order.read_text()
+    assert main(["show", str(order), "--plan", "--csv", str(other)]) == 0 and other.read_text() == plan.read_text()
+    capsys.readouterr()
+    assert main(["show", str(order), str(plan), "--order", "interleaved", *SHOW[1:], "--gather", "2"]) == 0
+    found = capsys.readouterr().out
+    assert "order.csv:" in found and "plan.csv:" in found and "interleaved:" in found
+    assert found.count("step time 35 forward units") == 3  # the first gather stands before everything
+
+
+def test_a_planned_trace_has_the_lanes_of_a_measured_one_and_is_not_taken_for_it(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    orders = ["--order", "interleaved", "--order", "breadth-first"]
+    assert main([*SHOW, *orders, "--hop", "0.5", "--reduction", "3", "--gather", "1", "--trace", str(path)]) == 0
+    document = json.loads(path.read_text())
+    events = [event for event in document["traceEvents"] if event["ph"] == "X"]
+    computed = [event for event in events if event["cat"] == "compute"]
+    assert len(computed) == 2 * 4 * 2 * 2 * 4 and {event["pid"] for event in computed} == set(range(8))
+    names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
+    assert names == [f"{order} pp_rank {rank}" for order in ("interleaved", "breadth-first") for rank in range(4)]
+    lanes = {}
+    for event in sorted(events, key=lambda event: event["ts"]):
+        before = lanes.get((event["pid"], event["tid"]), 0.0)
+        assert event["ts"] >= before - 1e-6, event
+        lanes[event["pid"], event["tid"]] = event["ts"] + event["dur"]
+    reductions = [event for event in events if event["name"].endswith("REDUCE_GRAD")]
+    assert len(reductions) == 2 * 4 * 2 and {event["dur"] for event in reductions} == {3000.0}
+    arrows = [event for event in document["traceEvents"] if event["ph"] in "sf"]
+    assert len(arrows) == 2 * 2 * 2 * 7 * 4 and len({event["id"] for event in arrows}) == len(arrows) / 2
+    step = max(event["ts"] + event["dur"] for event in events if event["pid"] >= 4)
+    assert step == pytest.approx(1000 * document["otherData"]["schedules"][1]["step"])
+    assert main(["trace", str(path)]) == 2 and "no trace of megatron_bfpp" in capsys.readouterr().err

@@ -158,6 +158,7 @@ BAD_JOBS = {  # Megatron's words or ours
     "--use-torch-fsdp2 --no-gradient-accumulation-fusion": "--use-torch-fsdp2 requires --untie-embeddings-and-output-weights",
     "--use-megatron-fsdp": "--use-megatron-fsdp does not work with --pipeline-schedule breadth-first",
     "--pipeline-schedule 1f1b --global-batch-size 6": "the last group has 1 microbatches; Megatron needs 0 or at least 2",
+    "--group-query-attention --num-query-groups 3": "is no multiple of --num-query-groups 3",
     "--sft": "--sft is not plain GPT pretraining",
     "--bf16": "V100-32, DGX-1 with InfiniBand has no bf16",
 }

@@ -129,6 +129,12 @@ def test_52b_on_4096_gpus_is_searched_in_time():
         (["plan", "--gpu", "h200", "--gpus", "8", "--global-batch", "8", "--", "--num-layers", "4"], "the model lacks --hidden-size"),
         (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS], "no global batch is given"),
         (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--num-experts", "8"], "--num-experts is not in the model"),
+        (["plan", "--gpu", "a100-80", "--gpus", "8", "--global-batch", "8", "--", *FLAGS, "--fp8-format", "hybrid"], "has no fp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-param-gather"], "--fp8-param-gather is for fp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "e5m2"], "invalid choice: 'e5m2'"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-recipe", "mxfp8"], "--fp8-recipe mxfp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--use-torch-fsdp2"], "fp8 with --use-torch-fsdp2"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-param-gather"], "needs the distributed"),
         (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS[2:], "--num-layers", "many"], "the model's flags"),
     ],
 )  # fmt: skip

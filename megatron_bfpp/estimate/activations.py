@@ -28,6 +28,7 @@ class Activations:
     sequence_parallel: bool
     element: int  # bytes
     flash_attention: bool  # False: the probabilities are stored, as by Megatron's local layers
+    linear: int = 0  # bytes of an element that a matrix product saves of its input; 0: `element`
     fused_rms_norm: bool = True  # False: torch's on a CPU, which saves its input and that normalized, both in fp32
 
     @property
@@ -50,15 +51,18 @@ class Activations:
 
     def _outside_attention(self) -> float:
         gpt, per_rank = self.gpt, self._tokens * self.element / self.tp
-        norms = 2 * self._norm()
+        linear = self.linear or self.element
+        norms = 2 * self._norm(linear)
         masks = 2 * self.message / self.element if gpt.hidden_dropout else 0.0
         # fc1's output, which the activation function keeps, and fc2's input
-        return norms + masks + per_rank * (self._qkv() + gpt.query_width + gpt.fc1_width + gpt.ffn)
+        # In fp8 the attention keeps its output as well.
+        inputs = gpt.ffn * linear + gpt.query_width * (linear + (0 if linear == self.element else self.element))
+        return norms + masks + per_rank * (self._qkv() + gpt.fc1_width) + per_rank / self.element * inputs
 
-    def _norm(self) -> float:
+    def _norm(self, linear: int) -> float:
         """What a norm saves, and its output, which the matrix product behind it saves."""
         saved = self.element if self.fused_rms_norm or not self.gpt.rms_norm else 8
-        return self.message * (saved + self.element) / self.element
+        return self.message * (saved + linear) / self.element
 
     def _qkv(self) -> int:
         """Elements per token that the attention keeps of its queries, keys and values, of all ranks."""
@@ -82,7 +86,7 @@ class Activations:
 
     def head(self) -> float:
         """The final norm's input and output, and the softmax over the vocabulary in fp32."""
-        return self._norm() + 4.0 * self._logits() + 16.0 * self._tokens
+        return self._norm(self.element) + 4.0 * self._logits() + 16.0 * self._tokens
 
     def head_working(self) -> float:
         """The logits and their gradient in the model's precision."""

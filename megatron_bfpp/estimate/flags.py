@@ -28,7 +28,7 @@ _SWITCHES = (
         "--bf16",
         "--fp16",
     ),
-    *("--recompute-activations",),
+    *("--recompute-activations", "--fp8-param-gather"),
 )
 # What this model knows nothing of; estimates without it would be wrong.
 _UNKNOWN = (
@@ -45,7 +45,9 @@ _UNKNOWN = (
         "--decoder-last-pipeline-num-layers",
         "--account-for-embedding-in-pipeline-split",
     ),
-    *("--account-for-loss-in-pipeline-split", "--use-megatron-fsdp", "--fp8-format", "--recompute-modules"),
+    *("--account-for-loss-in-pipeline-split", "--use-megatron-fsdp", "--recompute-modules"),
+    *("--fp4-format", "--first-last-layers-bf16", "--fp8-dot-product-attention", "--fp8-multi-head-attention", "--fp8-output-proj"),
+    "--activation-func-fp8-input-store",
 )
 
 
@@ -71,6 +73,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--recompute-granularity", choices=("selective", "full"))
     parser.add_argument("--recompute-method", choices=("uniform", "block"))
     parser.add_argument("--recompute-num-layers", type=int)
+    parser.add_argument("--fp8-format", choices=("e4m3", "hybrid"))
+    parser.add_argument("--fp8-recipe", default="delayed")
     parser.add_argument("--pipeline-schedule", choices=("1f1b", "breadth-first"), default="1f1b")
     parser.add_argument("--breadth-first-backward", choices=("eager", "late"), default="eager")
     args, rest = parser.parse_known_args(words)
@@ -83,7 +87,24 @@ def parse(words: list[str]) -> argparse.Namespace:
     if args.recompute_method == "block" or (args.recompute_num_layers or 1) != 1:
         raise UserError("bfpp plan knows full recomputation of every single layer only.\n"
                         "  Use --recompute-method uniform --recompute-num-layers 1.")  # fmt: skip
+    _check_fp8(args)
     return args
+
+
+def _check_fp8(args: argparse.Namespace) -> None:
+    """Refuses what of fp8 the estimate does not know, and what Megatron refuses."""
+    if args.fp8_format is None:
+        if args.fp8_param_gather:
+            raise UserError("--fp8-param-gather is for fp8.\n  Add --fp8-format hybrid, or leave it out.")
+        return
+    if args.fp8_recipe not in ("delayed", "tensorwise"):
+        raise UserError(f"--fp8-recipe {args.fp8_recipe} is not in the model of bfpp plan, which knows one scale per tensor.\n"
+                        "  Use --fp8-recipe delayed or tensorwise, or leave out --fp8-format to plan without fp8.")  # fmt: skip
+    if args.fp16 or args.use_torch_fsdp2:
+        wrong = "--fp16" if args.fp16 else "--use-torch-fsdp2"
+        raise UserError(f"fp8 with {wrong} is not in the model of bfpp plan.\n  Leave out {wrong}, or --fp8-format.")
+    if args.fp8_param_gather and not args.use_distributed_optimizer:
+        raise UserError("--fp8-param-gather needs the distributed optimizer.\n  Add --use-distributed-optimizer.")
 
 
 def gpt_of(args: argparse.Namespace) -> GPT:
@@ -121,7 +142,9 @@ def gpt_of(args: argparse.Namespace) -> GPT:
 
 
 def precision_of(args: argparse.Namespace) -> str | None:
-    """None where no flag says it."""
+    """None where no flag says it. fp8: of the layers' matrix products; fp8-params: their parameters too."""
+    if args.fp8_format is not None:
+        return "fp8-params" if args.fp8_param_gather else "fp8"
     return "bf16" if args.bf16 else "fp16" if args.fp16 else None
 
 

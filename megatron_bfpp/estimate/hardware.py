@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from ..errors import UserError
 from .model import Gemm
 
-__all__ = ["GPU", "Link", "known_gpus", "load_gpu"]
+__all__ = ["GPU", "Link", "beside_products", "known_gpus", "load_gpu", "peak_of"]
 
 _PROFILES = Path(__file__).parent / "profiles"
 
@@ -35,6 +35,16 @@ class Link(NamedTuple):
         if ranks == 1 or not size:
             return 0.0
         return size * (ranks - 1) / ranks / self.bytes_per_s + math.log2(ranks) * self.latency_s
+
+
+def peak_of(precision: str) -> str:
+    """The peak that counts for the matrix products of the layers."""
+    return "fp8" if precision == "fp8-params" else precision
+
+
+def beside_products(precision: str) -> str:
+    """What the rest computes in: attention and logits."""
+    return "bf16" if precision.startswith("fp8") else precision
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,37 @@ class GPU:
 
     def gemm_s(self, gemm: Gemm, precision: str) -> float:
         small = (1 + self.half_size / gemm.m) * (1 + self.half_size / gemm.n) * (1 + self.half_size / gemm.k)
-        return gemm.flops * small / (self.matmul * self.peak_flops[precision])
+        return gemm.flops * small / (self.matmul * self.peak_flops[peak_of(precision)])
 
-    def link(self, first: int, ranks: int) -> Link:
-        """Between `ranks` GPUs that stand `first` apart in Megatron's numbering (tensor, data, pipeline; 8 to a node, say).
+    def has(self, precision: str) -> bool:
+        return peak_of(precision) in self.peak_flops and beside_products(precision) in self.peak_flops
 
-        A group over several nodes runs as one ring. It has the network cards of all its members in a node at once.
+    def is_in_node(self, first: int, ranks: int, num_gpus: int) -> bool:
+        """Whether every group of `ranks` GPUs that stand `first` apart in Megatron's numbering has a node to itself or shares one.
+
+        Groups fill the numbering from the start, so their span must divide a node: with 3 ranks on nodes of 8 the third group
+        lies on two of them. The slowest group counts.
         """
-        if first * ranks <= self.gpus_per_node:
+        return num_gpus <= self.gpus_per_node or self.gpus_per_node % (first * ranks) == 0
+
+    def link(self, first: int, ranks: int, num_gpus: int) -> Link:
+        """Between such GPUs. A group over several nodes runs as one ring. It has the network cards of all its members in a node at once."""
+        if self.is_in_node(first, ranks, num_gpus):
             return self.node_link
-        members = max(1, self.gpus_per_node // first)
+        is_aligned = self.gpus_per_node % first == 0
+        members = min(ranks, self.gpus_per_node // first) if is_aligned and ranks % (self.gpus_per_node // first) == 0 else 1
         bandwidth = min(self.node_link.bytes_per_s, self.network_link.bytes_per_s * members)
         return Link(bandwidth, self.network_link.latency_s)
+
+    def crosses(self, apart: int, pp: int) -> list[bool]:
+        """Of each edge of the ring of pipeline ranks, whether some of its messages leave the node.
+
+        A pipeline rank is `apart` GPUs in a row (Megatron numbers the pipeline outermost), each the neighbour of the GPU `apart` on.
+        Edge e is within a node where both ranks are; the last edge leads back to the first rank.
+        """
+        node = self.gpus_per_node
+        inside = [edge * apart // node == ((edge + 2) * apart - 1) // node for edge in range(pp - 1)]
+        return [not each for each in [*inside, pp * apart <= node]]
 
     def calibrated(self, measured_s: float, predict: Callable[[GPU], float]) -> GPU:
         """The same with the `matmul` that makes `predict` agree with one measured step.
@@ -120,9 +149,9 @@ class _Reader:
             self._number(part[key], f"achievable: {key}", 1.0) for key in ("matmul", "memory", "link")
         )
         peaks = top["peak_tflops"] if isinstance(top["peak_tflops"], dict) else {}
-        if top["precision"] not in peaks or not set(peaks) <= {"fp32", "fp16", "bf16"}:
+        if top["precision"] not in peaks or not set(peaks) <= {"fp32", "fp16", "bf16", "fp8"}:
             raise UserError(
-                f"--gpu {self.name}: peak_tflops is a map of fp32, fp16, bf16, with one for {top['precision']}."
+                f"--gpu {self.name}: peak_tflops is a map of fp32, fp16, bf16, fp8, with one for {top['precision']}."
             )
         return GPU(
             name=str(top["name"]),

@@ -26,12 +26,20 @@ class Precision(NamedTuple):
     gradient: int  # the buffer in which they are accumulated and reduced
     optimizer: int  # two moments in fp32, and an fp32 copy of the parameters unless they are fp32 themselves
     step: int  # only during the optimizer's step: fp32 copies of 16-bit gradients
+    linear: int  # what a matrix product of a layer saves of its input
+    copies: int = 0  # of a layer's parameters, kept beside them for the whole step
+    gathered: int = 0  # a layer's parameters on the network; 0: as `element`
 
 
 PRECISIONS = {
-    "fp32": Precision(4, 4, 8, 0),
-    "bf16": Precision(2, 4, 12, 0),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
-    "fp16": Precision(2, 2, 12, 4),
+    "fp32": Precision(4, 4, 8, 0, linear=4),
+    "bf16": Precision(2, 4, 12, 0, linear=2),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
+    "fp16": Precision(2, 2, 12, 4, linear=2),
+    # The matrix products of the layers in fp8, everything else in bf16. Assumed, not measured, of Transformer Engine on Hopper with
+    # one scale per tensor: weights in fp8 and, for the backward, transposed in fp8, made once a step; inputs saved in fp8.
+    "fp8": Precision(2, 4, 12, 0, linear=1, copies=2),
+    # --fp8-param-gather: these two are the parameters, of a byte each; there is none in bf16.
+    "fp8-params": Precision(2, 4, 12, 0, linear=1, gathered=1),
 }
 
 
@@ -66,16 +74,17 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
     gathered = min(s.resident_chunks or 0, max(1, s.chunks - 1)) * chunk + ends
     summed = min(count, RESIDENT_CHUNKS * chunk + ends)
     divided = count / s.dp
-    element, gradient, optimizer, step = precision
+    element, gradient, optimizer, step = precision[:4]
+    weights = element * count + precision.copies * chunk * s.chunks
     stored = {
-        "replicated": (element * count, gradient * count, optimizer * count),
-        "zero1": (element * count, gradient * count, optimizer * divided),
+        "replicated": (weights, gradient * count, optimizer * count),
+        "zero1": (weights, gradient * count, optimizer * divided),
         # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
         "zero2": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
         "zero3": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
     }[s.sharding]
 
-    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention)
+    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention, linear=precision.linear)
     at_once = s.peak_live(pp_rank)
     activations = at_once * per_chunk * live.layer(s.recompute)
     if is_first:

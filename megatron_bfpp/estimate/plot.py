@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_figure
+from .hardware import peak_of
 from .noise_scale import CLUSTERS, trade_off
 from .search import Found, Request
 from .strategy import SCHEDULES
@@ -68,7 +69,7 @@ def _describe_time(axes: Any, request: Request, batches: list[float]) -> None:
     axes.set_xlabel("batch size per GPU, in sequences")
     axes.set_ylabel("GPU-seconds per sequence")
     axes.set_ylim(bottom=0)
-    ideal = request.gpt.flops(1) / request.gpu.peak_flops[request.precision]
+    ideal = request.gpt.flops(1) / request.gpu.peak_flops[peak_of(request.precision)]
     share = axes.secondary_yaxis("right", functions=(lambda value: value / ideal, lambda value: value * ideal))
     share.set_yticks([1 / part for part in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)], ["70%", "60%", "50%", "40%", "30%", "20%"])
     share.set_ylabel("of the peak, in model FLOP/s")

@@ -16,8 +16,8 @@ from .time import durations
 
 __all__ = ["Estimate", "Found", "Request", "estimate", "search"]
 
-# Of each schedule, how many of the fastest by the formula are replayed exactly.
-REPLAYED = 4
+# Of each schedule, how many of the fastest by the formula are replayed exactly: at least, and until the fastest is one of them, at most.
+REPLAYED, MOST_REPLAYED = 4, 12
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,17 @@ def search(request: Request, progress: Callable[[int, int], None] = lambda done,
 
 
 def _exactly(request: Request, estimates: list[Estimate]) -> list[Estimate]:
-    """Fastest first, those at the top of each schedule replayed."""
-    estimates.sort(key=_rank)
+    """Fastest first, those at the top of each schedule replayed. The formula knows nothing of shared cards, and so is too fast at times."""
+    found: list[Estimate] = []
     for schedule in SCHEDULES:
-        best = [index for index, each in enumerate(estimates) if each.strategy.schedule == schedule][:REPLAYED]
-        for index in best:
-            estimates[index] = estimate(request, estimates[index].strategy, exact=True)
-    return sorted(estimates, key=_rank)
+        rest = sorted((each for each in estimates if each.strategy.schedule == schedule), key=_rank, reverse=True)
+        exact: list[Estimate] = []
+        while rest and len(exact) < MOST_REPLAYED:
+            if len(exact) >= REPLAYED and min(map(_rank, exact)) <= _rank(rest[-1]):
+                break
+            exact.append(estimate(request, rest.pop().strategy, exact=True))
+        found += exact + rest
+    return sorted(found, key=_rank)
 
 
 def _rank(each: Estimate) -> tuple[float, float]:
@@ -223,10 +227,14 @@ def _sharded(request: Request, base: Strategy) -> Iterator[Strategy | str]:
                 reason = f"{sharding}: only with the breadth-first schedule"
             elif base.group < base.num_microbatches:  # a chunk would be gathered and reduced for each group
                 reason = f"{sharding}: only with one group of all micro-batches"
+            elif request.precision.startswith("fp8"):
+                reason = f"{sharding}: not in the model with fp8"
             elif not request.hypothetical and request.precision == "fp16":
                 reason = f"{sharding}: Megatron's FSDP2 has no fp16"
             elif not request.hypothetical and not request.gpt.untied:
                 reason = f"{sharding}: Megatron's FSDP2 needs untied embeddings"
+        if sharding == "replicated" and request.precision == "fp8-params" and base.dp > 1:
+            reason = "fp8 parameters: only with the distributed optimizer"
         if sharding != "replicated" and base.dp == 1:
             reason = "sharding: one data-parallel rank"
         if recompute == "selective" and request.gpu.flash_attention:

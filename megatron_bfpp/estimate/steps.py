@@ -3,7 +3,7 @@
 Both take the durations of `time.durations`. The formula, for P ranks, V chunks, M micro-batches in groups of G, the forward f
 and backward b of a stage, c = hop + transfer:
     busiest rank, with what must run before its first and after its last action          max over ranks
-    fill and drain of the network                                                        2 (P-1) c
+    fill and drain of the network, summed over the edges on the way                      2 (P-1) c
     forwards and backwards of a chunk that wait for the chunk before, each V-1 times     max(0, P (f + c) - G f), same with b
     Megatron's loop, which waits for each send of an output to leave                     `_waits_for_sends`
     1F1B, where each P-th micro-batch waits for the way to the last rank and back         c (2 M (P-1) / P - 2)
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..schedule import lower
-from ..schedule.collectives import OURS, Costs
+from ..schedule.collectives import OURS, Costs, at
 from ..schedule.replay import replay
 from ..schedule.upstream import MEGATRON, aligned
 from .strategy import BREADTH_FIRST, Strategy
@@ -64,6 +64,7 @@ def replay_step(strategy: Strategy, times: Durations) -> Step:
         times.gather,
         times.reduction,
         1 if is_chunked else times.buckets,
+        times.shared_card,
     )
     waits = OURS if strategy.schedule in BREADTH_FIRST else MEGATRON
     step = replay(plan, shape, costs, waits).step_time + times.ends + times.optimizer
@@ -77,12 +78,12 @@ def _step(strategy: Strategy, times: Durations, step: float, free: float, is_exa
 
 
 def formula_step(strategy: Strategy, times: Durations) -> Step:
-    free = _computing(strategy, times, 0.0)
-    step = _computing(strategy, times, times.hop + times.transfer) + _waits_for_sends(strategy, times)
+    free = _computing(strategy, times, [0.0] * strategy.pp)
+    step = _computing(strategy, times, times.messages(strategy.pp)) + _waits_for_sends(strategy, times)
     return _step(strategy, times, step + _data_parallel(strategy, times) + times.optimizer, free, strategy.pp == 1)
 
 
-def _computing(strategy: Strategy, times: Durations, c: float) -> float:
+def _computing(strategy: Strategy, times: Durations, messages: list[float]) -> float:
     pp, chunks, count, group = strategy.pp, strategy.chunks, strategy.num_microbatches, strategy.group
     both = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
     before = after = 0.0
@@ -95,21 +96,22 @@ def _computing(strategy: Strategy, times: Durations, c: float) -> float:
         before += both[rank]
     if pp == 1:
         return busiest
-    f, b = times.forward[0], times.backward[0]
-    loops = (chunks - 1) * (max(0.0, pp * (f + c) - group * f) + max(0.0, pp * (b + c) - group * b))
-    total = busiest + 2 * (pp - 1) * c + loops
+    f, b, ring, way = times.forward[0], times.backward[0], sum(messages), sum(messages[:-1])
+    loops = (chunks - 1) * (max(0.0, pp * f + ring - group * f) + max(0.0, pp * b + ring - group * b))
+    total = busiest + 2 * way + loops
     if strategy.schedule == "1f1b":  # pp micro-batches are on their way at one time
-        round_trip = (sum(both) + 2 * (pp - 1) * c) / pp
-        total += max(0.0, count * (round_trip - max(both)) - 2 * c)
+        round_trip = (sum(both) + 2 * way) / pp
+        total += max(0.0, count * (round_trip - max(both)) - 2 * way / (pp - 1))
     return total
 
 
 def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
     if not strategy.schedule.startswith("interleaved"):
         return 0.0
-    pp, count, group, t = strategy.pp, strategy.num_microbatches, strategy.group, times.transfer
+    pp, count, group = strategy.pp, strategy.num_microbatches, strategy.group
+    t = max(at(times.transfer, edge) for edge in range(pp))
     f, b = times.forward[0], times.backward[0]
-    loop = pp * (f + t + times.hop)
+    loop = pp * f + sum(times.messages(pp))
     per_chunk = (count - group) * t + max(group * (f + t), loop) - max(group * f, loop)
     if count == group == pp:
         return (strategy.chunks - 1) * per_chunk
@@ -119,16 +121,30 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
 
 
 def _data_parallel(strategy: Strategy, times: Durations) -> float:
-    more, c = strategy.chunks - 1, times.hop + times.transfer
+    more, ring = strategy.chunks - 1, sum(times.messages(strategy.pp))
     # A chunk lasts as long as its group, or as the way of its first micro-batch around the ranks.
     forward, backward = (
-        max(strategy.group * each[0], strategy.pp * (each[0] + c)) for each in (times.forward, times.backward)
+        max(strategy.group * each[0], strategy.pp * each[0] + ring) for each in (times.forward, times.backward)
     )
-    # The first gather and the last reduction overlap their own forward and backward, but for a bucket.
-    buckets = times.buckets
-    first = max(times.gather / buckets, times.gather - times.forward[0] * (1 - 1 / buckets))
-    last = max(times.reduction / buckets, times.reduction - times.backward[0] * (1 - 1 / buckets))
-    again = max(0, strategy.chunks - strategy.resident_chunks) if strategy.resident_chunks else 0
+    # The first gather overlaps its own forward, but for a bucket.
+    first = max(times.gather / times.buckets, times.gather - times.forward[0] * (1 - 1 / times.buckets))
     gathers = first + more * max(0.0, times.gather - forward)
-    under = more * (times.reduction - backward) + again * times.gather
-    return gathers + last + max(0.0, under) + times.ends
+    again = max(0, strategy.chunks - strategy.resident_chunks) if strategy.resident_chunks else 0
+    # A chunk that is gathered again waits for that, and it for the reduction before it.
+    gathers += again * max(0.0, times.reduction + times.gather - backward)
+    return gathers + _reductions(strategy, times, backward, 1 if again else more) + times.ends
+
+
+def _reductions(strategy: Strategy, times: Durations, backward: float, most: int) -> float:
+    """What of the reductions stands behind the last backward. backward: of a chunk.
+
+    They queue. The end is that of the last reductions without a gap: of all buckets of the last chunk or its last one, or of the
+    n chunks before it too, n backwards of a chunk earlier; n is 1 or `most`, as each chunk adds the same. Of those before only sharded
+    ones have buckets, of which the first is there before the backward of the chunk ends.
+    """
+    reduction, early = times.reduction, times.backward[0] * (1 - 1 / times.buckets)
+    ends = [reduction / times.buckets, reduction - early]
+    if strategy.resident_chunks is None:
+        early = 0.0
+    ends += [(n + 1) * reduction - n * backward - early for n in {min(1, most), most} - {0}]
+    return max(ends)

@@ -3,19 +3,23 @@
 a stage      matrix products at what the GPU achieves on their size; the other kernels by the bytes that they move; two
              all-reduces of tensor parallelism forward and two backward, or the gathers and scatters of as many bytes that
              sequence parallelism has instead. They stand between the products and are not overlapped.
+fp8          for the products of the layers only, at the same achieved part of its peak; attention, logits and messages in bf16, and
+             the other kernels move as much as in bf16: the casts are among them
 a backward   twice the products, and what is recomputed
-a message    a layer's output: within a node where the whole job fits into one, else over the network. Megatron numbers the
-             tensor ranks first, then data, then pipeline, so pipeline neighbours are tp * dp apart, and where not all of them
-             share a node the slower kind decides.
-a collective of a chunk's parameters or gradients, over data-parallel ranks that stand tp apart
+a message    a layer's output, for each pair of neighbours within a node or over the network. Megatron numbers the tensor ranks
+             first, then data, then pipeline: a pipeline rank is tp * dp GPUs in a row.
+a collective of a chunk's parameters or gradients, over data-parallel ranks that stand tp apart. Over the network it has the same
+             card as the messages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..schedule.collectives import Costs
 from .activations import Activations
-from .hardware import GPU
+from .hardware import GPU, beside_products
 from .memory import PRECISIONS
 from .model import GPT
 from .strategy import BREADTH_FIRST, Strategy
@@ -33,18 +37,25 @@ BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 @dataclass(frozen=True)
 class Durations:
-    """In seconds. forward, backward: of each stage in order and one micro-batch."""
+    """In seconds. forward, backward: of each stage in order and one micro-batch. hop, transfer, shared_card: of every message, or for
+    each edge of the ring of pipeline ranks, as in schedule.Costs.
+    """
 
     forward: list[float]
     backward: list[float]
     tensor_parallel: float  # of a stage's forward and backward together, contained in them
-    hop: float
-    transfer: float
+    hop: float | Sequence[float]
+    transfer: float | Sequence[float]
     gather: float  # of a chunk's parameters
     reduction: float  # of a chunk's gradients
     ends: float  # reduction and gather of the embedding, which comes last
     buckets: int  # of a chunk, which is gathered and reduced in so many parts
     optimizer: float
+    shared_card: bool | Sequence[bool] = False
+
+    def messages(self, pp: int) -> list[float]:
+        """hop and transfer of each edge."""
+        return Costs(hop=self.hop, transfer=self.transfer).messages(pp)
 
 
 def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:
@@ -55,13 +66,12 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     layers = gpt.num_layers // (s.pp * s.chunks)
     stages = s.pp * s.chunks
     forward, backward = [layers * layer.forward] * stages, [layers * layer.backward] * stages
-    head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), precision)
+    head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), beside_products(precision))
     softmax = PASSES * live.head() / gpu.memory_bytes_per_s
     forward[-1] += head + softmax
     backward[-1] += 2 * head + softmax
-    link = gpu.link(1, s.num_gpus)
-    if link is not gpu.node_link:
-        link = gpu.network_link
+    crosses = gpu.crosses(s.tp * s.dp, s.pp)
+    links = [gpu.network_link if each else gpu.node_link for each in crosses]
     gather, reduction, ends = _collectives(gpt, s, gpu, precision)
     owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
     owned //= 1 if s.sharding == "replicated" else s.dp
@@ -69,13 +79,14 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
         forward,
         backward,
         tensor_parallel=layers * layer.tensor_parallel,
-        hop=link.latency_s,
-        transfer=live.message / link.bytes_per_s,
+        hop=[each.latency_s for each in links],
+        transfer=[live.message / each.bytes_per_s for each in links],
         gather=gather,
         reduction=reduction,
         ends=ends,
         buckets=_buckets(s, layers, layers * gpt.layer_parameters(s.tp)),
         optimizer=owned * OPTIMIZER_TRAFFIC / gpu.memory_bytes_per_s,
+        shared_card=[each and s.dp > 1 and not gpu.is_in_node(s.tp, s.dp, s.num_gpus) for each in crosses],
     )
     return times if overlap or s.schedule in BREADTH_FIRST else _blocking(s, times)
 
@@ -86,7 +97,7 @@ def _blocking(s: Strategy, times: Durations) -> Durations:
     A rank exchanges once for each forward of its warm-up and backward of its cool-down, and once for each pair between them.
     """
     total = s.chunks * s.num_microbatches
-    message = (times.hop + times.transfer) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
+    message = max(times.messages(s.pp)) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
     return replace(
         times,
         forward=[each + message for each in times.forward],
@@ -111,14 +122,14 @@ class _Layer:
 
     def __init__(self, gpt: GPT, s: Strategy, gpu: GPU, precision: str, live: Activations):
         products = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.layer_gemms(s.micro_batch, s.tp))
-        attention = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
+        attention = sum(gpu.gemm_s(gemm, beside_products(precision)) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
         if gpu.flash_attention:  # leaves out what the causal mask hides
             attention /= 2
         square = PASSES * (live.layer("none") - live.layer("selective")) / gpu.memory_bytes_per_s
         others = PASSES * live.layer("selective") / gpu.memory_bytes_per_s
         # Two all-reduces, each of twice a gather.
         whole = live.message * (s.tp if s.is_split_along_sequence else 1)
-        exchanged = 4 * gpu.link(1, s.tp).all_gather_s(whole, s.tp)
+        exchanged = 4 * gpu.link(1, s.tp, s.num_gpus).all_gather_s(whole, s.tp)
         self.forward = products + attention + square + others + exchanged
         again = {"none": 0.0, "selective": attention + square, "full": self.forward}[s.recompute]
         self.backward = 2 * (products + attention + square + others) + exchanged + again
@@ -128,15 +139,16 @@ class _Layer:
 def _collectives(gpt: GPT, s: Strategy, gpu: GPU, precision: str) -> tuple[float, float, float]:
     """Gather and reduction of a chunk, and both of the embedding."""
     element, gradient = PRECISIONS[precision][:2]
-    link = gpu.link(s.tp, s.dp)
+    gathered = PRECISIONS[precision].gathered or element
+    link = gpu.link(s.tp, s.dp, s.num_gpus)
     layers = gpt.num_layers // (s.pp * s.chunks) * gpt.layer_parameters(s.tp)
     words = gpt.embedding_parameters(s.tp)
 
-    def both(parameters: int) -> tuple[float, float]:
+    def both(parameters: int, element: int) -> tuple[float, float]:
         scattered = link.all_gather_s(gradient * parameters, s.dp)
         if s.sharding == "replicated":
             return 0.0, 2 * scattered
         return link.all_gather_s(element * parameters, s.dp), scattered
 
-    gather, reduction = both(layers)
-    return gather, reduction, sum(both(words))
+    gather, reduction = both(layers, gathered)
+    return gather, reduction, sum(both(words, element))

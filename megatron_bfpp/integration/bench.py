@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..emulate.network import NUMBERS_PER_CARD, Link, Network, sleep_until
+from ..emulate.shared_card import SharedCards
 from ..emulate.stages import StageTimes
 from ..errors import UserError
 from ..schedule import PipelineShape, Schedule
@@ -40,6 +41,7 @@ FREE = ", free collectives"
 
 _LEAD_S = 0.05  # between the agreement on a step's start and the start, for the slowest rank to hear of it
 _LATE = 1.01  # of the emulated step; one that really took longer was held up by the machine
+_BEHIND = 0.7  # of a forward: how late a rank may tell of a transfer on a shared card
 _ATTEMPTS = 4  # at such a step; a host that is always too slow for the stages is part of what is measured
 _PATIENCE_S = 120.0  # beyond the expected duration; then a rank hangs
 
@@ -85,7 +87,8 @@ def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, ste
     size, results = case.shape.pp_size * case.replicas.size, _context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cards = _context.Array("d", NUMBERS_PER_CARD * size)
-    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, results)) for rank in range(size)]
+    shared = SharedCards(_context, size, case.link.full_duplex, _BEHIND * case.times.forward_s) if case.link.collectives_share_card else None
+    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, shared, results)) for rank in range(size)]
     for rank in ranks:
         rank.start()
     found: dict[str, list[float]] = {arm + variant: [] for arm in case.arms for variant in case.variants}
@@ -123,7 +126,7 @@ def _next(results: Any, timeout_s: float) -> tuple[str, Any]:
     return arm, answer
 
 
-def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
+def _rank(rank: int, port: int, case: Case, cards: Any, shared: SharedCards | None, results: Any) -> None:
     size = case.shape.pp_size * case.replicas.size
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
@@ -132,7 +135,7 @@ def _rank(rank: int, port: int, case: Case, cards: Any, results: Any) -> None:
     arm = "the set-up"
     try:
         with _process_group(rank, port, size, case.shape):
-            for arm, answer in _answers(rank, case, cards):
+            for arm, answer in _answers(rank, case, cards, shared):
                 if rank == 0:
                     results.put((arm, answer))
     except BaseException as error:
@@ -155,11 +158,11 @@ def _process_group(rank: int, port: int, size: int, shape: PipelineShape) -> Ite
     dist.destroy_process_group()
 
 
-def _answers(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, Any]]:
+def _answers(rank: int, case: Case, cards: Any, shared: SharedCards | None) -> Iterator[tuple[str, Any]]:
     """The plans, then each step with its time and how often it was run."""
     from .bench_arms import Arms
 
-    network = Network(case.link, case.message_bytes, cards, scale=0.0)
+    network = Network(case.link, case.message_bytes, cards, scale=0.0, shared=shared, replicas=case.replicas.size)
     network.random.seed(rank)
     arms = Arms(case.shape, case.times, network, case.replicas)
     with network.installed():
@@ -176,23 +179,30 @@ def _answers(rank: int, case: Case, cards: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _undisturbed(step: Callable[[], None], network: Network) -> tuple[float, int]:
-    """The time of a step, and how often it was run."""
+    """The time of a step, and how often it was run. Of disturbed ones the shortest counts: what holds a rank up adds to the time."""
+    shortest_s = float("inf")
     for attempt in range(1, _ATTEMPTS + 1):
-        step_s, emulated_s = _timed(step, network)
-        if step_s <= _LATE * emulated_s:
-            break
-    return step_s, attempt
+        step_s, emulated_s, late_s = _timed(step, network)
+        shortest_s = min(shortest_s, step_s)
+        if step_s + late_s <= _LATE * emulated_s:
+            return step_s, attempt
+    return shortest_s, attempt
 
 
-def _timed(step: Callable[[], None], network: Network) -> tuple[float, float]:
-    """Seconds from a start that all ranks agree on to the end of the last rank: real ones, and those of the emulated streams."""
+def _timed(step: Callable[[], None], network: Network) -> tuple[float, float, float]:
+    """Seconds from a start that all ranks agree on to the end of the last rank: real ones, and those of the emulated streams. And
+    by how much a transfer on a shared card began late.
+    """
     start = torch.tensor([time.monotonic() + _LEAD_S], dtype=torch.float64)
     dist.broadcast(start, 0)
     network.stream_s = float(start)
+    if network.shared is not None:
+        network.shared.late_s = 0.0
     sleep_until(network.stream_s)
     step()
     sleep_until(network.stream_s)
-    ends = torch.tensor([time.monotonic(), network.stream_s], dtype=torch.float64) - start
+    late_s = 0.0 if network.shared is None else network.shared.late_s
+    ends = torch.tensor([time.monotonic() - float(start), network.stream_s - float(start), late_s], dtype=torch.float64)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    real, emulated = ends.tolist()
-    return real, emulated
+    real, emulated, late = ends.tolist()
+    return real, emulated, late

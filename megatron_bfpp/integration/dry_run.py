@@ -105,6 +105,12 @@ def _validated(
     told: list[str] = []
     with _listening(told):
         arguments.validate_args(args, defaults)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % groups:  # which Megatron finds out in the first forward
+        raise UserError(
+            f"--num-attention-heads {args.num_attention_heads} is no multiple of --num-query-groups {groups}.\n"
+            "  Change one of them: each group of queries has one head of keys and values."
+        )
     changed += after_validation(args)
     return _job(args, told, changed), args
 

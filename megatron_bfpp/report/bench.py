@@ -92,10 +92,11 @@ def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
     or the way of one micro-batch through all stages and back, whichever is longer. Before that stands the gather of the first bucket of
     the first stage, after it the reduction of the last one. Equal stages.
     """
-    both, hop = sum(_of_equal_stages(costs)), costs.hop + costs.transfer
-    work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * (both + 2 * hop)
+    both, messages = sum(_of_equal_stages(costs)), costs.messages(shape.pp_size)
+    ring, way = sum(messages), sum(messages[:-1])
+    work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * both + 2 * way
     collectives = (costs.gather + costs.reduction) / costs.buckets
-    return max(work, shape.num_stages * both + 2 * (shape.num_stages - 1) * hop) + collectives
+    return max(work, shape.num_stages * both + 2 * ((shape.num_chunks - 1) * ring + way)) + collectives
 
 
 def _of_equal_stages(costs: Costs) -> tuple[float, float]:

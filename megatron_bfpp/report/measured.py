@@ -124,7 +124,9 @@ def _measured(shape: PipelineShape, events: list[dict[str, Any]], waits_are_know
             gates[rank].append((begin, end))
     p2p = [sum(each.end - each.start for each in rank if each.kind == "p2p") for rank in waits]
     exposed_dp = [_covered(each) for each in gates]
-    return Measured(shape, spans, length, waits, busy, p2p if waits_are_known else None, exposed_dp)
+    return Measured(
+        shape, spans, length=length, waits=waits, busy=busy, exposed_p2p=p2p if waits_are_known else None, exposed_dp=exposed_dp
+    )
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:

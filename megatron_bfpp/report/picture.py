@@ -31,7 +31,7 @@ def svg(
         y += _TOP + timeline.shape.pp_size * (_ROW + _GAP) + 34
     total_width, height = round(_LEFT + end * scale + 20), y + 26
     has_waits = any(isinstance(timeline, Measured) for _, timeline in timelines)
-    legend = _legend(y + 6, timelines[0][1].shape.num_chunks, unit, has_waits)
+    legend = _legend(y + 6, max(each.shape.num_chunks for _, each in timelines), unit, has_waits)
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{total_width}' height='{height}' "
         f"viewBox='0 0 {total_width} {height}'>\n<rect width='100%' height='100%' fill='#ffffff'/>\n"

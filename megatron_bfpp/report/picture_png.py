@@ -14,11 +14,11 @@ def png(timelines: list[tuple[str, Timeline]], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--png needs matplotlib.\n  pip install 'megatron-bfpp[report]', or write --svg.") from None
-    ranks = timelines[0][1].shape.pp_size
-    figure = Figure(figsize=(13, len(timelines) * (0.9 + 0.28 * ranks)), layout="constrained")
-    plots = figure.subplots(len(timelines), squeeze=False, sharex=True)[:, 0]
+    most, heights = max(each.shape.num_chunks for _, each in timelines), [0.9 + 0.28 * each.shape.pp_size for _, each in timelines]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    plots = figure.subplots(len(timelines), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (name, timeline) in zip(plots, timelines, strict=True):
-        chunks = timeline.shape.num_chunks
+        chunks, ranks = timeline.shape.num_chunks, timeline.shape.pp_size
         for rank, spans in enumerate(timeline.spans):
             bars = [(span.start, span.end - span.start) for span in spans]
             colors = [shade(span.action.op, timeline.shape.chunk_of(span.action.stage), chunks)[0] for span in spans]
@@ -29,7 +29,8 @@ def png(timelines: list[tuple[str, Timeline]], path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{name}: step {timeline.step_time:g} forwards, bubble {timeline.bubble_fraction:.1%}", loc="left", fontsize=10)
     for op, label in ((Op.F, "forward"), (Op.B, "backward")):
-        axes.barh([0], [0], color=shade(op, chunks - 1, chunks)[0], label=label + (", lighter: an earlier chunk" if chunks > 1 else ""))
+        axes.barh([0], [0], color=shade(op, most - 1, most)[0], label=label + (", lighter: an earlier chunk" if most > 1 else ""))
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.12))
+    axes.set_xlim(0, max(each.step_time for _, each in timelines))
     axes.set_xlabel("time in forwards of a chunk", loc="right", fontsize=8)
     write_figure(figure, path, "--png")

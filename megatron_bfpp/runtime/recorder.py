@@ -13,24 +13,15 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from ..schedule.ir import Action
+from .intervals import ACTION, DP, P2P, Interval
 
 ROUND_TRIPS = 12  # the shortest counts: one that nothing has delayed
-ACTION, P2P, DP = "action", "p2p", "dp"  # what an interval is: an action, or a wait for a message or for a replica
-
-
-class Interval(NamedTuple):
-    """An action, or a wait for what `name` says."""
-
-    name: str
-    kind: str  # ACTION, P2P, DP
-    start: int  # nanoseconds
-    end: int
 
 
 class Clock(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..schedule.ir import COMPUTE, RECEIVES, SENDS, Action, PipelineShape
 from ..schedule.lower import peer
-from .recorder import ACTION, DP, Interval
+from .intervals import ACTION, DP, Interval
 
 FORMAT = "megatron_bfpp trace 1"
 LANES = ("compute", "waiting", "sends", "receives", "data-parallel")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .ir import Action, Op
@@ -11,22 +11,37 @@ from .ir import Action, Op
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations, in one unit of the caller's choice. forward, backward: of every stage, or one for each stage in order."""
+    """Durations, in one unit of the caller's choice.
+
+    forward, backward: of every stage, or one for each stage in order. hop, transfer, shared_card: of every message, or one for each
+    edge of the ring of ranks; edge e joins ranks e and e + 1, the last one the last rank and the first.
+    """
 
     forward: float | Sequence[float] = 1.0
     backward: float | Sequence[float] = 2.0
-    hop: float = 0.0  # of a message between two ranks, beside its transfer
-    transfer: float = 0.0  # of a message: size / bandwidth
+    hop: float | Sequence[float] = 0.0  # of a message between two ranks, beside its transfer
+    transfer: float | Sequence[float] = 0.0  # of a message: size / bandwidth
     gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
     reduction: float = 0.0  # of the gradients of a chunk (REDUCE_GRAD)
     # In so many parts a chunk is gathered during a forward and reduced during its last backward: fully sharded ones (FSDP's units), and of
     # replicated ones the first rank's first chunk (Megatron's buckets).
     buckets: int = 1
+    # Messages share the bandwidth of a rank's network card with its collectives and with each other (cards.py); else each
+    # channel and the collectives have one to themselves.
+    shared_card: bool | Sequence[bool] = False
 
     def of(self, action: Action) -> float:
         """Of a compute action."""
-        cost = self.forward if action.op is Op.F else self.backward
-        return cost if isinstance(cost, int | float) else cost[action.stage]
+        return at(self.forward if action.op is Op.F else self.backward, action.stage)
+
+    def messages(self, pp_size: int) -> list[float]:
+        """hop and transfer of each edge."""
+        return [at(self.hop, edge) + at(self.transfer, edge) for edge in range(pp_size)]
+
+
+def at(cost: float | Sequence[float], index: int) -> float:
+    """One cost of equal or of different ones."""
+    return cost if isinstance(cost, int | float) else cost[index]
 
 
 UNIT = Costs()
@@ -44,71 +59,117 @@ class Waits:
 OURS = Waits()
 
 
+@dataclass(eq=False, slots=True)
+class Collective:
+    """One that has been launched. end: None as long as it is not known, which depends on what else its card carries."""
+
+    launched: float
+    duration: float
+    end: float | None = None
+
+
 class Collectives:
     """One after the other, in the order of their launch, beside everything else that the rank does.
 
     A chunk whose gather does not stand in the plan is gathered when its first forward would start, as Megatron's hooks do.
+    carry: puts one on a card that is shared, and tells its end later; without it each takes its duration.
     """
 
-    def __init__(self, costs: Costs, waits: Waits, is_sharded: bool, num_microbatches: int):
+    def __init__(
+        self, costs: Costs, waits: Waits, is_sharded: bool, num_microbatches: int,
+        carry: Callable[[Collective], None] | None = None,
+    ):  # fmt: skip
         self._costs, self._waits, self._is_sharded, self._microbatches = costs, waits, is_sharded, num_microbatches
-        self._gathered: dict[int, list[float]] = {}  # stage -> when each bucket is there; empty once they were waited for
+        self._carry = carry
+        self._gathered: dict[int, list[Collective]] = {}  # stage -> its buckets; empty once they were waited for
         self._backwards: dict[int, int] = {}  # stage -> how many
-        self._in_backward: set[int] = set()  # stages whose reduction is launched
-        self._unfinished: deque[float] = deque()  # ends of reductions whose gradients take memory (sharded)
+        self._reducing: dict[int, tuple[int, float]] = {}  # stages whose backward launches it -> launched buckets, and until when
+        self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
         self._free = 0.0
-        self.reduced = 0.0  # when the last reduction is done
+        self._last: Collective | None = None  # reduction
+        self.log: list[tuple[Action, Collective]] = []
+
+    @property
+    def reduced(self) -> float:
+        """When the last reduction is done."""
+        return 0.0 if self._last is None else self._last.end or 0.0
 
     def launch(self, action: Action, now: float) -> None:
         """An UNSHARD, RESHARD or REDUCE_GRAD of the plan."""
         stage, op, _ = action
         if op is Op.UNSHARD:
             self._gather(stage, now)
-        elif op is Op.REDUCE_GRAD and stage not in self._in_backward:
-            self._free = self.reduced = max(now, self._free) + self._costs.reduction
+        elif op is Op.REDUCE_GRAD and stage not in self._reducing:
+            self._last = self._begin(Action(stage, op), now, self._costs.reduction)
 
-    def compute(self, action: Action, start: float) -> float:
-        """When a forward or backward is done that could start at `start`."""
+    def compute(self, action: Action, start: float) -> tuple[float, float] | None:
+        """When a forward or backward starts that could at `start`, and when it is done; None while that is not known: ask again."""
         stage, op, microbatch = action
         duration = self._costs.of(action)
         if op is Op.F and microbatch == 0 and stage not in self._gathered:
             self._gather(stage, start)
         parts = self._gathered.get(stage)
         if parts:
+            if parts[-1].end is None:
+                return None
             self._gathered[stage] = []
-            if op is Op.B or len(parts) == 1:
-                start = max(start, parts[-1])
-            else:
-                for part in parts:
-                    start = max(start, part) + duration / len(parts)
-                return start
+            if op is Op.F and len(parts) > 1:
+                return self._in_parts(parts, start, duration)
+            start = max(start, parts[-1].end)
         if op is Op.B:
-            self._backwards[stage] = self._backwards.get(stage, 0) + 1
-            if self._backwards[stage] == self._microbatches and self._reduces_in_backward(stage):
-                return self._reduce(stage, start, duration)
-        return start + duration
+            count = self._backwards.get(stage, 0) + 1
+            if count == self._microbatches and self._reduces_in_backward(stage):
+                end = self._reduce(stage, start, duration)
+                return None if end is None else (start, end)
+            self._backwards[stage] = count
+        return start, start + duration
+
+    @staticmethod
+    def _in_parts(parts: list[Collective], start: float, duration: float) -> tuple[float, float]:
+        """Of a forward whose layers run as they are gathered."""
+        ends = [part.end for part in parts if part.end is not None]
+        begin = now = max(start, ends[0])
+        for end in ends:
+            now = max(now, end) + duration / len(parts)
+        return begin, now
+
+    def _begin(self, action: Action, now: float, duration: float) -> Collective:
+        collective = Collective(now, duration)
+        self.log.append((action, collective))
+        if self._carry is None or not duration:
+            self._free = collective.end = max(now, self._free) + duration
+            return collective
+        self._carry(collective)
+        return collective
 
     def _buckets(self, stage: int) -> int:
         has_buckets = stage == 0 or self._is_sharded or self._waits.for_reductions
         return self._costs.buckets if has_buckets else 1
 
     def _gather(self, stage: int, now: float) -> None:
-        buckets, begin = self._buckets(stage), max(now, self._free)
-        self._gathered[stage] = [begin + self._costs.gather * (part + 1) / buckets for part in range(buckets)]
-        self._free = self._gathered[stage][-1]
+        buckets = self._buckets(stage)
+        size = self._costs.gather / buckets
+        self._gathered[stage] = [self._begin(Action(stage, Op.UNSHARD), now, size) for _ in range(buckets)]
 
     def _reduces_in_backward(self, stage: int) -> bool:
         return self._is_sharded or self._waits.for_reductions or self._buckets(stage) > 1
 
-    def _reduce(self, stage: int, start: float, duration: float) -> float:
+    def _reduce(self, stage: int, start: float, duration: float) -> float | None:
         """When the last backward of a stage is done. Sharded gradients of one chunk at most wait for their reduction."""
-        buckets, now = self._buckets(stage), start
-        self._in_backward.add(stage)
-        for _ in range(buckets):
-            now += duration / buckets
+        buckets = self._buckets(stage)
+        launched, now = self._reducing.get(stage, (0, start))
+        for part in range(launched, buckets):
+            done = now + duration / buckets
             if self._is_sharded and len(self._unfinished) == buckets:
-                now = max(now, self._unfinished.popleft())
-            self._free = max(now, self._free) + self._costs.reduction / buckets
-            self._unfinished.append(self._free)
-        self.reduced = self._free
-        return max(now, self._free) if self._waits.for_reductions else now
+                if self._unfinished[0].end is None:
+                    self._reducing[stage] = part, now
+                    return None
+                done = max(done, self._unfinished.popleft().end or 0.0)
+            now = done
+            self._last = self._begin(Action(stage, Op.REDUCE_GRAD), now, self._costs.reduction / buckets)
+            self._unfinished.append(self._last)
+        self._reducing[stage] = buckets, now
+        if not self._waits.for_reductions:
+            return now
+        assert self._last is not None, "a chunk is reduced in at least one part"
+        return None if self._last.end is None else max(now, self._last.end)

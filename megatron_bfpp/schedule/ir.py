@@ -98,6 +98,10 @@ class PipelineShape:
     def chunk_of(self, stage: int) -> int:
         return stage // self.pp_size
 
+    def edges_between_nodes(self, node_size: int) -> list[bool]:
+        """Of each edge of the ring of ranks, whether it leads out of a node of `node_size` ranks; edge e joins ranks e and e + 1."""
+        return [rank // node_size != (rank + 1) % self.pp_size // node_size for rank in range(self.pp_size)]
+
     def stages_on(self, pp_rank: int) -> range:
         """The stages of a rank, first chunk first."""
         return range(pp_rank, self.num_stages, self.pp_size)

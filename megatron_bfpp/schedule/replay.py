@@ -2,22 +2,27 @@
 
 `simulate` knows dependencies only. Here every send, receive, gather and reduction of the plan counts where it stands:
   - A message begins when it is sent, its receive is posted and the message before it has left the channel; it takes the
-    channel for `transfer` and arrives `hop` later.
+    channel for `transfer` and arrives `hop` later. Both may differ between the edges of the ring: within a node, across nodes.
   - A compute action waits for its message, for the last gather of its chunk, and for the sends that its rank launched
     SEND_WINDOW or more compute actions earlier, as the executor does.
   - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends with the
     last of them.
+  - With a shared card messages and collectives slow each other down (cards.py). When a transfer ends then depends on what begins
+    meanwhile: ranks run as far as they can without that, then the cards go on to the next end.
 Standard library only.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
+from .cards import Cards, Transfer, receiving, sending
 from .check import SEND_WINDOW
-from .collectives import OURS, UNIT, Collectives, Costs, Waits
+from .collectives import OURS, UNIT, Collective, Collectives, Costs, Waits, at
 from .ir import COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
 from .lower import channel, peer
 from .sharding import is_sharded
@@ -28,11 +33,24 @@ __all__ = ["Costs", "Prediction", "Waits", "replay"]
 _MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
 
 
+class Message(NamedTuple):
+    """A send with its receive, and when each was launched and done: the one when its tensor has left, the other with the hop."""
+
+    send: Action
+    receive: Action
+    sent: float
+    posted: float
+    left: float
+    arrived: float
+
+
 @dataclass(frozen=True)
 class Prediction(Timeline):
-    """A timeline of a plan; also when the last reduction of each rank ends."""
+    """A timeline of a plan; also when the last reduction of each rank ends, and what was under way between the ranks."""
 
     reduced: list[float] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    collectives: list[list[tuple[Action, Collective]]] = field(default_factory=list)  # [pp_rank]
 
     @property
     def step_time(self) -> float:
@@ -57,11 +75,13 @@ def replay(plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, waits: Wai
 class _Channel:
     """The messages of one directed channel, in order."""
 
-    sent: deque[float] = field(default_factory=deque)  # launched, not begun: when
-    posted: deque[tuple[float, Key]] = field(default_factory=deque)  # receives not begun: when, and of what
-    senders: deque[Key] = field(default_factory=deque)
+    ranks: tuple[int, int]  # sender, receiver
+    hop: float
+    transfer: float
+    is_shared: bool
+    sent: deque[tuple[float, Action]] = field(default_factory=deque)  # launched, not begun
+    posted: deque[tuple[float, Action]] = field(default_factory=deque)  # receives not begun
     free: float = 0.0
-    ranks: tuple[int, ...] = ()
 
 
 class _Replay:
@@ -75,9 +95,14 @@ class _Replay:
         self.spans: list[list[Span]] = [[] for _ in range(size)]
         self.arrived: dict[Key, float] = {}  # receive -> when its message is there
         self.left: dict[Key, float] = {}  # send -> when its tensor may be reused
+        self.messages: list[Message] = []
         self.sent: list[deque[list[Key]]] = [deque([[]], SEND_WINDOW) for _ in range(size)]
-        sharded = is_sharded(plan)
-        self.collectives = [Collectives(costs, waits, sharded, shape.num_microbatches) for _ in range(size)]
+        is_shared = costs.shared_card if isinstance(costs.shared_card, bool) else any(costs.shared_card)
+        self.cards = Cards() if is_shared else None
+        carry = None if self.cards is None else self._carry_collective
+        self.collectives = [
+            Collectives(costs, waits, is_sharded(plan), shape.num_microbatches, carry and partial(carry, rank)) for rank in range(size)
+        ]
         self.has_collectives = costs.gather > 0 or costs.reduction > 0
         self.ready = list(range(size))
         self.blocked = [False] * size
@@ -86,26 +111,39 @@ class _Replay:
     def _channels(self) -> Iterator[tuple[tuple[int, Op], _Channel]]:
         """The channel of each kind of message of each stage, the same for both ends."""
         made: dict[object, _Channel] = {}
+        costs, size = self.costs, self.shape.pp_size
         for stage in range(self.shape.num_stages):
             for op in SENDS:
                 send = Action(stage, op, 0)
                 received = peer(send, self.shape)
                 if received is not None:
                     key = channel(send, self.shape)
-                    found = made.setdefault(key, _Channel(ranks=key[1:]))
+                    edge = key[1] if op is Op.SEND_F else key[2]
+                    shared = costs.shared_card if isinstance(costs.shared_card, bool) else costs.shared_card[edge % size]
+                    found = made.setdefault(key, _Channel(key[1:], at(costs.hop, edge), at(costs.transfer, edge), shared))
                     yield (stage, op), found
                     yield (received.stage, received.op), found
 
     def to_the_end(self) -> Prediction:
-        while self.ready:
-            rank = self.ready.pop()
-            self.blocked[rank] = False
-            self._advance(rank)
+        self._go_on()
+        while self.cards is not None and (done := self.cards.step()):
+            for then in done:
+                then(self.cards.now)
+            self._go_on()
         stuck = [rank for rank, actions in enumerate(self.plan) if self.position[rank] < len(actions)]
         if stuck:
             where = ", ".join(f"pp_rank {rank} at {self.plan[rank][self.position[rank]]}" for rank in stuck)
             raise ScheduleError(f"no rank can run its next action: {where}")
-        return Prediction(self.shape, self.spans, [each.reduced for each in self.collectives])
+        logs = [each.log for each in self.collectives]
+        reduced = [each.reduced for each in self.collectives]
+        return Prediction(self.shape, self.spans, reduced=reduced, messages=self.messages, collectives=logs)
+
+    def _go_on(self) -> None:
+        """All ranks, as far as it is known when what they wait for is there."""
+        while self.ready:
+            rank = self.ready.pop()
+            self.blocked[rank] = False
+            self._advance(rank)
 
     def _advance(self, rank: int) -> None:
         actions, now, window, collectives = self.plan[rank], self.clock[rank], self.sent[rank], self.collectives[rank]
@@ -115,15 +153,20 @@ class _Replay:
             if op in COMPUTE:
                 start = self._start(action, now, window)
                 if start is None:
+                    times = None
+                elif self.has_collectives:
+                    times = collectives.compute(action, start)
+                else:
+                    times = start, start + self.durations[op][action.stage]
+                if times is None:
                     self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
                     return
-                now = collectives.compute(action, start) if self.has_collectives else start + self.durations[op][action.stage]
-                self.spans[rank].append(Span(action, start, now))
+                now = times[1]
+                self.spans[rank].append(Span(action, *times))
                 window.append([])
             elif op in SENDS:
                 queue = self.channels[action.stage, op]
-                queue.sent.append(now)
-                queue.senders.append(action)
+                queue.sent.append((now, action))
                 window[-1].append(action)
                 self._begin(queue)
             elif op in RECEIVES:
@@ -155,12 +198,36 @@ class _Replay:
 
     def _begin(self, queue: _Channel) -> None:
         while queue.sent and queue.posted:
-            posted, receive = queue.posted.popleft()
-            begin = max(queue.sent.popleft(), posted, queue.free)
-            queue.free = begin + self.costs.transfer
-            self.left[queue.senders.popleft()] = queue.free
-            self.arrived[receive] = queue.free + self.costs.hop
-            for rank in queue.ranks:
-                if self.blocked[rank]:
-                    self.blocked[rank] = False
-                    self.ready.append(rank)
+            sent, posted = queue.sent.popleft(), queue.posted.popleft()
+            begin = max(sent[0], posted[0])
+            if self.cards is None or not queue.is_shared or not queue.transfer:
+                self._arrive(queue, sent, posted, max(begin, queue.free) + queue.transfer)
+            else:
+                sender, receiver = queue.ranks
+                self._carry(partial(self._arrive, queue, sent, posted), begin, queue.transfer, sender, receiver, queue)
+
+    def _arrive(self, queue: _Channel, sent: tuple[float, Action], posted: tuple[float, Action], left: float) -> None:
+        queue.free, arrived = left, left + queue.hop
+        self.left[sent[1]], self.arrived[posted[1]] = left, arrived
+        self.messages.append(Message(sent[1], posted[1], sent[0], posted[0], left, arrived))
+        self._wake(queue.ranks)
+
+    def _wake(self, ranks: tuple[int, ...]) -> None:
+        for rank in ranks:
+            if self.blocked[rank]:
+                self.blocked[rank] = False
+                self.ready.append(rank)
+
+    def _carry(self, then: Callable[[float], None], start: float, size: float, sender: int, receiver: int, queue: Hashable) -> None:
+        """Put a transfer on shared cards. then: what to do when it has ended."""
+        assert self.cards is not None, "no card is shared"
+        self.cards.begin(Transfer(then, size, (sending(sender), receiving(receiver)), queue), start)
+
+    def _carry_collective(self, rank: int, collective: Collective) -> None:
+        """As in a ring it takes a card in both directions."""
+
+        def end(now: float) -> None:
+            collective.end = now
+            self._wake((rank,))
+
+        self._carry(end, collective.launched, collective.duration, rank, rank, rank)

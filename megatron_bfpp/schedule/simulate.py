@@ -33,6 +33,7 @@ class Timeline:
 
     shape: PipelineShape
     spans: list[list[Span]]
+    chunks_per_stage: int = 1  # 1F1B without chunks has the chunks of a rank as one stage, with the activations of all of them
 
     @property
     def step_time(self) -> float:
@@ -52,7 +53,7 @@ class Timeline:
             for span in spans:
                 live += 1 if span.action.op is Op.F else -1
                 peak = max(peak, live)
-            peaks.append(peak)
+            peaks.append(peak * self.chunks_per_stage)
         return peaks
 
 

@@ -1,14 +1,35 @@
-"""How others run a schedule, for predictions: how they wait, and where Megatron launches reductions and gathers."""
+"""The schedules by their names, and how others run one, for predictions: how they wait, where Megatron launches reductions and gathers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .collectives import Waits
+from .collectives import OURS, Waits
 from .ir import Action, Op, PipelineShape, Schedule
+from .orders import breadth_first, interleaved_1f1b, one_f_one_b
+
+# Megatron's schedule without chunks, its default with chunks, the same with a group of all micro-batches, and this plugin's with
+# either backward: the words of bfpp show, plan and bench.
+ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late")
 
 MEGATRON = Waits(for_forward_sends=True)  # since 0.18 (PR 4047), before the output is freed
 TORCH = Waits(for_sends=False, for_reductions=True)  # torch.distributed.pipelining's looped schedules, 2.14, with its DDP
+
+
+def order_of(name: str, shape: PipelineShape, group: int | None = None) -> Schedule:
+    """The order that goes by that name. group: of interleaved and breadth-first; None for their defaults. 1f1b takes num_chunks 1."""
+    if name == "1f1b":
+        return one_f_one_b(shape)
+    if name == "interleaved-grouped":
+        return interleaved_1f1b(shape, shape.num_microbatches)
+    if name == "interleaved":
+        return interleaved_1f1b(shape, group)
+    return breadth_first(shape, group, eager_backward=name == "breadth-first")
+
+
+def waits_of(name: str) -> Waits:
+    """What waits for what while that order runs; an order of any other name is run by this plugin."""
+    return MEGATRON if name in ("1f1b", "interleaved", "interleaved-grouped") else OURS
 
 
 def aligned(plan: Schedule, shape: PipelineShape) -> Schedule:

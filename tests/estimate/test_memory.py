@@ -121,3 +121,16 @@ def test_replicated_and_zero1_state():
     for sharding, expected in (("replicated", 18 * layers_of_rank), ("zero1", (6 + 12 / 8) * layers_of_rank)):
         found = memory(gpt, Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8, sharding), PRECISIONS["bf16"], True, 1)
         assert found.parameters + found.gradients + found.optimizer == expected
+
+
+def test_fp8_saves_the_inputs_of_products_in_a_byte_and_keeps_weights_twice():
+    gpt = GPT(64, 8192, 64, 1024, 50257, untied=True, hidden_dropout=0, attention_dropout=0)
+    strategy, layers = Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8), 16 * gpt.layer_parameters(2)
+    bf16, fp8, params = (memory(gpt, strategy, PRECISIONS[each], True, 1) for each in ("bf16", "fp8", "fp8-params"))
+    assert (bf16.parameters, fp8.parameters, params.parameters) == (2 * layers, 4 * layers, 2 * layers)
+    assert (fp8.gradients, fp8.optimizer) == (bf16.gradients, bf16.optimizer)
+    # Per token and layer, of h = 8192, on each of 2 tensor ranks, split along the sequence: norms' inputs and outputs, queries, keys,
+    # values and attention's output, fc1's output, fc2's input.
+    h, at_once = 8192, strategy.peak_live(1) * 4
+    assert bf16.activations == at_once * 1024 * h / 2 * (2 * (2 + 2) + 2 * (3 + 1) + 2 * 4 + 2 * 4)
+    assert fp8.activations == at_once * 1024 * h / 2 * (2 * (2 + 1) + 2 * (3 + 1) + 1 + 2 * 4 + 1 * 4)

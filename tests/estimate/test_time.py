@@ -121,11 +121,37 @@ def test_the_last_stage_is_longer_by_the_logits_and_a_backward_by_what_is_recomp
 
 def test_links_follow_megatrons_order_of_ranks():
     gpu = load_gpu("h100-80")
-    assert gpu.link(1, 8) == gpu.link(2, 4) == gpu.node_link
-    assert gpu.link(8, 16).bytes_per_s == gpu.network_link.bytes_per_s  # one member in each node
-    assert gpu.link(2, 16).bytes_per_s == 4 * gpu.network_link.bytes_per_s  # four, with a card each
-    one_node, two = (durations(BIG, Strategy("1f1b", 2, 2, dp, 1, 1, 4, 4), gpu, "bf16") for dp in (2, 4))
-    assert one_node.transfer < two.transfer
+    assert gpu.link(1, 8, 64) == gpu.link(2, 4, 64) == gpu.node_link
+    assert gpu.link(8, 16, 512).bytes_per_s == gpu.network_link.bytes_per_s  # one member in each node
+    assert gpu.link(2, 16, 512).bytes_per_s == 4 * gpu.network_link.bytes_per_s  # four, with a card each
+    # Groups of 3 in nodes of 8: the third has its members on two nodes, one of them alone there. In one node all are together.
+    assert gpu.link(1, 3, 24).bytes_per_s == gpu.network_link.bytes_per_s and gpu.link(1, 3, 6) == gpu.node_link
+
+
+@pytest.mark.parametrize(
+    ("apart", "pp", "crossing"),
+    [
+        (8, 4, [0, 1, 2, 3]),
+        (4, 4, [1, 3]),  # two ranks in a node
+        (1, 16, [7, 15]),
+        (2, 4, []),  # the whole job in one node, the last edge too
+        (1, 8, []),
+        (3, 8, [1, 2, 4, 5, 7]),  # GPUs 0 to 5 in a node; of 3 to 8 some are, and of 15 to 20
+        (6, 2, [0, 1]),
+    ],
+)
+def test_a_message_crosses_nodes_where_any_gpu_of_a_rank_has_its_neighbour_elsewhere(apart, pp, crossing):
+    gpu = load_gpu("h100-80")  # 8 to a node
+    assert [edge for edge, each in enumerate(gpu.crosses(apart, pp)) if each] == crossing
+
+
+def test_messages_and_reductions_take_the_links_of_their_ranks():
+    gpu = load_gpu("h100-80")
+    times = durations(BIG, Strategy("breadth-first", 4, 4, 1, 4, 1, 8, 8), gpu, "bf16")
+    assert times.transfer[0] < times.transfer[1] == times.transfer[3] and times.hop[0] < times.hop[1]
+    assert not any(times.shared_card)  # no replicas
+    wide = durations(BIG, Strategy("breadth-first", 4, 4, 4, 4, 1, 8, 8), gpu, "bf16")
+    assert all(wide.shared_card) and not any(durations(BIG, Strategy("1f1b", 4, 2, 4, 1, 1, 8, 8), gpu, "bf16").shared_card)
 
 
 def test_a_collective_is_a_ring():
@@ -195,3 +221,16 @@ def test_without_overlap_megatron_pays_for_every_message_and_breadth_first_does_
             assert overlapped == blocking
         else:
             assert gain > overlapped.gather + overlapped.reduction
+
+
+def test_fp8_is_for_the_products_of_the_layers_alone():
+    gpu, strategy = load_gpu("h100-80"), Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8)
+    bf16, fp8, params = (durations(BIG, strategy, gpu, each) for each in ("bf16", "fp8", "fp8-params"))
+    linear = 4 * sum(gpu.gemm_s(gemm, "bf16") for gemm in BIG.layer_gemms(1, 2))  # of the 4 layers of a stage
+    saved = linear * (1 - 989 / 1979)
+    assert bf16.forward[0] - fp8.forward[0] == pytest.approx(saved)
+    assert bf16.backward[0] - fp8.backward[0] == pytest.approx(2 * saved)
+    assert bf16.forward[-1] - bf16.forward[0] == pytest.approx(fp8.forward[-1] - fp8.forward[0])  # the logits
+    assert fp8.gather == bf16.gather and fp8.transfer == bf16.transfer and fp8.reduction == params.reduction == bf16.reduction
+    assert params.gather - params.hop[0] < 0.51 * bf16.gather
+    assert gpu.has("fp8-params") and not load_gpu("a100-80").has("fp8") and not load_gpu("v100-32").has("fp8")

@@ -17,7 +17,7 @@ SHARED = {"megatron_bfpp", "megatron_bfpp.errors", "megatron_bfpp.files"}  # the
 ROOMS = {
     "schedule": set(),
     "runtime": {"megatron_bfpp.schedule", "torch"},
-    "emulate": {"torch"},
+    "emulate": {"megatron_bfpp.schedule", "torch"},  # schedule: how transfers share a card
     "integration": {  # report: a traced run draws its own timeline
         *("megatron_bfpp.report", "megatron_bfpp.schedule", "megatron_bfpp.runtime", "megatron_bfpp.emulate", "torch", "numpy", "yaml", "megatron"),
     },
