@@ -193,9 +193,8 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
     changes: dict[str, Any] = {"microbatch_group_size_per_vp_stage": microbatches}
     if config.overlap_p2p_comm:  # nearly all of the step is warm-up and cool-down, which block without it
         changes["overlap_p2p_comm_warmup_flush"] = True
-    pp_group = process_groups(call.get("p2p_communicator"), call.get("pg_collection"))[0]
     evaluation = call.get("forward_only", False)
-    begin_step(evaluation, shape, torch.distributed.get_process_group_ranks(pp_group), pp_group.rank())
+    begin_step(evaluation, shape)
     ACTIVITY.begin("Megatron's loop")
     total = microbatches * len(call["model"])
     late = {"get_pp_rank_microbatches": lambda *_, **__: (total, True, total, 0)}

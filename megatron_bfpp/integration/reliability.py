@@ -10,7 +10,7 @@ import atexit
 import faulthandler
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -67,8 +67,8 @@ def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def begin_step(evaluation: bool, shape: PipelineShape, ranks: list[int], pp_rank: int) -> None:
-    """The schedule is called. ranks: global, by pp_rank."""
+def begin_step(evaluation: bool, shape: PipelineShape, ranks: Sequence[int] = (), pp_rank: int | None = None) -> None:
+    """The schedule is called. ranks: global, by pp_rank; none where Megatron's loop sends the messages."""
     args = megatron_args()
     step = "" if args is None else f"step {args.curr_iteration + 1}"  # as the log counts
     ACTIVITY.begin_step(f"evaluation after {step}" if evaluation else step, shape, ranks, pp_rank)

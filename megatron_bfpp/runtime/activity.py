@@ -7,6 +7,7 @@ thread reads them at any time; what it reads may be one action old, never torn.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..schedule.ir import Action, Op, PipelineShape
@@ -55,11 +56,11 @@ class Activity:
         self.since = time.monotonic()
         self.is_timed = False  # whether `doing` must come to an end
         self._shape: PipelineShape | None = None
-        self._ranks: list[int] = []  # global, by pp_rank
+        self._ranks: Sequence[int] = []  # global, by pp_rank
         self._pp_rank: int | None = None
         self._launched: list[tuple[Action, Any]] = []
 
-    def begin_step(self, step: str, shape: PipelineShape, ranks: list[int], pp_rank: int) -> None:
+    def begin_step(self, step: str, shape: PipelineShape, ranks: Sequence[int], pp_rank: int | None) -> None:
         """A step of a pipeline whose ranks have the global ranks `ranks`."""
         self.step, self._shape, self._ranks, self._pp_rank = step, shape, ranks, pp_rank
         self._launched = []
