@@ -106,6 +106,7 @@ IN_STEP = {
 }  # fmt: skip
 AT_START = {
     "another_flag": lambda: ["--global-batch-size", "4"],
+    "a_wrong_flag": lambda: ["--breadth-first-backward", "soon"],
     "another_schedule": lambda: ["--pipeline-schedule", "1f1b"],
     "another_release": _another_release,
 }

@@ -136,6 +136,14 @@ def test_a_rank_started_otherwise_is_refused_by_all_before_a_model_is_built(tmp_
     assert not any("building GPT model" in output or "Traceback" in output for output in job.outputs)
 
 
+def test_a_rank_that_is_refused_alone_says_so(tmp_path):
+    codes, outputs = run_ranks(
+        _train, 4, tmp_path, str(tmp_path / "steps.jsonl"), [*MODEL, *BREADTH_FIRST], fault("a_wrong_flag", 2, tmp_path)
+    )
+    assert codes[2] == 2
+    assert "megatron_bfpp: rank 2 is refused: --breadth-first-backward soon does not exist." in outputs[2]
+
+
 def test_a_full_disk_while_saving_loses_the_steps_since_the_checkpoint_before(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
