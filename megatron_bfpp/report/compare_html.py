@@ -7,6 +7,7 @@ from html import escape
 
 from .compare import Arm, Comparison
 from .compare_text import COLUMNS, cells, sections
+from .picture import least_width
 from .runs import Run, number
 
 _LARGEST_PICTURE = 4_000_000  # bytes of a timeline.svg that is still put into the page
@@ -42,7 +43,8 @@ svg { display: block; width: 100%; overflow: visible; } svg text { fill: var(--s
   margin-right: 1.2rem; }
 .key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align:
   middle; background: var(--key); }
-figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); } figcaption { color:
+figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); }
+img { display: block; width: 100%; height: auto; } figcaption { color:
   var(--soft); font-size: .9rem; }
 @media (max-width: 60rem) {
   thead { display: none; } table, tbody, tr, td { display: block; width: 100%; }
@@ -168,8 +170,9 @@ def _timelines(runs: list[Run]) -> str:
         path = run.path / "timeline.svg"
         if run.arm in pictures or not path.is_file() or path.stat().st_size > _LARGEST_PICTURE:
             continue
-        data = base64.b64encode(path.read_bytes()).decode()
-        image = f"<img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'>"
+        content = path.read_bytes()
+        data, width = base64.b64encode(content).decode(), least_width(content[:500].decode("utf-8", "replace"))
+        image = f"<img alt='timeline of {escape(run.name)}' style='min-width: {width}px' src='data:image/svg+xml;base64,{data}'>"
         caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
         pictures[run.arm] = f"{caption}<figure>{image}</figure>"
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""
