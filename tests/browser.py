@@ -1,4 +1,4 @@
-"""Headless Chromium, spoken to over a pipe by its DevTools protocol: pages as users see them, without a browser package."""
+"""Headless Chromium, spoken to over a pipe by its DevTools protocol: pages as users see them."""
 
 import base64
 import json
@@ -7,6 +7,7 @@ import select
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -31,8 +32,10 @@ class Browser:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         # Chromium reads its file descriptor 3 and writes to 4; the shell puts ours there.
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", "--no-first-run",
-                   f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "about:blank"]  # fmt: skip
+        options = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", "--no-first-run",
+            f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "about:blank",
+        ]  # fmt: skip
         command = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", chromium(), *options]
         self._process = subprocess.Popen(
             command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -41,7 +44,7 @@ class Browser:
         os.close(from_browser)
         self._session = ""
 
-    def __enter__(self) -> "Browser":
+    def __enter__(self) -> Self:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -58,9 +61,11 @@ class Browser:
         os.close(self._read)
 
     def open(self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Show a file in a window of that size, on a light or a dark screen; returns when it has loaded all it loads."""
+        """Show a file in a window of that size, on a light or dark screen; returns when it has loaded all it loads."""
         is_phone = width < 600
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=is_phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=is_phone
+        )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._loaded = False
         self.call("Page.navigate", url=path.as_uri())
@@ -81,7 +86,9 @@ class Browser:
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters}
-        os.write(self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        os.write(
+            self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
         while number not in self._answers:
             self._receive()
         answer = self._answers.pop(number)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class OfflineRun:
-    """The one run in a folder offline-run-*. run: W&B's record; config: name -> value; history: step -> name -> value."""
+    """The run in a folder offline-run-*. run: W&B's record; config: name -> value; history: step -> name -> value."""
 
     def __init__(self, folder: Path):
         from wandb.proto import wandb_internal_pb2 as messages
@@ -34,7 +34,10 @@ class OfflineRun:
     def artifact_of(self, kind: str) -> dict[str, bytes]:
         """The files of the artifact of that type: name -> content."""
         (artifact,) = [each for each in self.artifacts if each.type == kind]
-        return {each.path: Path(each.local_path).read_bytes() if Path(each.local_path).exists() else b"" for each in artifact.manifest.contents}
+        return {
+            each.path: Path(each.local_path).read_bytes() if Path(each.local_path).exists() else b""
+            for each in artifact.manifest.contents
+        }
 
     def table(self, name: str) -> dict:
         """A logged wandb.Table: {"columns": ..., "data": ...}."""

@@ -1,4 +1,4 @@
-"""An arm that is killed, a full disk, a directory that is gone, a log that is cut off: the report says so, all else is whole."""
+"""An arm is killed, a disk is full, a directory is gone, a log is cut off: the report says so, and all else is whole."""
 
 import json
 import os
@@ -134,13 +134,18 @@ def ab(tmp_path):
     """ab(out, **settings): ab_local.sh under way, of three arms in one round, with that trainer."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    python = f'#!/usr/bin/env bash\nif [[ " $* " == *" torch.distributed.run "* ]]; then exec {sys.executable} "{stubs}/torchrun.py" "$@"; fi\n'
-    for name, content in (("python", f'{python}exec {sys.executable} "$@"\n'), ("torchrun.py", TORCHRUN), ("rank.py", RANK)):
+    python = (
+        f'#!/usr/bin/env bash\nif [[ " $* " == *" torch.distributed.run "* ]]; then exec {sys.executable} '
+        f'"{stubs}/torchrun.py" "$@"; fi\nexec {sys.executable} "$@"\n'
+    )
+    for name, content in (("python", python), ("torchrun.py", TORCHRUN), ("rank.py", RANK)):
         (stubs / name).write_text(content)
     (stubs / "python").chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_", "BFPP_"))}
-    fixed = {"PYTHON": str(stubs / "python"), "RANK_SCRIPT": str(stubs / "rank.py"), "TESTS": str(ROOT / "tests"), "DATA_PATH": "text",
-             "ARMS": "interleaved breadth-first interleaved-grouped", "ROUNDS": "1", "STEPS": "8"}  # fmt: skip
+    fixed = {
+        "PYTHON": str(stubs / "python"), "RANK_SCRIPT": str(stubs / "rank.py"), "TESTS": str(ROOT / "tests"),
+        "DATA_PATH": "text", "ARMS": "interleaved breadth-first interleaved-grouped", "ROUNDS": "1", "STEPS": "8",
+    }  # fmt: skip
 
     def start(out, **settings):
         environment = kept | fixed | {"OUTPUT_PATH": str(out), **settings}

@@ -35,7 +35,14 @@ def timeline(microbatches: int) -> str:
 def report(tmp_path):
     """A report with everything in it: names as long as they get, a failed run, a wide and a narrow timeline."""
     paths = two_arms(tmp_path / "runs", rounds=2)
-    paths.append(make_run(tmp_path / "runs", "breadth-first-sharded-with-a-name-that-does-not-fit-a-phone", step_s=0.5, end={"status": "failed", **OUT_OF_MEMORY}))
+    paths.append(
+        make_run(
+            tmp_path / "runs",
+            "breadth-first-sharded-with-a-name-that-does-not-fit-a-phone",
+            step_s=0.5,
+            end={"status": "failed", **OUT_OF_MEMORY},
+        )
+    )
     for path, microbatches in ((paths[0], 8), (paths[2], 200)):
         (path / "timeline.svg").write_text(timeline(microbatches))
     files = {kind: tmp_path / f"report.{kind}" for kind in ("html", "markdown", "json")}
@@ -68,8 +75,13 @@ def page_of_show(folder: Path, *words: str) -> Path:
 def test_the_page_of_a_schedule_shows_the_numbers_of_the_terminal(tmp_path, browser, capsys):
     path = page_of_show(tmp_path, "--pp", "4", "--chunks", "2", "--microbatches", "8")
     browser.open(path)
-    assert browser.value(ROWS)[1:] == [["1f1b", "57", "15.79%", "11, 9, 7, 5"], ["breadth-first", "57", "15.79%", "15, 13, 11, 9"]]
-    assert "step time 57 forward units, bubble 15.8%, peak live activations 11 (pp_rank 0) to 5" in capsys.readouterr().out
+    assert browser.value(ROWS)[1:] == [
+        ["1f1b", "57", "15.79%", "11, 9, 7, 5"],
+        ["breadth-first", "57", "15.79%", "15, 13, 11, 9"],
+    ]
+    assert (
+        "step time 57 forward units, bubble 15.8%, peak live activations 11 (pp_rank 0) to 5" in capsys.readouterr().out
+    )
     assert browser.value("document.querySelectorAll('svg rect').length") > 128  # of 128 actions
 
 
@@ -102,7 +114,9 @@ def test_a_page_that_asks_for_something_would_be_seen(tmp_path, browser):
     path = tmp_path / "asks.html"
     path.write_text("<!doctype html><img src='https://example.invalid/1.png'><p style='width: 500px'>wide</p>")
     browser.open(path, **PHONE)
-    assert "https://example.invalid/1.png" in browser.requests and browser.complaints and browser.value("innerWidth") > 390
+    assert (
+        "https://example.invalid/1.png" in browser.requests and browser.complaints and browser.value("innerWidth") > 390
+    )
 
 
 def test_markup_in_the_files_of_a_run_stays_text(tmp_path, browser):
@@ -112,4 +126,6 @@ def test_markup_in_the_files_of_a_run_stays_text(tmp_path, browser):
     asked = len(browser.requests)
     browser.open(page)
     assert browser.value("document.images.length + document.querySelectorAll('li b').length") == 0
-    assert browser.requests[asked:] == [page.as_uri()] and compared(path).arms[0].failures[0] in browser.value("document.body.textContent")
+    assert browser.requests[asked:] == [page.as_uri()] and compared(path).arms[0].failures[0] in browser.value(
+        "document.body.textContent"
+    )

@@ -55,7 +55,9 @@ def _one(name: str, timeline: Timeline, y: int, scale: float, end: float, unit: 
         f"{name}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches. "
         f"Step {timeline.step_time:.6g} {unit}, bubble {timeline.bubble_fraction:.1%}"
     )
-    parts = [f"<text x='{_LEFT}' y='{y + 28}' {_FONT} font-size='15' font-weight='600' fill='#1c1c1c'>{escape(title)}</text>"]
+    parts = [
+        f"<text x='{_LEFT}' y='{y + 28}' {_FONT} font-size='15' font-weight='600' fill='#1c1c1c'>{escape(title)}</text>"
+    ]
     for pp_rank, spans in enumerate(timeline.spans):
         top = y + _TOP + pp_rank * (_ROW + _GAP)
         parts.append(

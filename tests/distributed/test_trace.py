@@ -1,6 +1,7 @@
 """Traced steps on real processes: a valid and whole trace, the same bits, and the files of the run."""
 
 import json
+import math
 import sys
 from collections import defaultdict
 from functools import partial
@@ -25,28 +26,39 @@ def traced(folder: Path, ranks: int, *flags: str, prepare=None) -> tuple[list[di
 
 
 def events_of(run: Path) -> list[dict]:
-    events = json.loads((run / "trace.json").read_text())["traceEvents"]
-    names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert names == set(LANES)
-    return [event for event in events if event["ph"] != "M"]
+    """All but those that name processes and lanes, which are checked here: each that has events has one name."""
+    document = json.loads((run / "trace.json").read_text())
+    assert document["displayTimeUnit"] in ("ms", "ns")
+    named = [event for event in document["traceEvents"] if event["ph"] == "M"]
+    events = [event for event in document["traceEvents"] if event["ph"] != "M"]
+    lanes = {(event["pid"], event["tid"]): event["args"]["name"] for event in named if event["name"] == "thread_name"}
+    processes = [event["pid"] for event in named if event["name"] == "process_name"]
+    assert sorted(set(processes)) == sorted(processes) == list(range(len(processes)))
+    assert lanes == {(process, lane): name for process in processes for lane, name in enumerate(LANES)}
+    assert {(event["pid"], event["tid"]) for event in events} <= lanes.keys()
+    return events
 
 
 def assert_valid(events: list[dict], error_us: float) -> None:
-    """What Perfetto expects: sorted, no overlap within a lane, every arrow with two ends."""
+    """What Perfetto expects: sorted, no overlap within a lane, every arrow from within a slice to within another one."""
     assert [event["ts"] for event in events] == sorted(event["ts"] for event in events) and events[0]["ts"] == 0
-    until: dict = defaultdict(float)
+    assert {event["ph"] for event in events} <= {"X", "s", "f"} and all(math.isfinite(event["ts"]) for event in events)
+    slices: dict = defaultdict(list)
     for event in events:
         if event["ph"] == "X":
-            lane = event["pid"], event["tid"]
-            assert event["ts"] >= until[lane] - 1e-3 and event["dur"] >= 0, event
-            until[lane] = event["ts"] + event["dur"]
+            lane = slices[event["pid"], event["tid"]]
+            assert event["dur"] >= 0 and (not lane or event["ts"] >= lane[-1]["ts"] + lane[-1]["dur"] - 1e-3), event
+            lane.append(event)
     starts, ends = ({event["id"]: event for event in events if event["ph"] == phase} for phase in "sf")
     assert starts.keys() == ends.keys() and len(starts) == sum(event["ph"] in "sf" for event in events) / 2
     for number, end in ends.items():
-        assert starts[number]["tid"] == SENDING and end["tid"] == RECEIVING
-        assert starts[number]["ts"] <= end["ts"] <= starts[number]["ts"] + 60e6
-        under = [e for e in events if (e["ph"], e["pid"], e["tid"]) == ("X", end["pid"], end["tid"])]
-        assert any(e["ts"] - error_us <= end["ts"] <= e["ts"] + e["dur"] + error_us for e in under)
+        start = starts[number]
+        assert (start["tid"], end["tid"], end["bp"]) == (SENDING, RECEIVING, "e") and start["pid"] != end["pid"]
+        assert (start["name"], start["cat"]) == (end["name"], end["cat"])  # Perfetto binds the two by name, category and id
+        assert start["ts"] <= end["ts"] <= start["ts"] + 60e6
+        for event, tolerance in ((start, 1e-3), (end, error_us)):
+            lane = slices[event["pid"], event["tid"]]
+            assert any(e["ts"] - tolerance <= event["ts"] <= e["ts"] + e["dur"] + tolerance for e in lane), event
 
 
 def names(events: list[dict], step: int, rank: int, *lanes: int) -> list[str]:

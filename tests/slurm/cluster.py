@@ -1,7 +1,7 @@
 """A SLURM of two nodes on this machine, for as long as a test needs it: Debian's slurm-wlm and munge, without systemd.
 
-munged, slurmctld and two slurmd run from a folder of their own, on free ports, with a key of their own; a SLURM that the
-machine has is not touched. What the nodes start is found by its SLURM_CONF, and ended with them.
+munged, slurmctld and two slurmd run from a folder of their own, on free ports, with a key of their own; a SLURM that
+the machine has is not touched. What the nodes start is found by its SLURM_CONF, and ended with them.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
 CONFIGURATION = """
@@ -65,7 +66,7 @@ def path_of(program: str) -> str | None:
 class Cluster:
     """with Cluster() as cluster: both nodes are idle. At the end none of its processes is left, nor its folder."""
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="bfpp-slurm-"))  # short: a socket's path has at most 107 letters
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {**_own_environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -120,7 +121,10 @@ class Cluster:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
-        files = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
+        files = {
+            "socket": "munge.sock", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log",
+            "seed-file": "munge.seed",
+        }  # fmt: skip
         options = [f"--{name}={self.folder / file}" for name, file in files.items()]
         self._daemon("munged", "--foreground", "--force", *options)  # forced: the folder is root's alone
         self.wait_for((self.folder / "munge.sock").exists, 30)
@@ -157,7 +161,9 @@ class Cluster:
         assert not left, f"processes of the cluster are left: {left}"
 
     def _logs(self) -> str:
-        return "".join(f"\n{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in sorted(self.folder.glob("slurm*.log")))
+        return "".join(
+            f"\n{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in sorted(self.folder.glob("slurm*.log"))
+        )
 
 
 def free_ports(count: int) -> list[int]:

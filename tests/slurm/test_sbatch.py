@@ -1,4 +1,4 @@
-"""The sbatch scripts, unmodified, on a real SLURM of two nodes: the quickstart's GPT, PP 4 as two ranks on each node."""
+"""The sbatch scripts, unmodified, on a real SLURM of two nodes: the quickstart's GPT, PP 4 as two ranks per node."""
 
 import json
 import re
@@ -15,15 +15,22 @@ ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 600  # for what takes a minute on an idle machine with 2 cores
 
 
+def settings_of(text, folder):
+    """What the quickstart's GPT needs on a CPU. All else is the scripts' default."""
+    return {
+        "CONFIG": "configs/quickstart.yaml", "DATA_PATH": text, "OUTPUT_PATH": str(folder / "out"), "GPUS_PER_NODE": "2",
+        "DEVICE": "cpu", "PYTHON": sys.executable,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def submit(cluster, text, tmp_path):
     """submit(script, *options of sbatch, **settings): the job's number. Its output is in tmp_path / "job.out"."""
 
     def submitted(script, *options, **settings):
-        needed = {
-            "CONFIG": "configs/quickstart.yaml", "DATA_PATH": text, "OUTPUT_PATH": str(tmp_path / "out"), "GPUS_PER_NODE": "2",
-            # Two nodes of one machine: their names mean nothing to it, and there is no GPU.
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "DEVICE": "cpu", "PYTHON": sys.executable,
+        needed = settings_of(text, tmp_path) | {
+            # Two nodes of one machine: their names mean nothing to it.
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]),
         }  # fmt: skip
         words = ("sbatch", "--parsable", "--nodes=2", f"--chdir={ROOT}", f"--output={tmp_path / 'job.out'}", *options)
         return cluster.run(*words, str(ROOT / "scripts" / script), **needed | settings).strip()
@@ -97,8 +104,7 @@ def test_a_training_that_is_requeued_goes_on_from_its_last_checkpoint(cluster, s
 
 @pytest.mark.parametrize("script", ["ab_throughput.sbatch", "pretrain_52b.sbatch"])
 def test_what_a_dry_run_prints_is_accepted_by_slurm(script, cluster, text, tmp_path):
-    settings = {"CONFIG": "configs/quickstart.yaml", "DATA_PATH": text, "OUTPUT_PATH": str(tmp_path / "out"), "GPUS_PER_NODE": "2",
-                "NNODES": "2", "DEVICE": "cpu", "PYTHON": sys.executable}  # fmt: skip
+    settings = settings_of(text, tmp_path) | {"NNODES": "2"}
     path = ROOT / "scripts" / script
     told = cluster.run("bash", str(path), "--dry-run", **settings)
     commands = re.findall(r"would run: (srun .*)", told)
