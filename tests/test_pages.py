@@ -1,4 +1,4 @@
-"""The HTML pages in a real browser: their numbers, what they ask of a network, and how they fit screens, light and dark."""
+"""The HTML pages in a real browser: their numbers, what they ask of a network, how they fit screens, light and dark."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,9 @@
 """The files of a run, --bfpp-run-dir DIR: run.json at the start, a line of steps.jsonl per step, end.json at the end.
 
-The last rank writes them, where Megatron has its losses. run.json is there before a model is built, so that a job that dies
-of that says what it was, and is written anew when training begins, with what Megatron has completed since. A run that is
-resumed in the same folder writes run.json anew and goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first rank that fails says why.
+The last rank writes them, where Megatron has its losses. run.json is there before a model is built, so that a job that
+dies of that says what it was; it is written anew when training begins, with what Megatron has completed since. A run that
+is resumed in the same folder goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first
+rank that fails says why.
 A file that cannot be written is told in the log, and training goes on.
 """
 

@@ -172,7 +172,8 @@ def _timelines(runs: list[Run]) -> str:
             continue
         content = path.read_bytes()
         data, width = base64.b64encode(content).decode(), least_width(content[:500].decode("utf-8", "replace"))
-        image = f"<img alt='timeline of {escape(run.name)}' style='min-width: {width}px' src='data:image/svg+xml;base64,{data}'>"
+        alt = f"alt='timeline of {escape(run.name)}' style='min-width: {width}px'"
+        image = f"<img {alt} src='data:image/svg+xml;base64,{data}'>"
         caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
         pictures[run.arm] = f"{caption}<figure>{image}</figure>"
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""

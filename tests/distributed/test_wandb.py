@@ -1,4 +1,4 @@
-"""Two arms that log to the real W&B, offline, and the report run of their comparison, all read back from W&B's own files."""
+"""Two arms that log to the real W&B, offline, and the run of their report, read back from W&B's own files."""
 
 import json
 import os
@@ -17,7 +17,8 @@ pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not insta
 from offline_wandb import OfflineRun
 
 EVERY_STEP = {
-    "bfpp/peak_memory_gib_max_rank", "bfpp/bubble_fraction_predicted", "lm loss", "grad-norm", "learning-rate", "batch-size",
+    "bfpp/peak_memory_gib_max_rank", "bfpp/bubble_fraction_predicted",
+    "lm loss", "grad-norm", "learning-rate", "batch-size",
 }  # fmt: skip
 TRACED = {"bfpp/bubble_fraction_measured", "bfpp/exposed_dp_s"}  # in steps 2 and 3
 AFTER_THE_FIRST = {"bfpp/tokens_per_s_per_gpu", "iteration-time"}
@@ -50,9 +51,11 @@ def settings_of(folder) -> dict[str, str]:
 
 def run_arm(folder, arm, *flags) -> OfflineRun:
     run, saved = folder / f"{arm}.1", folder / f"wandb {arm}"
-    logging = ("--train-iters", "6", "--bfpp-run-dir", str(run), "--bfpp-trace-steps", "2-3", "--tensorboard-dir", str(folder / "tensorboard"),
-               "--tensorboard-log-interval", "1", "--log-timers-to-tensorboard", "--wandb-project", "ab", "--wandb-exp-name", f"{arm}.1",
-               "--wandb-save-dir", str(saved))  # fmt: skip
+    logging = (
+        "--train-iters", "6", "--bfpp-run-dir", str(run), "--bfpp-trace-steps", "2-3",
+        "--tensorboard-dir", str(folder / "tensorboard"), "--tensorboard-log-interval", "1", "--log-timers-to-tensorboard",
+        "--wandb-project", "ab", "--wandb-exp-name", f"{arm}.1", "--wandb-save-dir", str(saved),
+    )  # fmt: skip
     train(folder, 2, *flags_of(2, 2, 1, 1, 4), *logging, *flags, prepare=partial(offline, folder, arm))
     (found,) = saved.glob("wandb/offline-run-*")
     return OfflineRun(found)
