@@ -225,3 +225,14 @@ def test_a_log_that_is_cut_off_is_told_and_costs_one_step(tmp_path, capsys):
     assert "breadth-first.1: the last line of steps.jsonl is cut off: skipped" in told
     assert "breadth-first.1: end.json counts 20 steps, steps.jsonl has 19" in told
     assert "bit-identical over 19 common steps" in told
+
+
+def test_a_timeline_that_is_cut_off_is_told_and_the_others_are_shown(tmp_path):
+    paths = two_arms(tmp_path)
+    whole = "<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'></svg>\n"
+    for path, content in zip(paths, (whole, whole[:-20]), strict=True):
+        (path / "timeline.svg").write_text(content)
+    page = tmp_path / "report.html"
+    assert main(["compare", *map(str, paths), "--html", str(page)]) == 0
+    shown = page.read_text()
+    assert shown.count("<img ") == 1 and shown.count("timeline.svg is cut off: left out") == 1

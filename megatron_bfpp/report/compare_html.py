@@ -170,10 +170,15 @@ def _timelines(runs: list[Run]) -> str:
         path = run.path / "timeline.svg"
         if run.arm in pictures or not path.is_file() or path.stat().st_size > _LARGEST_PICTURE:
             continue
-        content = path.read_bytes()
-        data, width = base64.b64encode(content).decode(), least_width(content[:500].decode("utf-8", "replace"))
-        alt = f"alt='timeline of {escape(run.name)}' style='min-width: {width}px'"
-        image = f"<img {alt} src='data:image/svg+xml;base64,{data}'>"
-        caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
-        pictures[run.arm] = f"{caption}<figure>{image}</figure>"
+        pictures[run.arm] = _timeline(run.name, path.read_bytes())
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""
+
+
+def _timeline(name: str, picture: bytes) -> str:
+    caption = f"<figcaption>{escape(name)}: planned above measured</figcaption>"
+    if not picture.rstrip().endswith(b"</svg>"):
+        return caption + "<p class=soft>timeline.svg is cut off: left out</p>"
+    width = least_width(picture[:500].decode("utf-8", "replace"))
+    about = f"alt='timeline of {escape(name)}' style='min-width: {width}px'"
+    data = base64.b64encode(picture).decode()
+    return f"{caption}<figure><img {about} src='data:image/svg+xml;base64,{data}'></figure>"
