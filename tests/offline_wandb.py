@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 
@@ -13,8 +14,13 @@ class OfflineRun:
 
         self.folder = folder
         (path,) = folder.glob("*.wandb")
-        found = [messages.Record.FromString(each) for each in _records(path.read_bytes())]
-        kinds = [each.WhichOneof("record_type") for each in found]
+        deadline = time.monotonic() + 60
+        while True:  # W&B's own process may write its last records after finish() has returned
+            found = [messages.Record.FromString(each) for each in _records(path.read_bytes())]
+            kinds = [each.WhichOneof("record_type") for each in found]
+            if {"run", "exit"} <= set(kinds) or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         # W&B writes the run's record anew when the backend has answered; the last one counts.
         self.run = next(each.run for each in reversed(found) if each.WhichOneof("record_type") == "run")
         self.config = {}

@@ -190,9 +190,10 @@ def test_the_offset_of_a_clock_is_found_within_the_error_that_is_stated(tmp_path
 
 
 def repeating_every_step() -> None:
-    """Megatron 0.17 to 0.19 offer --rerun-mode report_stats, under a name that their own RerunMode does not know."""
-    from megatron.core.rerun_state_machine import RerunMode
+    """Mends --rerun-mode report_stats: Megatron's RerunMode does not know the flag's name, and 0.17 fails as it prints."""
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
+    RerunStateMachine._maybe_report_stats = lambda self: None
     RerunMode._missing_ = classmethod(lambda mode, value: mode.REPORT_DETERMINISM_STATS)
 
 
