@@ -68,7 +68,7 @@ def test_the_report_shows_the_numbers_of_its_other_files(report, browser):
 
 def page_of_show(folder: Path, *words: str) -> Path:
     path = folder / "show.html"
-    assert main(["show", *words, "--order", "1f1b", "--order", "breadth-first", "--html", str(path)]) == 0
+    assert main(["show", *words, "--order", "interleaved", "--order", "breadth-first", "--html", str(path)]) == 0
     return path
 
 
@@ -76,7 +76,7 @@ def test_the_page_of_a_schedule_shows_the_numbers_of_the_terminal(tmp_path, brow
     path = page_of_show(tmp_path, "--pp", "4", "--chunks", "2", "--microbatches", "8")
     browser.open(path)
     assert browser.value(ROWS)[1:] == [
-        ["1f1b", "57", "15.79%", "11, 9, 7, 5"],
+        ["interleaved", "57", "15.79%", "11, 9, 7, 5"],
         ["breadth-first", "57", "15.79%", "15, 13, 11, 9"],
     ]
     assert (
