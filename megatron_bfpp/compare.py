@@ -35,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every run finished with the losses of the first. 1: not so."""
+    """0: every run finished with the losses of the first. 1: not so. UserError also where a file cannot be written."""
     if not 0 <= args.loss_tolerance < 1:
         raise UserError(f"--loss-tolerance is {args.loss_tolerance:g}; it must lie between 0 and 1.")
     runs = load(args.runs)
@@ -46,20 +46,26 @@ def run(args: argparse.Namespace) -> int:
         "markdown": markdown(comparison),
         "json": json.dumps(comparison.as_json(), indent=1) + "\n",
     }
+    failures = []
     for kind, content in files.items():
         path = getattr(args, kind)
-        if path is not None:
-            write_whole(path, content, f"--{kind}")
-            print(f"wrote {path}")
+        try:
+            if path is not None:
+                write_whole(path, content, f"--{kind}")
+                print(f"wrote {path}")
+        except UserError as error:  # the others may fit, or lie elsewhere
+            failures.append(error)
     if args.wandb_project is not None:
         _to_wandb(args.wandb_project, comparison, runs, files)
+    if failures:
+        raise failures[0]
     return 0 if comparison.is_good else 1
 
 
 def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict[str, str]) -> None:
     """One run of the job type "report". Group, mode and folder come from W&B's own variables of the environment."""
     try:
-        import wandb  # type: ignore[import-not-found]
+        import wandb  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise UserError(
             "--wandb-project needs wandb, which is not installed.\n  Run pip install wandb, or leave it out."

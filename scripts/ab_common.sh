@@ -184,8 +184,8 @@ record_end() {
     local line
     line="$(printf '%.500s' "$2" | LC_ALL=C tr --delete '\000-\037\177-\377')" # one line of ASCII
     line="${line//\\/\\\\}"
-    printf '{"status": "failed", "reason": "%s", "ended": "%s"}\n' "${line//\"/\\\"}" "$(date --utc +%Y-%m-%dT%H:%M:%SZ)" >"$1/.end"
-    mv -- "$1/.end" "$1/end.json"
+    { printf '{"status": "failed", "reason": "%s", "ended": "%s"}\n' "${line//\"/\\\"}" "$(date --utc +%Y-%m-%dT%H:%M:%SZ)" >"$1/.end" &&
+        mv -- "$1/.end" "$1/end.json"; } || say "WARNING: $1/end.json cannot be written" >&2
 }
 
 # run_one ARM ROUND: one run with a directory of its own. A run that fails is recorded and does not stop the others.
@@ -197,17 +197,17 @@ run_one() {
     set_logging "${name}" "${dir}"
     # shellcheck disable=SC2206 # EXTRA_ARGS is a list of words
     local words=("${trainer[@]}" "${arm_flags[@]}" --train-iters "${STEPS}" --bfpp-run-dir "${dir}" "${log_flags[@]}" ${EXTRA_ARGS:-})
-    local environment=("${arm_environment[@]}" "BFPP_ARM=${arm}" "BFPP_ROUND=${round}")
+    local environment=("${arm_environment[@]}" "BFPP_ARM=${arm}" "BFPP_ROUND=${round}" "BFPP_RUN_DIR=${dir}")
     if [[ -n "${dry_run}" ]]; then
         launch "${environment[@]}" -- "${words[@]}"
         return
     fi
     if [[ -e "${dir}" ]]; then # broken off, or failed: it starts anew, and what it left is kept
         while [[ -e "${OUTPUT_PATH}/unfinished/${name}-${attempt}" ]]; do attempt=$((attempt + 1)); done
-        mkdir --parents -- "${OUTPUT_PATH}/unfinished"
-        mv -- "${dir}" "${OUTPUT_PATH}/unfinished/${name}-${attempt}"
+        { mkdir --parents -- "${OUTPUT_PATH}/unfinished" && mv -- "${dir}" "${OUTPUT_PATH}/unfinished/${name}-${attempt}"; } || return 0
     fi
-    mkdir --parents -- "${dir}" "${OUTPUT_PATH}/logs"
+    # Where there is no room even for these, the others may still run, and the report says that this one is missing.
+    mkdir --parents -- "${dir}" "${OUTPUT_PATH}/logs" || return 0
     say "${name}: ${STEPS} steps, log in ${log}"
     launch "${environment[@]}" -- "${words[@]}" >"${log}" 2>&1 </dev/null || status=$?
     [[ -z "${stopped}" ]] || exit "${stopped}" # without an end.json: the next start runs it again

@@ -37,9 +37,24 @@ launch() {
     local words=(env "${environment[@]}" "${PYTHON}" -m torch.distributed.run --standalone --nproc-per-node "${GPUS_PER_NODE}" "$@")
     if [[ -n "${dry_run}" ]]; then
         say "would run: $(shown "${words[@]}")"
-    else
-        in_background "${words[@]}"
+        return
     fi
+    local status=0
+    in_background "${words[@]}" || status=$?
+    ((status == 0)) || end_ranks "${environment[@]}"
+    return "${status}"
+}
+
+# end_ranks NAME=VALUE...: a torchrun that is killed leaves its ranks, each in a session of its own. They would train on
+# beside the next arm, and write into a run that has failed. They are known by the folder of the run in their environment.
+end_ranks() {
+    local word place
+    for word in "$@"; do
+        [[ "${word}" == BFPP_RUN_DIR=* ]] || continue
+        for place in $(grep --files-with-matches --null-data --line-regexp --fixed-strings -- "${word}" /proc/[0-9]*/environ 2>/dev/null); do
+            kill -KILL "$(basename -- "${place%/environ}")" 2>/dev/null || true
+        done
+    done
 }
 
 prepare

@@ -41,7 +41,7 @@ venv="${VENV:-${default_venv}}"
 packages=(setuptools torch megatron-core numpy PyYAML einops psutil)
 case "${extras}" in
     "") ;;
-    test) packages+=(pytest hypothesis ruff mypy matplotlib) ;;
+    test) packages+=(pytest hypothesis ruff mypy matplotlib scipy wandb) ;;
     *)
         echo "setup_env: --extras ${extras} does not exist; the only extras are: test" >&2
         exit 2

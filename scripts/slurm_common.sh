@@ -12,11 +12,12 @@ prepare_slurm() {
         local mounts="${root}:${root},${OUTPUT_PATH}:${OUTPUT_PATH}${MEGATRON_PATH:+,${MEGATRON_PATH}:${MEGATRON_PATH}}"
         container=(--container-image "${CONTAINER_IMAGE}" --container-mounts "${CONTAINER_MOUNTS:-${mounts}}" --container-workdir "${root}")
     fi
-    address=localhost
+    address="${MASTER_ADDR:-localhost}"
     if [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
         local hosts
         hosts="$(scontrol show hostnames "${SLURM_JOB_NODELIST}")"
-        address="${hosts%%$'\n'*}" # not by `head`: it would end scontrol with SIGPIPE, and so, under pipefail, this script
+        # not by `head`: it would end scontrol with SIGPIPE, and so, under pipefail, this script
+        address="${MASTER_ADDR:-${hosts%%$'\n'*}}"
     elif [[ -z "${dry_run}" ]]; then
         stop "there is no allocation: submit this with sbatch, or look with --dry-run"
     fi

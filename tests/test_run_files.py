@@ -84,7 +84,7 @@ def train_with(run, ends):
         run.add(2, {"step": 2})
         ends()
 
-    return run_files.keeping(run, lambda: None)(train)()
+    return run_files.keeping(run, lambda: None)[run_files.TRAIN](train)()
 
 
 def end_of(run):
@@ -118,6 +118,29 @@ def test_a_run_that_ends_early_says_why_and_the_error_goes_on(run, error, expect
     with pytest.raises(type(error)):
         train_with(run, ends)
     assert end_of(run) == expected
+
+
+@pytest.mark.parametrize("what", ["BUILD", "DATA"])
+def test_a_job_that_dies_before_it_trains_says_what_it_was_and_why(what, run):
+    def dies():
+        raise MemoryError("no room for the model")
+
+    kept = run_files.keeping(run, lambda: None)
+    kept[run_files.BUILD](lambda: None)()
+    assert not (run.folder / "end.json").exists()  # a model that is built is no end
+    with pytest.raises(MemoryError):
+        kept[getattr(run_files, what)](dies)()
+    assert json.loads((run.folder / "run.json").read_text())["name"] == "run"
+    end = json.loads((run.folder / "end.json").read_text())
+    assert (end["status"], end["reason"], end["steps"]) == ("failed", "rank 0: MemoryError: no room for the model", 0)
+
+
+@pytest.mark.parametrize("told, expected", [("2", 2), ("", None), ("two", None), (None, None)])
+def test_the_round_of_an_ab_is_kept(told, expected, monkeypatch):
+    monkeypatch.delenv("BFPP_ROUND", raising=False)
+    if told is not None:
+        monkeypatch.setenv("BFPP_ROUND", told)
+    assert run_files._round() == expected
 
 
 def test_the_first_rank_that_fails_is_the_one_that_is_told(run):

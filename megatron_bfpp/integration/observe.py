@@ -33,7 +33,8 @@ def observe(args: Any) -> list[str]:
     if folder is not None:
         run = run_files.Run(folder)
         reliability.ON_END.append(run.end)
-        seams.apply(run_files.TRAIN, run_files.keeping(run, get_args))
+        for seam, replace in run_files.keeping(run, get_args).items():
+            seams.apply(seam, replace)
     if counts:
         step_log.TRAFFIC.install()
     seams.apply(step_log.SEAM, step_log.logging_steps(path, run))

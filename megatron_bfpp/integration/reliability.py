@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ def meeting(initialize: Callable[..., Any]) -> Callable[..., Any]:
 def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of train_step: between steps nothing is timed. A checkpoint may take what it takes."""
 
+    @functools.wraps(train_step)  # others that replace it look at its parameters
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             answer = train_step(*args, **kwargs)

@@ -1,7 +1,9 @@
 """The files of a run, --bfpp-run-dir DIR: run.json at the start, a line of steps.jsonl per step, end.json at the end.
 
-The last rank writes them, where Megatron has its losses. A run that is resumed in the same folder writes run.json anew
-and goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first rank that fails says why.
+The last rank writes them, where Megatron has its losses. run.json is there before a model is built, so that a job that
+dies of that says what it was; it is written anew when training begins, with what Megatron has completed since. A run that
+is resumed in the same folder goes on in steps.jsonl. end.json is missing while a run goes on, and after a kill; the first
+rank that fails says why.
 A file that cannot be written is told in the log, and training goes on.
 """
 
@@ -11,10 +13,12 @@ import importlib.metadata
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,8 @@ from .settings import settings_of
 from .step_log import append_line
 
 FORMAT = "megatron_bfpp run 1"
+BUILD = Seam("megatron.training.training", "setup_model_and_optimizer", ("model_type",))
+DATA = Seam("megatron.training.training", "build_train_valid_test_data_iterators", ())
 TRAIN = Seam("megatron.training.training", "train", ("forward_step_func", "model", "config"))
 # Of the environment, what run.json keeps.
 _NAMES = {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
@@ -51,10 +57,11 @@ class Run:
 
     def begin(self, args: Any) -> None:
         """Write run.json. Collective over all ranks."""
+        if _writes():  # before any rank goes on, and may fail
+            (self.folder / "end.json").unlink(missing_ok=True)
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
         if _writes():
-            (self.folder / "end.json").unlink(missing_ok=True)
             self._write("run.json", describe(args, self.folder.resolve().name, sorted(set(hosts))))
 
     def add(self, step: int, entry: dict[str, Any]) -> None:
@@ -82,26 +89,40 @@ class Run:
             _warn(str(error))
 
 
-def keeping(run: Run, get_args: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The replacement of Megatron's train: it begins the run's files and ends them, however training ends."""
+def keeping(run: Run, get_args: Callable[[], Any]) -> dict[Seam, Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """What replaces Megatron's functions so that the run's files begin, and end however the job ends."""
 
-    def replace(train: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            run.begin(get_args())
-            try:
-                answer = train(*args, **kwargs)
-            except SystemExit as stop:  # Megatron's --exit-interval and --exit-duration-in-mins
-                run.end(None if not stop.code else f"exit code {stop.code}")
-                raise
-            except BaseException as error:
-                run.end(f"{type(error).__name__}: {error}")
-                raise
-            run.end()
-            return answer
+    def around(begins: bool, finishes: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def replace(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if begins:
+                    run.begin(get_args())
+                with _ending(run):
+                    answer = function(*args, **kwargs)
+                if finishes:
+                    run.end()
+                return answer
 
-        return wrapper
+            # Tools that look at the function see Megatron's signature.
+            wrapper.__wrapped__ = function  # type: ignore[attr-defined]
+            return wrapper
 
-    return replace
+        return replace
+
+    return {BUILD: around(True, False), DATA: around(False, False), TRAIN: around(True, True)}
+
+
+@contextmanager
+def _ending(run: Run) -> Iterator[None]:
+    """An error that ends the job is told in end.json, and goes on."""
+    try:
+        yield
+    except SystemExit as stop:  # Megatron's --exit-interval and --exit-duration-in-mins
+        run.end(None if not stop.code else f"exit code {stop.code}")
+        raise
+    except BaseException as error:
+        run.end(f"{type(error).__name__}: {error}")
+        raise
 
 
 def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
@@ -119,6 +140,7 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
         "format": FORMAT,
         "name": os.environ.get("BFPP_RUN_NAME") or name,
         "arm": os.environ.get("BFPP_ARM") or arm_of(args, shape.num_microbatches if shape else 1),
+        "round": _round(),
         "pipeline_schedule": settings.schedule,
         "started": _now(),
         "args": json.loads(json.dumps(vars(args), default=str, sort_keys=True)),
@@ -157,6 +179,12 @@ def arm_of(args: Any, microbatches: int) -> str:
         ("-sharded", getattr(args, "use_torch_fsdp2", False)),
     )  # fmt: skip
     return settings.schedule + "".join(ending for ending, applies in endings if applies)
+
+
+def _round() -> int | None:
+    """Which of the runs of its arm this is, from the A/B scripts: rounds are compared with each other."""
+    value = os.environ.get("BFPP_ROUND", "")
+    return int(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else None
 
 
 def _versions(is_cuda: bool) -> dict[str, str | None]:

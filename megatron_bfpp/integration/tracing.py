@@ -36,7 +36,9 @@ from ..schedule import Action, Op, PipelineShape
 from .groups import this_device
 from .seams import Seam, changed
 
-TRAIN_STEP = Seam("megatron.training.training", "train_step", ("forward_step_func", "model", "config"))
+TRAIN_STEP = Seam(
+    "megatron.training.training", "train_step", ("forward_step_func", "model", "config", "forward_backward_func")
+)
 
 
 class Recording:
@@ -75,9 +77,10 @@ def tracing(
             if not steps[0] <= step <= steps[1]:
                 return train_step(*args, **kwargs)
             tracer = tracer or Tracer(get_args(), trace_path, picture_path)
-            model = signature.bind(*args, **kwargs).arguments["model"]
-            with tracer.recording(model):
-                answer = train_step(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.arguments["forward_backward_func"] = tracer.last_of(given.arguments["forward_backward_func"])
+            with tracer.recording(given.arguments["model"]):
+                answer = train_step(*given.args, **given.kwargs)
             RECORDING.measured = tracer.collect(step, is_last=step == steps[1])
             return answer
 
@@ -131,6 +134,22 @@ class Tracer:
                 wrapped = _steps_of_megatron(self._recorder, self._shape, self._pp_rank)
                 stack.enter_context(changed(schedules, **wrapped))
             yield
+
+    def last_of(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Within a step, forget what was noted when it runs again.
+
+        Megatron's rerun state machine repeats a step whose loss it doubts. The last time gives the result, and is traced.
+        """
+        is_again = False
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_again
+            if is_again and self._is_recorded:
+                self._recorder.noted.clear()
+            is_again = True
+            return forward_backward(*args, **kwargs)
+
+        return wrapper
 
     def collect(self, step: int, is_last: bool) -> dict[str, Any]:
         """After a recorded step, on all ranks: its bubble and waits. The first rank writes the trace."""

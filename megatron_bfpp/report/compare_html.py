@@ -7,6 +7,7 @@ from html import escape
 
 from .compare import Arm, Comparison
 from .compare_text import COLUMNS, cells, sections
+from .picture import least_width
 from .runs import Run, number
 
 _LARGEST_PICTURE = 4_000_000  # bytes of a timeline.svg that is still put into the page
@@ -42,7 +43,8 @@ svg { display: block; width: 100%; overflow: visible; } svg text { fill: var(--s
   margin-right: 1.2rem; }
 .key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align:
   middle; background: var(--key); }
-figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); } figcaption { color:
+figure { margin: .5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); }
+img { display: block; width: 100%; height: auto; } figcaption { color:
   var(--soft); font-size: .9rem; }
 @media (max-width: 60rem) {
   thead { display: none; } table, tbody, tr, td { display: block; width: 100%; }
@@ -168,8 +170,15 @@ def _timelines(runs: list[Run]) -> str:
         path = run.path / "timeline.svg"
         if run.arm in pictures or not path.is_file() or path.stat().st_size > _LARGEST_PICTURE:
             continue
-        data = base64.b64encode(path.read_bytes()).decode()
-        image = f"<img alt='timeline of {escape(run.name)}' src='data:image/svg+xml;base64,{data}'>"
-        caption = f"<figcaption>{escape(run.name)}: planned above measured</figcaption>"
-        pictures[run.arm] = f"{caption}<figure>{image}</figure>"
+        pictures[run.arm] = _timeline(run.name, path.read_bytes())
     return f"<h2>Timelines</h2>{''.join(pictures.values())}" if pictures else ""
+
+
+def _timeline(name: str, picture: bytes) -> str:
+    caption = f"<figcaption>{escape(name)}: planned above measured</figcaption>"
+    if not picture.rstrip().endswith(b"</svg>"):
+        return caption + "<p class=soft>timeline.svg is cut off: left out</p>"
+    width = least_width(picture[:500].decode("utf-8", "replace"))
+    about = f"alt='timeline of {escape(name)}' style='min-width: {width}px'"
+    data = base64.b64encode(picture).decode()
+    return f"{caption}<figure><img {about} src='data:image/svg+xml;base64,{data}'></figure>"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from ..schedule import Op, Span, Timeline
 from .measured import Measured, Wait
 
+_WIDTH = 1280  # pixels of a picture whose boxes are wide enough
 _ROW, _GAP, _LEFT, _TOP = 22, 4, 84, 50  # pixels: a rank's row, between rows, the labels, the titles
 _LIGHT = {Op.F: (191, 217, 245), Op.B: (255, 217, 168)}  # first chunk
 _DARK = {Op.F: (24, 84, 160), Op.B: (196, 98, 0)}  # last chunk
@@ -15,7 +17,7 @@ _FONT = "font-family='system-ui, sans-serif'"
 
 
 def svg(
-    timelines: list[tuple[str, Timeline]], width: int = 1280, unit: str = "forward units", forward: float = 1.0
+    timelines: list[tuple[str, Timeline]], width: int = _WIDTH, unit: str = "forward units", forward: float = 1.0
 ) -> str:
     """The picture of named timelines, one below the other. Text is inside a box where it fits.
 
@@ -40,13 +42,22 @@ def svg(
     )
 
 
+def least_width(picture: str) -> int:
+    """Pixels to which a page may shrink a picture of `svg` before it scrolls it. A wide one keeps its boxes' width."""
+    found = re.search(r"<svg [^>]*?\bwidth='(\d{1,6})'", picture)
+    width = int(found[1]) if found else 0
+    return width if width > _WIDTH else 704
+
+
 def _one(name: str, timeline: Timeline, y: int, scale: float, end: float, unit: str) -> list[str]:
     shape = timeline.shape
     title = (
         f"{name}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches. "
         f"Step {timeline.step_time:.6g} {unit}, bubble {timeline.bubble_fraction:.1%}"
     )
-    parts = [f"<text x='{_LEFT}' y='{y + 28}' {_FONT} font-size='15' font-weight='600' fill='#1c1c1c'>{escape(title)}</text>"]
+    parts = [
+        f"<text x='{_LEFT}' y='{y + 28}' {_FONT} font-size='15' font-weight='600' fill='#1c1c1c'>{escape(title)}</text>"
+    ]
     for pp_rank, spans in enumerate(timeline.spans):
         top = y + _TOP + pp_rank * (_ROW + _GAP)
         parts.append(

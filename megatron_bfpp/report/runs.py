@@ -122,29 +122,34 @@ def section(header: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def load(paths: list[str]) -> list[Run]:
-    """The runs at `paths`: directories of a run, or directories that hold some. UserError for anything else."""
+    """The runs at `paths`: directories of a run, or directories that hold some. UserError for anything else.
+
+    Beside others, one that is gone, or is named as one (ARM.1) and holds nothing, is a run of which nothing is left: an
+    A/B that lost it is still reported.
+    """
     found: list[Path] = []
+    gone: list[UserError] = []
     for given in paths:
         path = Path(given)
         try:
-            if not path.is_dir():
-                raise UserError(
-                    f"{given} is not a directory of a run.\n  Name the directories that --bfpp-run-dir had."
-                )
-            inside = (
-                [path] if _is_run(path) else sorted(each for each in path.iterdir() if each.is_dir() and _is_run(each))
-            )
+            inside, is_dir, exists = _runs_in(path), path.is_dir(), path.exists()
         except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{given} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
         if not inside:
-            raise UserError(
-                f"{given} holds no run: none of {', '.join(FILES)} is there.\n"
-                "  Name the directories that --bfpp-run-dir had."
-            )
-        found += inside
+            wrong = f"holds no run: none of {', '.join(FILES)} is there" if is_dir else "is not a directory of a run"
+            gone.append(UserError(f"{given} {wrong}.\n  Name the directories that --bfpp-run-dir had."))
+            if exists and not (is_dir and _ROUND.search(path.name)):
+                raise gone[-1]
+        found += inside or [path]
+    if len(gone) == len(paths):
+        raise gone[0]
     return [read(path) for path in dict.fromkeys(found)]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    if not path.is_dir() or _is_run(path):
+        return [path] if path.is_dir() else []
+    return sorted(each for each in path.iterdir() if each.is_dir() and _is_run(each))
 
 
 def _is_run(path: Path) -> bool:
@@ -153,6 +158,9 @@ def _is_run(path: Path) -> bool:
 
 def read(path: Path) -> Run:
     """The run in one directory."""
+    if not _is_run(path):
+        lost = "holds no file of a run" if path.exists() else "does not exist"
+        return Run(path, {}, [], {"status": "lost", "reason": f"its directory {text(str(path))} {lost}"}, [])
     notes: list[str] = []
     header = _object(path / "run.json", notes, "its configuration is not known")
     form = header.get("format")

@@ -1,0 +1,182 @@
+"""A SLURM of two nodes on this machine, for as long as a test needs it: Debian's slurm-wlm and munge, without systemd.
+
+munged, slurmctld and two slurmd run from a folder of their own, on free ports, with a key of their own; a SLURM that
+the machine has is not touched. What the nodes start is found by its SLURM_CONF, and ended with them.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
+CONFIGURATION = """
+ClusterName=bfpp
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A job that is requeued waits as long as the credentials of its first start are good for; SLURM's default is 120 s.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SlurmdParameters=config_overrides
+KillWait=10
+NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first},{second}] CPUs={cpus} State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no SLURM can be started here; None if it can."""
+    if sys.platform != "linux":
+        return f"SLURM runs on Linux, this is {sys.platform}"
+    missing = [name for name in PROGRAMS if path_of(name) is None]
+    if missing:
+        return f"{', '.join(missing)} are not installed: bash scripts/setup_system_tests.sh"
+    return None if os.geteuid() == 0 else "slurmd needs root"
+
+
+def path_of(program: str) -> str | None:
+    """Debian keeps the daemons where only root's PATH looks."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Cluster:
+    """with Cluster() as cluster: both nodes are idle. At the end none of its processes is left, nor its folder."""
+
+    def __enter__(self) -> Self:
+        self.folder = Path(tempfile.mkdtemp(prefix="bfpp-slurm-"))  # short: a socket's path has at most 107 letters
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.environment = {**_own_environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *words: str, **settings: str) -> str:
+        """The output of one of SLURM's commands. AssertionError with all it said if it fails."""
+        environment = self.environment | settings
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def state(self, job: str) -> dict[str, str]:
+        """scontrol show job."""
+        words = self.run("scontrol", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, what, timeout_s: float, job: str = "", log: Path | None = None) -> None:
+        """Until what() is true. AssertionError if that takes too long, or if `job` ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            ended = job and self.state(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+            if time.monotonic() > deadline or (ended and not what()):
+                said = log.read_text(errors="replace")[-4000:] if log is not None and log.exists() else ""
+                raise AssertionError(f"{'it ended' if ended else 'it took too long'}: {said}{self._logs()}")
+            time.sleep(0.2)
+
+    def processes(self) -> list[int]:
+        """All that belong to this cluster: its daemons, and the steps and ranks that they have started."""
+        mark = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has ended
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+    def _start(self) -> None:
+        (self.folder / "state").mkdir()
+        controller, first, second = free_ports(3)
+        values = {"folder": self.folder, "controller": controller, "first": first, "second": second}
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values, cpus=os.cpu_count() or 1))
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        files = {
+            "socket": "munge.sock", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log",
+            "seed-file": "munge.seed",
+        }  # fmt: skip
+        options = [f"--{name}={self.folder / file}" for name, file in files.items()]
+        self._daemon("munged", "--foreground", "--force", *options)  # forced: the folder is root's alone
+        self.wait_for((self.folder / "munge.sock").exists, 30)
+        self._daemon("slurmctld", "-D")
+        for node in ("node1", "node2"):
+            self._daemon("slurmd", "-D", "-N", node)
+        self.wait_for(self._is_idle, 60)
+
+    def _daemon(self, program: str, *words: str) -> None:
+        with open(self.folder / f"{program}.out", "ab") as log:
+            command = [str(path_of(program)), *words]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self._daemons.append(subprocess.Popen(command, env=self.environment, start_new_session=True, **streams))
+
+    def _is_idle(self) -> bool:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%D %t"], check=False, capture_output=True, text=True, timeout=60,
+            env=self.environment,
+        )  # fmt: skip
+        return done.stdout.strip() == "2 idle"
+
+    def _stop(self) -> None:
+        """Ask the daemons first: they end their jobs' processes. Then end what is left."""
+        for number, patience_s in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
+            for process in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+            deadline = time.monotonic() + patience_s
+            while self.processes() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        for daemon in self._daemons:
+            daemon.wait(timeout=30)
+        left = self.processes()
+        assert not left, f"processes of the cluster are left: {left}"
+
+    def _logs(self) -> str:
+        return "".join(
+            f"\n{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in sorted(self.folder.glob("slurm*.log"))
+        )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing uses, ascending, as SLURM wants a list of them."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return sorted(each.getsockname()[1] for each in sockets)
+
+
+def _own_environment() -> dict[str, str]:
+    """Without the settings of a job that this may itself run in."""
+    ours = ("SLURM", "SBATCH_", "SRUN_", "BFPP_", "WANDB_", "MASTER_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
