@@ -44,6 +44,7 @@ _watchdog: Watchdog | None = None
 def meeting(initialize: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of initialize_model_parallel: all ranks have met, and no group of some of them exists yet."""
 
+    @functools.wraps(initialize)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         options = megatron_args()
         if options is not None and dist.is_initialized() and dist.get_backend() != "fake":
