@@ -8,6 +8,7 @@ run schedules on an emulated network.
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
     bfpp trace RUN/trace.json --svg timeline.svg
+    bfpp doctor
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
@@ -19,7 +20,7 @@ import math
 import shutil
 import sys
 
-from . import __version__, bench, compare, dry_run, plan
+from . import __version__, bench, compare, doctor, dry_run, plan
 from .errors import UserError
 from .files import write_whole
 from .report import timeline as trace
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare}")
+    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}")
 
     show = commands.add_parser("show", help="draw a schedule as text, SVG or CSV")
     show.add_argument("--pp", type=int, required=True, help="pipeline ranks, at least 2")
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_command(commands)
     bench.add_command(commands)
     trace.add_command(commands)
+    doctor.add_command(commands)
     return bfpp
 
 
