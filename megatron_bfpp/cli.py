@@ -19,9 +19,10 @@ import argparse
 import math
 import shutil
 import sys
+from typing import NoReturn
 
 from . import __version__, bench, compare, doctor, dry_run, plan
-from .errors import UserError
+from .errors import UserError, shown
 from .files import write_whole
 from .report import timeline as trace
 from .report.grid import grid, summary
@@ -43,23 +44,42 @@ from .schedule import (
 )
 from .schedule.ir import COMPUTE
 
+MOST_ACTIONS = 1_000_000  # that `bfpp show` draws: 20 seconds, and a picture of 100 MB
+
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser().parse_args(_without_empty_values(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
     except (UserError, ValueError) as error:
         # The schedule package, which users can call without us, raises ValueError for a shape that cannot be.
-        print(f"bfpp {args.command}: {error}", file=sys.stderr)
+        print(f"bfpp {args.command}: {shown(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `bfpp show | head`
         sys.stderr.close()
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors name what is wrong and where the flags are listed, without the list itself."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {shown(message)}\n  {self.prog} --help lists the flags.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _without_empty_values(words: list[str]) -> list[str]:
+    """The same words. Before Python 3.13 argparse takes the -- out of --flag=-- and gives the flag an empty list."""
+    ours = words[: words.index("--")] if "--" in words else words
+    for word in ours:
+        if word.startswith("--") and word.endswith("=--"):
+            _Parser(prog="bfpp").error(f"argument {word.removesuffix('=--')}: expected one argument")
+    return words
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    bfpp: argparse.ArgumentParser = _Parser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
     commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}")
 
@@ -106,6 +126,8 @@ def _show(args: argparse.Namespace) -> int:
         if not (math.isfinite(value) and least <= value <= 100):
             raise UserError(f"{flag} is {value:g} forwards; it must lie between {least:g} and 100.")
     shape = PipelineShape(args.pp, args.chunks, args.microbatches)
+    if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
+        raise UserError(f"{_title(shape)} are more than {MOST_ACTIONS} forwards and backwards.\n  Show a smaller pipeline.")
     names = list(dict.fromkeys(args.order or ["breadth-first"]))
     if (args.csv is not None or args.text) and len(names) > 1:
         flag = "--csv" if args.csv is not None else "--text"

@@ -62,7 +62,9 @@ def _tried(facts: dict[str, Any], lines: list[Line]) -> tuple[Line, dict[str, An
     where = f"{doctor_trial.RANKS} {'GPUs' if device == 'cuda' else 'processes on the CPU'}"
     what = f"PP 2 x 2 chunks, {doctor_trial.STEPS} steps, {where}, {trial.seconds:.0f} s"
     if not trial.is_equal:
-        return Line(name, FAIL, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"), trial._asdict()
+        return Line(
+            name, FAIL, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"
+        ), trial._asdict()
     losses = f"{trial.losses[0]:.6f} to {trial.losses[-1]:.6f}"
     return Line(name, OK, f"{what}: breadth-first computes the bits of 1f1b (lm loss {losses})"), trial._asdict()
 

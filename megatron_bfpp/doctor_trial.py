@@ -109,7 +109,9 @@ def _train(arm: str, flags: list[str], device: str, folder: Path, on_step: Calla
             process.wait()
 
 
-def _wait(arm: str, processes: list[subprocess.Popen[bytes]], folder: Path, on_step: Callable[[str, int], None]) -> None:
+def _wait(
+    arm: str, processes: list[subprocess.Popen[bytes]], folder: Path, on_step: Callable[[str, int], None]
+) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while any(process.poll() is None for process in processes):
         failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
@@ -117,7 +119,9 @@ def _wait(arm: str, processes: list[subprocess.Popen[bytes]], folder: Path, on_s
             time.sleep(1)  # the other rank may be about to say more than that its peer is gone
             break
         if time.monotonic() > deadline:
-            raise ArmFailed(f"{arm} did not end within {TIMEOUT_S:.0f} s; rank 0 said last: {_last_words(folder, arm, 0)}")
+            raise ArmFailed(
+                f"{arm} did not end within {TIMEOUT_S:.0f} s; rank 0 said last: {_last_words(folder, arm, 0)}"
+            )
         on_step(arm, _steps(folder / arm / "steps.jsonl"))
         time.sleep(0.5)
     for rank, process in enumerate(processes):

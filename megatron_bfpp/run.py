@@ -11,7 +11,7 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from .errors import UserError
+from .errors import UserError, shown
 
 USAGE = "usage: torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]"
 
@@ -31,7 +31,7 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
     except UserError as error:
         # Every rank ends here; the first of each node speaks for the others.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"megatron_bfpp: error: {error}", file=sys.stderr, flush=True)
+            print(f"megatron_bfpp: error: {shown(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -39,7 +39,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def megatron_facts() -> dict[str, Any]:
-    """"refusal": what enable() would say of this release, None if it is supported."""
+    """ "refusal": what enable() would say of this release, None if it is supported."""
     from ..errors import UserError
     from .activation import check_version
 
@@ -80,7 +80,11 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {"torch": torch_facts, "megatr
 def main(name: str) -> None:
     try:
         facts = PROBES[name]()
-    except (ImportError, OSError, RuntimeError) as error:  # of any other the reader shows the last line on standard error
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # of any other the reader shows the last line on standard error
         facts = {"error": f"{type(error).__name__}: {_first_line(error)}"}
     print("\n" + json.dumps(facts), flush=True)
 

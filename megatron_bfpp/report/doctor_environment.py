@@ -41,10 +41,14 @@ def _record_streams(facts: dict[str, Any], env: dict[str, str]) -> Line:
         return Line(name, OK, "not set, as it should be")
     version = _release(section(facts, "torch").get("version", ""))
     if version is not None and version >= RECORD_STREAMS_IGNORED:
-        return Line(name, OK, f"{env[name]}; ignored since torch 2.8 (ProcessGroupNCCL)", "unset it: a warning less per rank")
+        return Line(
+            name, OK, f"{env[name]}; ignored since torch 2.8 (ProcessGroupNCCL)", "unset it: a warning less per rank"
+        )
     if env[name] in ("0", ""):
         return Line(name, OK, env[name])
-    return Line(name, WARN, env[name], "unset it: wrong losses with virtual stages were reported (Megatron-LM issue 1586)")
+    return Line(
+        name, WARN, env[name], "unset it: wrong losses with virtual stages were reported (Megatron-LM issue 1586)"
+    )
 
 
 def _release(version: str) -> tuple[int, int] | None:
@@ -83,10 +87,17 @@ def _error_handling(env: dict[str, str]) -> Line:
     title = "NCCL watchdog"
     for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"):
         if env.get(name) == "0":
-            return Line(title, WARN, f"{name}=0", "unset it (3 is ProcessGroupNCCL's default): ranks wait for ever for one that died")
+            return Line(
+                title,
+                WARN,
+                f"{name}=0",
+                "unset it (3 is ProcessGroupNCCL's default): ranks wait for ever for one that died",
+            )
     for name in ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"):
         if env.get(name, "0") not in ("0", ""):
-            return Line(title, WARN, f"{name}={env[name]}", "unset it: each wait() blocks the CPU, so that nothing overlaps")
+            return Line(
+                title, WARN, f"{name}={env[name]}", "unset it: each wait() blocks the CPU, so that nothing overlaps"
+            )
     return Line(title, OK, "on: neither switched off nor replaced by blocking waits")
 
 
@@ -108,7 +119,10 @@ def _nccl(facts: dict[str, Any], env: dict[str, str]) -> list[Line]:
             lines.append(Line(name, FAIL, env[name], f"an interface of this machine: {', '.join(interfaces)}"))
     others = sorted(name for name in env if name.startswith("NCCL_") and name not in {line.name for line in lines})
     found = ", ".join(f"{name}={env[name]}" for name in others) or "none is set"
-    return [*lines, Line("NCCL_*", OK, found, "the same on every node, and in both arms of a comparison" if others else "")]
+    return [
+        *lines,
+        Line("NCCL_*", OK, found, "the same on every node, and in both arms of a comparison" if others else ""),
+    ]
 
 
 def _names_one(variable: str, value: str, interfaces: list[str]) -> bool:
@@ -150,7 +164,9 @@ def _disks(disks: dict[str, Any]) -> list[Line]:
     for name, disk in disks.items():
         if "error" in disk:
             status = OK if name == "shared memory" else FAIL
-            lines.append(Line(name, status, f"{disk['path']}: {disk['error']}", "a folder that exists" if status == FAIL else ""))
+            lines.append(
+                Line(name, status, f"{disk['path']}: {disk['error']}", "a folder that exists" if status == FAIL else "")
+            )
             continue
         found = f"{disk['path']}: {disk['free'] / 1e9:.1f} GB of {disk['total'] / 1e9:.1f} GB are free"
         if name == "shared memory" and disk["free"] < LEAST_SHM:
@@ -182,4 +198,9 @@ def _loopback(network: dict[str, Any]) -> Line:
     reason = network.get("loopback")
     if reason is None:
         return Line("loopback", OK, "two processes met at 127.0.0.1")
-    return Line("loopback", FAIL, f"two processes did not meet at 127.0.0.1: {reason}", "a firewall that lets the loopback through")
+    return Line(
+        "loopback",
+        FAIL,
+        f"two processes did not meet at 127.0.0.1: {reason}",
+        "a firewall that lets the loopback through",
+    )

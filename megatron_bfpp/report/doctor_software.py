@@ -51,7 +51,9 @@ def _gpus(facts: dict[str, Any]) -> Line:
             return Line("GPUs", WARN, what, f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or it is meant")
         if driver and not seen:
             reason = torch.get("cuda_error") or "torch gives no reason"
-            return Line("GPUs", FAIL, what, f"{reason.rstrip('.')}: a torch whose CUDA this driver runs (see CUDA below)")
+            return Line(
+                "GPUs", FAIL, what, f"{reason.rstrip('.')}: a torch whose CUDA this driver runs (see CUDA below)"
+            )
         if driver:
             return Line("GPUs", WARN, what, "all of them in this job's allocation: torch and the driver disagree")
     if len(kinds) > 1:
