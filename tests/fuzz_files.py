@@ -1,5 +1,6 @@
 """Damaged YAML and JSON, made from good files: used by fuzz_words.py."""
 
+import copy
 import json
 
 import yaml
@@ -140,7 +141,7 @@ def altered(rng, value):
         while True:
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
             if not keys:
-                return rng.choice(VALUES)
+                return copy.deepcopy(rng.choice(VALUES))
             key = rng.choice(keys)
             if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
                 break
@@ -150,7 +151,7 @@ def altered(rng, value):
         elif isinstance(place, dict) and rng.random() < 0.2:
             place[rng.choice(TEXTS).replace("\udcff", "")] = place[key]
         else:
-            place[key] = rng.choice(VALUES)
+            place[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 

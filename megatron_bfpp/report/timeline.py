@@ -69,9 +69,12 @@ def _text(document: dict[str, Any], steps: dict[int, Measured], step: int) -> st
     measured, other = steps[step], document["otherData"]
     shape = measured.shape
     error = max(next(each for each in other["steps"] if each["step"] == step)["clock_error_us"])
-    lines = [
+    title = (
         f"{other['schedule']}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches; "
-        f"step {step}, {measured.step_time:.2f} ms from first to last action; clocks agree within {error:.0f} us",
+        f"step {step}, {measured.step_time:.2f} ms from first to last action; clocks agree within {error:.0f} us"
+    )
+    lines = [
+        title,
         table(measured),
         "predicted: the same order with this step's median forward and backward, equal stages, no network",
     ]

@@ -9,6 +9,7 @@ import random
 import sys
 from collections import Counter
 from functools import cache
+from itertools import combinations
 
 from oracle import meaning
 
@@ -35,7 +36,7 @@ REASONS = ("are missing", "does not belong to this rank", "and again at step", "
 
 @cache
 def sound_plan(name, sizes, group, resident):
-    """(plan, what it computes)."""
+    """(plan, what it computes: with its reductions and gathers, and as a job without data parallelism, which has none)."""
     shape = PipelineShape(*sizes)
     if name == "1f1b":
         order = one_f_one_b(shape)
@@ -47,8 +48,12 @@ def sound_plan(name, sizes, group, resident):
         order = breadth_first(shape, group, name.startswith("eager"))
     plan = lower(order, shape, resident_chunks=resident)
     check(plan, shape, name == "evaluation", resident)
-    wanted = meaning(plan, shape, resident=resident)
-    assert not isinstance(wanted, str), wanted
+    # The checker cannot know whether there are replicas: it asks for a chunk op on all stages or on none.
+    removable = (Op.REDUCE_GRAD,) if resident is not None else (Op.REDUCE_GRAD, Op.UNSHARD)
+    subsets = [set(ops) for count in range(len(removable) + 1) for ops in combinations(removable, count)]
+    plans = [[[action for action in actions if action.op not in ops] for actions in plan] for ops in subsets]
+    wanted = [meaning(each, shape, resident=resident) for each in plans]
+    assert not any(isinstance(each, str) for each in wanted), wanted
     return plan, wanted
 
 
@@ -207,7 +212,7 @@ def run_case(seed):
         verdict = str(error)
     found = meaning(plan, shape, resident=resident)
     detail = f"{name}, {shape}, resident {resident}\n{verdict}\n{found if isinstance(found, str) else ''}\n{formats.to_text(plan)}"
-    return mutation.__name__, name, verdict == "accepted", found == wanted, detail
+    return mutation.__name__, name, verdict == "accepted", found in wanted, detail
 
 
 def test_the_checker_rejects_every_mutation_that_changes_the_meaning_and_no_other():
