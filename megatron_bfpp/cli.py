@@ -9,6 +9,7 @@ run schedules on an emulated network.
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
     bfpp bench --plot bench.png
     bfpp trace RUN/trace.json --svg timeline.svg
+    bfpp doctor
 
 Exit codes: 0 good, 1 found wrong, 2 bad input.
 """
@@ -17,32 +18,50 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
-from . import __version__, bench, compare, dry_run, plan, show
-from .errors import UserError
+from . import __version__, bench, compare, doctor, dry_run, plan, show
+from .errors import UserError, shown
 from .plan_file import read, shape_of, title
 from .report import timeline as trace
 from .schedule import Op, ScheduleError, check, formats
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser().parse_args(_without_empty_values(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
     except (UserError, ValueError) as error:
         # The schedule package, which users can call without us, raises ValueError for a shape that cannot be.
-        print(f"bfpp {args.command}: {error}", file=sys.stderr)
+        print(f"bfpp {args.command}: {shown(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `bfpp show | head`
         sys.stderr.close()
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors name what is wrong and where the flags are listed, without the list itself."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {shown(message)}\n  {self.prog} --help lists the flags.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _without_empty_values(words: list[str]) -> list[str]:
+    """The same words. Before Python 3.13 argparse takes the -- out of --flag=-- and gives the flag an empty list."""
+    ours = words[: words.index("--")] if "--" in words else words
+    for word in ours:
+        if word.startswith("--") and word.endswith("=--"):
+            _Parser(prog="bfpp").error(f"argument {word.removesuffix('=--')}: expected one argument")
+    return words
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    bfpp = argparse.ArgumentParser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    bfpp: argparse.ArgumentParser = _Parser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare}")
+    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}")
 
     show.add_command(commands)
     prove = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
@@ -58,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_command(commands)
     bench.add_command(commands)
     trace.add_command(commands)
+    doctor.add_command(commands)
     return bfpp
 
 

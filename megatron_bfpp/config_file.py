@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_bfpp.errors import UserError
+from megatron_bfpp.errors import UserError, shown
 
 __all__ = ["load"]
 
@@ -61,6 +61,8 @@ def _read(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: {where}not YAML: {problem}.") from None
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:  # a date or a number that cannot be, a nest too deep
+        raise UserError(f"{path}: not YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {_kind(content)}; it must hold two maps: {' and '.join(SECTIONS)}.")
     return content
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
     try:
         _, flags = load(argv[0])
     except UserError as error:
-        print(f"megatron_bfpp: {error}", file=sys.stderr)
+        print(f"megatron_bfpp: {shown(error)}", file=sys.stderr)
         return 2
     for word in flags:
         print(shlex.quote(word))

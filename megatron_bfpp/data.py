@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 
 import numpy
 
-from megatron_bfpp.errors import UserError
+from megatron_bfpp.errors import UserError, shown
 
 __all__ = ["END_OF_DOCUMENT", "VOCAB_SIZE", "build"]
 
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     try:
         prefix, documents, tokens, written = build(output)
     except (UserError, OSError) as error:
-        print(f"megatron_bfpp: {error}", file=sys.stderr)
+        print(f"megatron_bfpp: {shown(error)}", file=sys.stderr)
         return 2
     size = f"{documents} documents, {tokens} tokens (bytes 0..255, {END_OF_DOCUMENT} ends a document)"
     how = f"written in {time.monotonic() - started:.1f} s" if written else "exists already, nothing to do"

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from .errors import UserError
+from .errors import UserError, shown
 
 USAGE = "usage: torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]"
 ALONE_S = 1.0  # ten times what torchrun takes to end the ranks of a node
@@ -34,10 +34,10 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
         # Every rank ends here as a rule, and the first of each node speaks for the others: torchrun ends them before they
         # would. A rank that is refused alone, started with other flags, has that time to say so.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"megatron_bfpp: error: {error}", file=sys.stderr, flush=True)
+            print(f"megatron_bfpp: error: {shown(error)}", file=sys.stderr, flush=True)
         else:
             time.sleep(ALONE_S)
-            first = str(error).splitlines()[0]
+            first = shown(error).splitlines()[0]
             print(f"megatron_bfpp: rank {os.environ.get('RANK')} is refused: {first}", file=sys.stderr, flush=True)
         sys.exit(2)
 

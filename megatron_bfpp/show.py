@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .files import write_whole
-from .plan_file import read, shape_of
+from .plan_file import read, shape_of, title
 from .report.grid import grid, summary
 from .report.page import page
 from .report.picture import svg
@@ -23,6 +23,9 @@ from .schedule.collectives import Costs
 from .schedule.ir import COMPUTE
 from .schedule.replay import Prediction, replay
 from .schedule.upstream import ORDERS, aligned, order_of, waits_of
+
+
+MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
 
 
 class Shown(NamedTuple):
@@ -93,6 +96,8 @@ def _shown(args: argparse.Namespace) -> list[Shown]:
         if missing:
             raise UserError(f"{', '.join(missing)} is not given.\n  Give all three sizes of the pipeline, or the FILE of an order.")
         shape = PipelineShape(args.pp, args.chunks, args.microbatches)
+        if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
+            raise UserError(f"{title(shape)} are more than {MOST_ACTIONS} forwards and backwards.\n  Show a smaller pipeline.")
         names = [f"{name}-late" if name == "breadth-first" and args.backward == "late" else name for name in args.order or ["breadth-first"]]
         found += [_of_name(args, name, shape) for name in dict.fromkeys(names)]
     return found

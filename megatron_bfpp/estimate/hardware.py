@@ -129,8 +129,9 @@ def load_gpu(name: str) -> GPU:
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    # yaml also lets through what Python says to a date or a number that cannot be, and to a nest too deep.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--gpu {name} cannot be read: {reason}.") from None
     return _Reader(name, content).gpu()
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -73,7 +74,7 @@ def read(path: str) -> dict[str, Any]:
             document = json.load(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON, or was cut off: {error}.") from None
     other = document.get("otherData") if isinstance(document, dict) else None
     if not isinstance(other, dict) or other.get("format") != FORMAT:
@@ -86,26 +87,32 @@ def read(path: str) -> dict[str, Any]:
 def steps_of(document: dict[str, Any]) -> dict[int, Measured]:
     """The measured steps by their number."""
     other, events = document["otherData"], defaultdict(list)
-    try:
+    steps: dict[int, Measured] = {}
+    with damage_told():
         for event in document["traceEvents"]:
             if event["ph"] == "X":
                 events[event["args"]["step"]].append(event)
-        return {
-            about["step"]: _measured(
-                PipelineShape(other["pp"], about["chunks"], about["microbatches"]),
-                events[about["step"]],
-                other["waits"],
-            )
-            for about in other["steps"]
-        }
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, ScheduleError):
+        for about in other["steps"]:
+            shape = PipelineShape(other["pp"], about["chunks"], about["microbatches"])
+            steps[about["step"]] = _measured(shape, events[about["step"]], other["waits"])
+    return steps
+
+
+@contextmanager
+def damage_told() -> Iterator[None]:
+    """UserError for whatever a file with fields missing, of other types, or with impossible numbers leads to."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ScheduleError | UserError):
             raise
         raise UserError(f"the trace is damaged: {type(error).__name__} {error}.") from None
 
 
 def _measured(shape: PipelineShape, events: list[dict[str, Any]], waits_are_known: bool) -> Measured:
     size = shape.pp_size
+    if 2 * shape.num_stages * shape.num_microbatches > len(events):  # one damaged number would take all memory
+        raise ValueError(f"{len(events)} events are too few for {shape}")
     start = min(event["ts"] for event in events)
     length = (max(event["ts"] + event["dur"] for event in events) - start) / 1000
     spans: list[list[Span]] = [[] for _ in range(size)]

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_whole
 from ..schedule import Op
-from .measured import Measured, read, steps_of
+from .measured import Measured, damage_told, read, steps_of
 from .picture import svg
 
 
@@ -55,19 +55,30 @@ def _run(args: argparse.Namespace) -> int:
     step = max(steps) if args.step is None else args.step
     if step not in steps:
         raise UserError(f"{args.file} has no step {step}.\n  Use --step {min(steps)} to {max(steps)}.")
+    with damage_told():
+        text, drawn = _text(document, steps, step), picture(steps[step], step)
+    print(text)
+    if args.svg is not None:
+        write_whole(args.svg, drawn, "--svg")
+        print(f"wrote {args.svg}")
+    return 0
+
+
+def _text(document: dict[str, Any], steps: dict[int, Measured], step: int) -> str:
+    """What is printed of one step."""
     measured, other = steps[step], document["otherData"]
     shape = measured.shape
     error = max(next(each for each in other["steps"] if each["step"] == step)["clock_error_us"])
-    print(
+    title = (
         f"{other['schedule']}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches; "
         f"step {step}, {measured.step_time:.2f} ms from first to last action; clocks agree within {error:.0f} us"
     )
-    print(table(measured))
-    print("predicted: the same order with this step's median forward and backward, equal stages, no network")
+    lines = [
+        title,
+        table(measured),
+        "predicted: the same order with this step's median forward and backward, equal stages, no network",
+    ]
     others = [f"{number}: {each.bubble_fraction:.1%}" for number, each in steps.items() if number != step]
     if others:
-        print(f"bubble measured in the other steps: {', '.join(others)}")
-    if args.svg is not None:
-        write_whole(args.svg, picture(measured, step), "--svg")
-        print(f"wrote {args.svg}")
-    return 0
+        lines.append(f"bubble measured in the other steps: {', '.join(others)}")
+    return "\n".join(lines)

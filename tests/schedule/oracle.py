@@ -16,10 +16,13 @@ class Machine:
 
     Sends and receives of one direction and one pair of ranks meet by order alone. A send is complete once its receive
     is posted; buffered: at once, as on a transport with buffers.
+
+    resident: parameters are sharded, and a rank has room for so many gathered chunks; None: they are replicated.
     """
 
-    def __init__(self, plan, shape, buffered=False):
-        self.plan, self.shape, self.buffered = plan, shape, buffered
+    def __init__(self, plan, shape, buffered=False, resident=None):
+        self.plan, self.shape, self.buffered, self.resident = plan, shape, buffered, resident
+        self.gathered = [{} for _ in plan]  # per rank, stage -> whether it has run since its gather
         self.at = [0] * len(plan)
         self.sent, self.posted = defaultdict(list), defaultdict(list)
         self.results, self.buffers = {}, {}
@@ -40,6 +43,8 @@ class Machine:
             raise Broken("hangs")
         if any(len(self.sent[key]) != len(self.posted[key]) for key in {*self.sent, *self.posted}) or self.buffers:
             raise Broken("a message is left over for the next step")
+        if any(self.gathered):
+            raise Broken("the optimizer changes shards of which a gathered copy stays")
         return dict(self.story), self.counts
 
     def step(self, rank, action):
@@ -69,14 +74,29 @@ class Machine:
                 self.posted[key].append(action)
         else:
             self.counts[stage, op] += 1
+            if op is Op.RESHARD or (op is Op.UNSHARD and self.resident is not None):
+                self.place(self.gathered[rank], stage, op)
             if op is Op.REDUCE_GRAD:
                 self.story[stage, Op.REDUCE_GRAD].append(tuple(self.story[stage, Op.B]))
         # Each message counts, although nothing computed depends on a second copy of it.
         self.counts[action] += 1
         return True
 
+    def place(self, gathered, stage, op):
+        """Fill or free one of a rank's places for gathered parameters."""
+        if self.resident is None:
+            raise Broken("gives up parameters of which there is no shard")
+        if op is Op.UNSHARD:
+            if stage in gathered or len(gathered) == self.resident:
+                raise Broken("a gather without a place")
+            gathered[stage] = False
+        elif not gathered.pop(stage, False):
+            raise Broken("frees an empty place, or one whose gather was in vain")
+
     def compute(self, rank, action, buffer):
         stage, op, microbatch = action
+        if self.resident is not None and stage not in self.gathered[rank]:
+            raise Broken("computes without parameters")
         due = [message for sends in self.unfinished[rank][: 1 - WINDOW] for message in sends]
         if not self.buffered and any(len(self.posted[key]) <= number for key, number in due):
             return False
@@ -91,18 +111,22 @@ class Machine:
             del self.buffers[buffer]
         if op is Op.B and (stage, Op.F, microbatch) not in self.results:
             raise Broken("a backward without its forward")
-        forward = self.results[stage, Op.F, microbatch] if op is Op.B else self.counts[stage, Op.UNSHARD]
+        # Replicated parameters are gathered once after the optimizer: before it the forward would see the old ones.
+        gathers = self.counts[stage, Op.UNSHARD] if self.resident is None else 1
+        forward = self.results[stage, Op.F, microbatch] if op is Op.B else gathers
         # The number of the call stands for the data iterator, which hands out the next microbatch whatever its name.
         value = hash((stage, op, len(self.story[stage, op]), message, forward))
         self.results[stage, op, microbatch] = value
         self.story[stage, op].append((microbatch, value))
         self.unfinished[rank] = [*self.unfinished[rank], []][-WINDOW:]
+        if self.resident is not None:
+            self.gathered[rank][stage] = True
         return True
 
 
-def meaning(plan, shape, buffered=False):
+def meaning(plan, shape, buffered=False, resident=None):
     """What `plan` computes, comparable with ==; a string where it hangs or breaks."""
     try:
-        return Machine(plan, shape, buffered).run()
+        return Machine(plan, shape, buffered, resident).run()
     except Broken as error:
         return str(error)
