@@ -24,7 +24,6 @@ from .schedule.ir import COMPUTE
 from .schedule.replay import Prediction, replay
 from .schedule.upstream import ORDERS, aligned, order_of, waits_of
 
-
 MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
 
 
