@@ -1,6 +1,8 @@
 """Files are written whole or not at all. Standard library only."""
 
+import errno
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,14 @@ def write_whole(path: str, content: str | bytes, flag: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a zero character in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{flag} {path} cannot be written: {reason}.\n  Name a file in a folder that exists.") from None
+
+
+def append_line(path: str | Path, entry: dict[str, Any]) -> None:
+    """A whole line in one write, or nothing and OSError: neither a kill nor a full disk leaves a part of one."""
+    line = (json.dumps(entry) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        written = file.write(line)
+        if written < len(line):  # the rest did not fit; the next line would be glued to this part
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..schedule import PipelineShape, ScheduleError, check, interleaved_1f1b, lower, one_f_one_b, simulate
 from ..schedule.formats import digest
 from .dry_run_answers import Chunk, Job, PlanLine, Question, Rank
+from .plans import plan_of
 from .settings import Settings, settings_of
 
 # As far as validation asks for a GPU: where no kind of GPU is named, the newest, of which Megatron demands least.
@@ -194,8 +195,6 @@ def _plans(args: Any, job: Job) -> list[PlanLine]:
 
 
 def _plan(settings: Settings, job: Job, what: str, count: int) -> PlanLine:
-    from .forward_backward import plan_of
-
     shape = PipelineShape(job.pp, job.chunks, count)
     try:
         plan = plan_of(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,41 +24,15 @@ from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
 from ..runtime.fully_sharded import FullySharded
 from ..runtime.p2p import Messages
-from ..schedule import Action, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
-from ..schedule.formats import digest
-from ..schedule.sharding import count_gathers
+from ..schedule import Action, PipelineShape
 from . import fully_sharded, replicas
 from .checks import check_call, check_config
 from .groups import channel_groups, process_groups, this_device
+from .plans import Plan, plan_of
 from .reliability import ACTIVITY, after_schedule, begin_step
 from .seams import changed
 from .settings import Settings
 from .tracing import RECORDING
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked plan of all ranks and what is told about it."""
-
-    actions: Schedule
-    digest: str
-    bubble_fraction: float
-    gathers: int  # of chunks, per rank
-    peak_live_activations: list[int]
-
-
-@lru_cache(maxsize=64)
-def plan_of(
-    shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool, resident_chunks: int | None = None
-) -> Plan:
-    """Made and checked once per shape; ScheduleError if it were unsound. resident_chunks: None unless fully sharded."""
-    group = None if group_size is None else min(group_size, shape.num_microbatches)
-    order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
-    timeline = simulate(order, shape)
-    actions = lower(order, shape, timeline, resident_chunks)
-    check(actions, shape, evaluation, resident_chunks)
-    peaks = timeline.peak_live_activations()
-    return Plan(actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]), peaks)
 
 
 class MegatronCompute:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from ..schedule import PipelineShape, interleaved_1f1b, simulate
 from ..schedule.orders import one_f_one_b
+from . import fully_sharded, plans
 from .groups import this_device
+from .plans import Plan
 from .settings import Settings, settings_of
 from .tracing import RECORDING
 
@@ -88,16 +90,14 @@ def predicted_bubble(args: Any) -> float | None:
         return None
     if settings.schedule == "1f1b":
         return _bubble_of_1f1b(shape, getattr(args, "microbatch_group_size_per_vp_stage", None))
-    return plan_of(args, settings, shape).bubble_fraction  # type: ignore[no-any-return]
+    return plan_of(args, settings, shape).bubble_fraction
 
 
-def plan_of(args: Any, settings: Settings, shape: PipelineShape) -> Any:
+def plan_of(args: Any, settings: Settings, shape: PipelineShape) -> Plan:
     """The plan that breadth-first runs."""
-    from . import forward_backward, fully_sharded
-
     is_sharded = getattr(args, "use_torch_fsdp2", False)
     resident = fully_sharded.resident_chunks(settings, shape.num_chunks) if is_sharded else None
-    return forward_backward.plan_of(shape, settings.group_size, settings.backward == "eager", False, resident)
+    return plans.plan_of(shape, settings.group_size, settings.backward == "eager", False, resident)
 
 
 @lru_cache(maxsize=64)

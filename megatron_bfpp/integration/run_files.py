@@ -28,11 +28,10 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..errors import UserError
-from ..files import write_whole
+from ..files import append_line, write_whole
 from . import metrics
 from .seams import Seam
 from .settings import settings_of
-from .step_log import append_line
 
 FORMAT = "megatron_bfpp run 1"
 BUILD = Seam("megatron.training.training", "setup_model_and_optimizer", ("model_type",))

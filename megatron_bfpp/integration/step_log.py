@@ -12,18 +12,15 @@ a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 
 from __future__ import annotations
 
-import errno
 import inspect
-import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from .. import __version__
+from ..files import append_line
 from ..runtime.traffic import Traffic
 from .seams import Seam
 
@@ -86,17 +83,6 @@ def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., 
         return wrapper
 
     return replace
-
-
-def append_line(path: str | Path, entry: dict[str, Any]) -> None:
-    """A whole line in one write, or nothing and OSError: neither a kill nor a full disk leaves a part of one."""
-    line = (json.dumps(entry) + "\n").encode()
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        written = file.write(line)
-        if written < len(line):  # the rest did not fit; the next line would be glued to this part
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _entry(given: dict[str, Any], step_time_s: float | None) -> dict[str, Any]:
