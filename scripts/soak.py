@@ -32,7 +32,7 @@ MODEL = (
     "--global-batch-size 8 --num-virtual-stages-per-pipeline-rank 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 128 "
     "--lr 1e-3 --lr-warmup-iters 10 --train-iters 1000000 --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
     "--eval-iters 0 --eval-interval 10000000 --split 1,0,0 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
-    "--save-interval 20 --exit-signal-handler --pipeline-schedule breadth-first"
+    "--save-interval 10 --exit-signal-handler --pipeline-schedule breadth-first"
 ).split()
 FAULTS = ("kill a rank", "kill all ranks", "stop a rank", "terminate")
 
