@@ -94,6 +94,10 @@ def disable() -> None:
     """Undo every seam and the CPU mode."""
     seams.undo_all()
     step_log.TRAFFIC.remove()
+    if "megatron_bfpp.integration.reliability" in sys.modules:
+        from . import reliability
+
+        reliability.stop()
     if "megatron_bfpp.integration.cpu" in sys.modules:
         from .cpu import disable_cpu
 

@@ -45,12 +45,12 @@ def agree(store: Any, args: Any, rank: int, world_size: int, timeout_s: float) -
     """
     mine, deadline = record(args), timedelta(seconds=timeout_s)
     if rank == 0:
-        store.set("bfpp/record", json.dumps(mine))
-        store.set("bfpp/verdict", _verdict(store, world_size, deadline))
+        store.set("record", json.dumps(mine))
+        store.set("verdict", _verdict(store, world_size, deadline))
     else:
-        first = json.loads(_get(store, "bfpp/record", deadline, "rank 0"))
-        store.set(f"bfpp/agrees/{rank}", json.dumps(list(differences(first, mine, rank))))
-    verdict = _get(store, "bfpp/verdict", deadline, "rank 0")
+        first = json.loads(_get(store, "record", deadline, "rank 0"))
+        store.set(f"agrees/{rank}", json.dumps(list(differences(first, mine, rank))))
+    verdict = _get(store, "verdict", deadline, "rank 0")
     if verdict:
         raise UserError(verdict)
     return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:12]
@@ -121,7 +121,7 @@ def _verdict(store: Any, world_size: int, deadline: timedelta) -> str:
     found: list[str] = []
     ranks = 0
     for rank in range(1, world_size):
-        theirs = json.loads(_get(store, f"bfpp/agrees/{rank}", deadline, f"rank {rank}"))
+        theirs = json.loads(_get(store, f"agrees/{rank}", deadline, f"rank {rank}"))
         found += theirs
         ranks += bool(theirs)
     if not found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ MOST_EXIT_S = 30  # that a process with an uncaught error has for its end
 ACTIVITY = Activity()  # of this process
 ON_END: list[Callable[[str], None]] = []  # called with the reason before the watchdog ends the process
 _watchdog: Watchdog | None = None
+_meetings = itertools.count()
 
 
 def meeting(initialize: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +90,9 @@ def after_schedule(evaluation: bool) -> None:
 def _meet(args: Any) -> None:
     """Collective over all ranks."""
     global _watchdog
-    store, rank, size = distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    # A name for each time that these processes meet: a store outlives the process groups that it made.
+    store = dist.PrefixStore(f"bfpp/{next(_meetings)}", distributed_c10d._get_default_store())
+    rank, size = dist.get_rank(), dist.get_world_size()
     digest = agree(store, args, rank, size, 60.0 * timeout_minutes(args))
     timeout_s = timeout_of(args)
     settings = settings_of(args)
@@ -96,11 +100,21 @@ def _meet(args: Any) -> None:
     if rank == 0:
         watched = f", an action of a step may take {timeout_s:g} s" if is_on else ""
         print(f"megatron_bfpp {__version__}: all {size} ranks agree, {digest}{watched}", flush=True)
-    if is_on and _watchdog is None:
+    stop()  # that of process groups before these
+    if is_on:
         _watchdog = Watchdog(store, rank, size, timeout_s, ACTIVITY, _told)
         _watchdog.start()
         atexit.register(_watchdog.stop)
         sys.excepthook = _ending(sys.excepthook, _watchdog)
+
+
+def stop() -> None:
+    """End the watchdog, if there is one."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+        atexit.unregister(_watchdog.stop)
+        _watchdog = None
 
 
 def _told(reason: str) -> None:
@@ -115,6 +129,9 @@ def _ending(previous: Hook, watchdog: Watchdog) -> Hook:
     """What Python calls with an error that nobody has caught, before the process ends."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if _watchdog is not watchdog:  # stopped meanwhile
+            previous(kind, error, trace)
+            return
         ACTIVITY.fail()
         if not isinstance(error, PeerLostError):  # whose traceback would tell of this rank, which is not at fault
             previous(kind, error, trace)

@@ -44,7 +44,7 @@ class Watchdog:
         on_end: Callable[[str], None] | None = None,
         flag: str = "--bfpp-timeout-seconds",
     ):
-        """store: the default process group's; a connection of its own is made where torch can.
+        """store: where the ranks met, under a name of this job's; a connection of its own is made where torch can.
         timeout_s: within it all ranks have ended, counted from the begin of what does not end.
         on_end: called with the reason before this process ends by the watchdog.
         """
@@ -53,13 +53,15 @@ class Watchdog:
         self._activity, self._on_end = activity, on_end
         self._host = socket.gethostname()
         self._grace_s = min(MOST_GRACE_S, timeout_s / 5)
-        self._limit_s = timeout_s - 1.5 * self._grace_s
         self._tick_s = max(min(1.0, timeout_s / 40), world_size / RANKS_PER_S)
+        # What is left of the time is for the alarm to be seen, and for all to speak.
+        self._limit_s = max(timeout_s / 2, timeout_s - 2 * self._tick_s - 1.5 * self._grace_s)
         self._alarm: str | None = None  # why the job ends
         self._reporting, self._reported = threading.Lock(), threading.Event()
         self._stopping = threading.Event()
         self._wake: tuple[int, int] | None = None
         self._warned_of: float | None = None
+        self._has_sigterm = False
 
     def start(self) -> None:
         """To be called in the main thread, which is where Python takes signals."""
@@ -71,8 +73,12 @@ class Watchdog:
             threading.Thread(target=target, name=f"megatron_bfpp{target.__name__}", daemon=True).start()
 
     def stop(self) -> None:
+        """In the main thread. From here on SIGTERM ends the process as it did before."""
         self._stopping.set()
         self._nudge()
+        if self._has_sigterm:
+            self._has_sigterm = False
+            _leave_sigterm_alone()
 
     def failed(self, reason: str) -> None:
         """In the main thread: this rank ends with an error that nobody catches. All others end too."""
@@ -88,6 +94,7 @@ class Watchdog:
             signal.set_wakeup_fd(previous)
             return
         signal.signal(signal.SIGTERM, _noted)
+        self._has_sigterm = True
         os.register_at_fork(after_in_child=_leave_sigterm_alone)
 
     def _watch(self) -> None:
@@ -139,12 +146,12 @@ class Watchdog:
                 return
 
     def _look(self) -> None:
-        if self._alarm is None and self._store.check(["bfpp/alarm"]):
-            self._alarm = self._store.get("bfpp/alarm").decode()
+        if self._alarm is None and self._store.check(["alarm"]):
+            self._alarm = self._store.get("alarm").decode()
 
     def _raise_alarm(self, why: str) -> None:
         """The first alarm counts."""
-        self._alarm = self._store.compare_set("bfpp/alarm", "", why).decode()
+        self._alarm = self._store.compare_set("alarm", "", why).decode()
 
     def _take_along(self, why: str, code: int) -> None:
         if self._report("", why):
@@ -157,7 +164,7 @@ class Watchdog:
         if not self._reporting.acquire(blocking=False):
             return False
         status = self._activity.status(self._rank, self._host, ended)
-        self._within(self._grace_s / 2, lambda: self._store.set(f"bfpp/status/{self._rank}", json.dumps(status)))
+        self._within(self._grace_s / 2, lambda: self._store.set(f"status/{self._rank}", json.dumps(status)))
         text = f"megatron_bfpp: {status}\n  {'it' if ended else 'the job'} ends: {ended or why}"
         print(text, file=sys.stderr, flush=True)
         if self._rank <= 1:
@@ -175,8 +182,8 @@ class Watchdog:
             missing = set(range(self._size))
             while missing:
                 for rank in sorted(missing):
-                    if self._store.check([f"bfpp/status/{rank}"]):
-                        found[rank] = Status(*json.loads(self._store.get(f"bfpp/status/{rank}")))
+                    if self._store.check([f"status/{rank}"]):
+                        found[rank] = Status(*json.loads(self._store.get(f"status/{rank}")))
                         missing.discard(rank)
                         if self._rank == 1 and rank == 0:
                             return
@@ -223,7 +230,7 @@ def _noted(*_: object) -> None:
 
 
 def _leave_sigterm_alone() -> None:
-    """A forked child has neither the threads nor the reason, and shares the pipe."""
+    """Also in a forked child, which has neither the threads nor the reason, and shares the pipe."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

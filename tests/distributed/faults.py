@@ -73,7 +73,7 @@ def _nan(folder, args):
 
 
 def _sleep(folder, args):
-    time.sleep(5)
+    time.sleep(7)
 
 
 def _fill_disk(folder, args):

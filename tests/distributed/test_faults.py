@@ -114,7 +114,7 @@ def test_a_loss_that_is_nan_again_when_megatron_repeats_the_step_ends_with_a_che
 def test_a_slow_rank_is_waited_for_and_named_while_it_is(tmp_path):
     usual = train(tmp_path, 4, *BREADTH_FIRST)
     prepare = fault("sleep", 2, tmp_path)
-    assert train(tmp_path, 4, *BREADTH_FIRST, "--bfpp-timeout-seconds", "8", prepare=prepare) == usual
+    assert train(tmp_path, 4, *BREADTH_FIRST, "--bfpp-timeout-seconds", "16", prepare=prepare) == usual
     warnings = re.findall(r"megatron_bfpp: WARNING: rank 3 .*", (tmp_path / "rank3.log").read_text())
     assert any("waiting for 3RECV_F3 from pp_rank 2 (rank 2)" in each for each in warnings), warnings
 
