@@ -10,7 +10,8 @@ import ab_runs
 from fuzz_files import TEXTS, config, damaged, json_file
 from test_timeline import document
 
-from megatron_bfpp import cli
+from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
+from megatron_bfpp.schedule.upstream import ORDERS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -18,22 +19,23 @@ PROFILES = sorted((ROOT / "megatron_bfpp/estimate/profiles").glob("*.yaml"))
 
 
 def flags(rng, sane, needed=(), part=0.3):
-    """A part of the flags, in any order. sane: flag -> values that are good (None: it takes none)."""
-    words, wild = [], rng.choice((0, 0.05, 0.3))
+    """A part of the flags, in any order. sane: flag -> values that are good (None: it takes none). A quarter has nothing bad."""
+    words, wild = [], rng.choice((None, 0, 0.05, 0.3))
+    slip = 0 if wild is None else 0.05
     for flag in [*needed, *(flag for flag in sane if flag not in needed and rng.random() < part)]:
-        if flag in needed and rng.random() < 0.04:
+        if flag in needed and rng.random() < slip:
             continue
         values = sane[flag]
-        word = rng.choice(TEXTS) if values is None or rng.random() < wild else str(rng.choice(values))
+        word = rng.choice(TEXTS) if values is None or rng.random() < (wild or 0) else str(rng.choice(values))
         if values is None:
-            words.append([f"{flag}={word}" if rng.random() < 0.05 else flag])
-        elif rng.random() < 0.05:
+            words.append([f"{flag}={word}" if rng.random() < slip else flag])
+        elif rng.random() < slip:
             words.append([flag])
         else:
             words.append([f"{flag}={word}"] if rng.random() < 0.3 else [flag, word])
-    if words and rng.random() < 0.1:
+    if words and rng.random() < 2 * slip:
         words.append(rng.choice(words))
-    if rng.random() < 0.05:
+    if rng.random() < slip:
         words.append([rng.choice([*TEXTS, "--unknown", "-x"])])
     rng.shuffle(words)
     return [word for group in words for word in group]
@@ -62,16 +64,32 @@ SMALL = [1, 2, 3, 4, 5]
 
 
 def show(rng, folder):
-    sane = {"--pp": [2, 3, 4], "--chunks": [1, 2, 3], "--microbatches": [*SMALL, 8], "--order": ["breadth-first", "1f1b"], "--group": SMALL,
-            "--backward": ["eager", "late"], "--backward-time": [0.5, 2, 3], "--hop": [0, 0.5], "--svg": outputs("svg"), "--html": outputs("html"),
+    sane = {"--pp": [2, 3, 4], "--chunks": [1, 2, 3], "--microbatches": [*SMALL, 8], "--order": list(ORDERS), "--group": SMALL,
+            "--backward": ["eager", "late"], "--backward-time": [0.5, 2, 3], "--hop": [0, 0.5], "--transfer": [0, 0.2],
+            "--gather": [0, 3], "--reduction": [0, 6], "--trace": outputs("json"), "--svg": outputs("svg"), "--html": outputs("html"),
             "--csv": outputs("csv"), "--plan": None, "--resident-chunks": [1, 2], "--text": None, "--wide": None}  # fmt: skip
     if rng.random() < 0.03:  # matplotlib is slow
         sane["--png"] = outputs("png", "xyz")
+    if rng.random() < 0.3:
+        (folder / "plan.csv").write_bytes(plan_file(rng)[1])
+        return ["show", rng.choice(["plan.csv"] * 9 + ["folder", "missing", "-", "/dev/null", ""]), *flags(rng, sane)]
     return ["show", *flags(rng, sane, ("--pp", "--chunks", "--microbatches"))]
+
+
+def plan_file(rng):
+    """A shape, and a plan of it as a file, mostly damaged."""
+    shape = PipelineShape(rng.choice((2, 3)), rng.choice((1, 2)), rng.choice((2, 4)))
+    sound = lower(breadth_first(shape), shape, resident_chunks=rng.choice((None, None, 1, 2)))
+    text = rng.choice((formats.to_csv, formats.to_text))(sound).encode()
+    return shape, text if rng.random() < 0.1 else damaged(rng, text)
 
 
 def plan(rng, folder):
     small = ROOT / "configs/quickstart.yaml"  # the others fit on no such few GPUs
+    if rng.random() < 0.2:
+        (folder / "model.yaml").write_bytes(small.read_bytes())
+        words = ["plan", "model.yaml", "--gpus", rng.choice(("4", "8")), "--gpu", rng.choice(("v100-32", "h100-80"))]
+        return [*words, "--global-batch", rng.choice(("8", "8-32")), *rng.choice(([], ["--rejected"], ["--top", "3"]))]
     (folder / "model.yaml").write_bytes(config(rng, rng.choice([small, *CONFIGS]) if rng.random() < 0.5 else small))
     (folder / "gpu.yaml").write_bytes(config(rng, rng.choice(PROFILES)))
     sane = {"--gpus": [1, 4, 8, 16], "--gpu": ["gpu.yaml", "v100-32", "h100-80"], "--global-batch": [8, "16,32", "8-32"], "--pp": [1, 2, 4], "--tp": [1, 2],
@@ -108,11 +126,8 @@ def check(rng, folder):
             *flags(rng, sane, ("--config", "--gpus")),
             *(["--", *flags(rng, MODEL_FLAGS)] if rng.random() < 0.3 else []),
         ]
-    shape = cli.PipelineShape(rng.choice((2, 3)), rng.choice((1, 2)), rng.choice((2, 4)))
-    sharded = rng.choice((None, None, 1, 2))
-    sound = cli.lower(cli.breadth_first(shape), shape, resident_chunks=sharded)
-    text = rng.choice((cli.formats.to_csv, cli.formats.to_text))(sound).encode()
-    (folder / "plan.csv").write_bytes(text if rng.random() < 0.1 else damaged(rng, text))
+    shape, data = plan_file(rng)
+    (folder / "plan.csv").write_bytes(data)
     sane = {"--pp": [shape.pp_size], "--chunks": [shape.num_chunks], "--microbatches": [shape.num_microbatches]}
     return [
         "check",

@@ -114,13 +114,14 @@ def test_wandb_gets_one_report_run_with_the_table_and_the_files(tmp_path, capsys
     assert "wandb, which is not installed" in capsys.readouterr().err
 
 
-def test_an_offline_run_of_wandb_holds_what_was_given(tmp_path, monkeypatch):
+def test_an_offline_run_of_wandb_holds_what_was_given(tmp_path):
     pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")
-    for name, value in (("MODE", "offline"), ("RUN_GROUP", "ab-52b"), ("TAGS", "bfpp,ab"), ("SILENT", "true")):
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
-    assert main(["compare", *map(str, two_arms(tmp_path / "runs")), "--wandb-project", "ab"]) == 0
+    settings = {"MODE": "offline", "RUN_GROUP": "ab-52b", "TAGS": "bfpp,ab", "SILENT": "true"}
+    settings |= dict.fromkeys(("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"), str(tmp_path))
+    # A process of its own: wandb reads its variables once per process.
+    command = [sys.executable, "-m", "megatron_bfpp.cli", "compare", *map(str, two_arms(tmp_path / "runs"))]
+    environment = os.environ | {f"WANDB_{name}": value for name, value in settings.items()}
+    subprocess.run([*command, "--wandb-project", "ab"], check=True, timeout=240, env=environment)
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     found = OfflineRun(folder)
     assert (found.run.project, found.run.run_group, found.run.job_type, list(found.run.tags)) == ("ab", "ab-52b", "report", ["bfpp", "ab"])
