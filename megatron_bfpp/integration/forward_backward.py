@@ -23,7 +23,7 @@ from .. import __version__
 from ..runtime.data_parallel import DataParallel
 from ..runtime.executor import Executor
 from ..runtime.fully_sharded import FullySharded
-from ..runtime.p2p import Messages
+from ..runtime.p2p import ChannelGroups, Messages
 from ..schedule import Action, PipelineShape
 from . import fully_sharded, replicas
 from .checks import check_call, check_config
@@ -127,12 +127,7 @@ def run(
 
     peak = plan.peak_live_activations[pp_rank]
     compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
-    messages = Messages(
-        channels, shape, _tensor_shape(call, config, groups), config.pipeline_dtype, device,
-        variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
-        debug=settings.debug_p2p, activity=ACTIVITY,
-        waiting=None if RECORDING.recorder is None else RECORDING.recorder.waiting,
-    )  # fmt: skip
+    messages = _messages(channels, shape, _tensor_shape(call, config, groups), config, device, settings.debug_p2p)
     gates = _gates(config, model, forward_only, resident is not None)
     with RECORDING.around(gates, shape, pp_rank), gates:
         Executor(shape, compute, messages, gates, forward_only, _span(), ACTIVITY).run(plan.actions[pp_rank])
@@ -175,6 +170,16 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
         answer = original(**call)
     after_schedule(evaluation)
     return answer
+
+
+def _messages(
+    channels: ChannelGroups, shape: PipelineShape, sizes: tuple[int, ...], config: Any, device: torch.device, debug: bool
+) -> Messages:
+    return Messages(
+        channels, shape, sizes, config.pipeline_dtype, device,
+        variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False),
+        debug=debug, activity=ACTIVITY, waiting=None if RECORDING.recorder is None else RECORDING.recorder.waiting,
+    )  # fmt: skip
 
 
 def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollection) -> tuple[int, int, int]:
