@@ -42,14 +42,13 @@ class Watchdog:
         timeout_s: float,
         activity: Activity,
         on_end: Callable[[str], None] | None = None,
-        flag: str = "--bfpp-timeout-seconds",
     ):
         """store: where the ranks met, under a name of this job's; a connection of its own is made where torch can.
         timeout_s: within it all ranks have ended, counted from the begin of what does not end.
         on_end: called with the reason before this process ends by the watchdog.
         """
         self._store = store.clone() if hasattr(store, "clone") else store
-        self._rank, self._size, self._timeout_s, self._flag = rank, world_size, timeout_s, flag
+        self._rank, self._size, self._timeout_s = rank, world_size, timeout_s
         self._activity, self._on_end = activity, on_end
         self._host = socket.gethostname()
         self._grace_s = min(MOST_GRACE_S, timeout_s / 5)
@@ -121,7 +120,7 @@ class Watchdog:
         seconds = time.monotonic() - since
         if seconds > self._limit_s:
             status = activity.status(self._rank, self._host)
-            allowed = f"{self._flag} {self._timeout_s:g} allows no more"
+            allowed = f"--bfpp-timeout-seconds {self._timeout_s:g} allows no more"
             why = f"rank {self._rank} has been for {seconds:.0f} s in {status.doing}; {allowed}"
             self._within(self._grace_s, lambda: self._raise_alarm(why))
             self._take_along(self._alarm or why, 1)
