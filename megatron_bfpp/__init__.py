@@ -2,9 +2,9 @@
 
 import argparse
 
-__all__ = ["__version__", "add_arguments", "disable", "enable"]
+from .console.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "add_arguments", "disable", "enable"]
 
 
 def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     --pipeline-schedule is None where it is not given, so that a fork can leave the plugin alone. Returns the parser, as
     Megatron's own functions do.
     """
-    from .integration.settings import add_flags
+    from .integration.flags.settings import add_flags
 
     add_flags(parser, default=None)
     return parser

@@ -20,11 +20,16 @@ import argparse
 import sys
 from typing import NoReturn
 
-from . import __version__, bench, compare, doctor, dry_run, plan, show
-from .errors import UserError, shown
-from .plan_file import read, shape_of, title
-from .report import timeline as trace
+from .bench import command as bench
+from .check import command as dry_run
+from .compare import command as compare
+from .console.errors import UserError, shown
+from .console.version import __version__
+from .doctor import command as doctor
+from .planner import command as plan
 from .schedule import Op, ScheduleError, check, formats
+from .schedule.plan_file import read, shape_of, title
+from .timeline import show, trace
 
 
 def main(argv: list[str] | None = None) -> int:

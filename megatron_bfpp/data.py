@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 
 import numpy
 
-from megatron_bfpp.errors import UserError, shown
+from .console.errors import UserError, shown
 
 __all__ = ["END_OF_DOCUMENT", "VOCAB_SIZE", "build"]
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from .errors import UserError, shown
+from .console.errors import UserError, shown
 
 USAGE = "usage: torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]"
 ALONE_S = 1.0  # ten times what torchrun takes to end the ranks of a node

@@ -63,7 +63,8 @@ read_config() {
     at_least 1 TP PP VP MBS GBS ROUNDS STEPS NNODES GPUS_PER_NODE
     quoted="$(once "${PYTHON}" -c '
 import shlex, sys
-from megatron_bfpp.config_file import UserError, load
+from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.console.config_file import load
 try:
     environment, flags = load(sys.argv[1])
 except UserError as error:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from megatron_bfpp.runtime.clocks import HostClock
 from megatron_bfpp.runtime.data_parallel import DataParallel
 from megatron_bfpp.runtime.executor import Executor
-from megatron_bfpp.runtime.recorder import HostClock, Recorder
 from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, lower
+from megatron_bfpp.timeline.recorder import Recorder
 
 RANK = 1
 

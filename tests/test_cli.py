@@ -196,7 +196,7 @@ def test_version(capsys):
 
 
 def test_every_order_goes_by_the_name_that_bench_and_plan_give_it(capsys):
-    from megatron_bfpp.schedule.upstream import ORDERS
+    from megatron_bfpp.schedule.names import ORDERS
 
     size = ["show", "--pp", "4", "--chunks", "2", "--microbatches", "8"]
     assert main([*size, *(word for name in ORDERS for word in ("--order", name)), "--hop", "0.5", "--wide"]) == 0

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import jobs
 
-from megatron_bfpp.config_file import load
-from megatron_bfpp.estimate.flags import gpt_of, parse, precision_of, strategy_of
-from megatron_bfpp.estimate.hardware import load_gpu
-from megatron_bfpp.estimate.search import Request, estimate
+from megatron_bfpp.console.config_file import load
+from megatron_bfpp.planner.flags import gpt_of, parse, precision_of, strategy_of
+from megatron_bfpp.planner.hardware import load_gpu
+from megatron_bfpp.planner.search import Request, estimate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 GPUS = {  # file: GPUs, of what kind

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from megatron_bfpp import data
-from megatron_bfpp.errors import UserError
+from megatron_bfpp.console.errors import UserError
 
 indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 

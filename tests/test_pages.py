@@ -8,9 +8,9 @@ from ab_runs import OUT_OF_MEMORY, compared, make_run, two_arms
 from browser import Browser
 
 from megatron_bfpp.cli import main
-from megatron_bfpp.report.compare_text import COLUMNS
-from megatron_bfpp.report.picture import svg
+from megatron_bfpp.compare.text import COLUMNS
 from megatron_bfpp.schedule import PipelineShape, breadth_first, simulate
+from megatron_bfpp.timeline.svg import svg
 
 PHONE = {"width": 390, "height": 844}
 ROWS = "[...document.querySelectorAll('tr')].map(row => [...row.children].map(cell => cell.textContent))"

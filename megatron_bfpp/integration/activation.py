@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
-from ..runtime import orphans
-from . import seams, step_log
-from .arguments import validating, validating_yaml
+from ..console.errors import UserError
+from . import seams
+from .flags.settings import SCHEDULES, Settings, add_flags, settings_of
+from .observe import step_log
+from .reliability import orphans
 from .seams import Seam
-from .settings import SCHEDULES, Settings, add_flags, settings_of
+from .validation import validating, validating_yaml
 
 SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
 
@@ -35,7 +36,7 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     if pipeline_schedule is not None and pipeline_schedule not in SCHEDULES:
         raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
     check_version()
-    from .cpu import choose_device, enable_cpu, is_cpu_enabled, skip_compile_without_makefile
+    from .cpu.mode import choose_device, enable_cpu, is_cpu_enabled, skip_compile_without_makefile
 
     device, reason = choose_device(device)
     if device == "cpu" and not is_cpu_enabled():
@@ -57,7 +58,7 @@ def enable_for_dry_run() -> None:
     check_version()
     if importlib.util.find_spec("megatron.training") is None:
         raise UserError("megatron.training is not installed.\n  pip install 'megatron-core>=0.17,<0.20'.")
-    from .cpu import enable_cpu, skip_compile_without_makefile
+    from .cpu.mode import enable_cpu, skip_compile_without_makefile
 
     enable_cpu()
     skip_compile_without_makefile()
@@ -67,7 +68,7 @@ def enable_for_dry_run() -> None:
 def _apply_to_training(explicit: str | None, device: str) -> None:
     import megatron.training.training  # noqa: F401  # binds by name what is replaced here
 
-    from . import reliability
+    from .reliability import watch as reliability
 
     def with_flags(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,12 +95,12 @@ def disable() -> None:
     """Undo every seam and the CPU mode."""
     seams.undo_all()
     step_log.TRAFFIC.remove()
-    if "megatron_bfpp.integration.reliability" in sys.modules:
-        from . import reliability
+    if "megatron_bfpp.integration.reliability.watch" in sys.modules:
+        from .reliability import watch as reliability
 
         reliability.stop()
-    if "megatron_bfpp.integration.cpu" in sys.modules:
-        from .cpu import disable_cpu
+    if "megatron_bfpp.integration.cpu.mode" in sys.modules:
+        from .cpu.mode import disable_cpu
 
         disable_cpu()
 
@@ -121,7 +122,7 @@ def check_version() -> None:
 def _dispatching(explicit: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward_backward_pipelining_with_interleaving(**call: Any) -> Any:
-            from . import forward_backward
+            from .step import forward_backward
 
             settings = _settings(explicit)
             if settings.schedule == "1f1b":

@@ -11,7 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_bfpp.runtime import headers, orphans
+from megatron_bfpp.integration.reliability import orphans
+from megatron_bfpp.runtime import headers
 from megatron_bfpp.runtime.activity import Activity, Status
 from megatron_bfpp.runtime.testimony import MOST_LINES, summary
 from megatron_bfpp.schedule import Action, Op, PipelineShape
@@ -99,7 +100,7 @@ def test_what_is_no_header_is_refused():
 def test_a_manager_ends_with_the_process_that_started_it_even_when_that_is_killed():
     code = (
         "import multiprocessing, os, sys, time\n"
-        "from megatron_bfpp.runtime.orphans import managers_end_with_this_process\n"
+        "from megatron_bfpp.integration.reliability.orphans import managers_end_with_this_process\n"
         "if __name__ == '__main__':\n"
         "    with managers_end_with_this_process():\n"
         "        manager = multiprocessing.get_context('spawn').Manager()\n"

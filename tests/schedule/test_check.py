@@ -10,16 +10,7 @@ from hypothesis import strategies as st
 from oracle import meaning
 from shapes import parse
 
-from megatron_bfpp.schedule import (
-    Action,
-    Op,
-    PipelineShape,
-    ScheduleError,
-    breadth_first,
-    check,
-    formats,
-    lower,
-)
+from megatron_bfpp.schedule import Action, Op, PipelineShape, ScheduleError, breadth_first, check, formats, lower
 from megatron_bfpp.schedule.ir import CHUNK_OPS, RECEIVES
 
 NAMES_AN_ACTION = re.compile(r"\b\d+((F|B|SEND_F|RECV_F|SEND_B|RECV_B)\d+|UNSHARD|REDUCE_GRAD)\b")

@@ -7,15 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import shapes, text
 
-from megatron_bfpp.schedule import (
-    Action,
-    Op,
-    PipelineShape,
-    breadth_first,
-    forward_only,
-    interleaved_1f1b,
-    simulate,
-)
+from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, interleaved_1f1b, simulate
 
 
 def test_late_backward_of_2_ranks_2_chunks_2_microbatches():

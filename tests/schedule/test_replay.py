@@ -18,8 +18,8 @@ from megatron_bfpp.schedule import (
     simulate,
 )
 from megatron_bfpp.schedule.lower import add_send_recv
+from megatron_bfpp.schedule.names import MEGATRON, TORCH, aligned
 from megatron_bfpp.schedule.replay import OURS, Costs, replay
-from megatron_bfpp.schedule.upstream import MEGATRON, TORCH, aligned
 
 
 @given(shapes, st.data(), st.booleans(), st.sampled_from([0.5, 1.0, 2.0, 3.0]))

@@ -1,0 +1,147 @@
+"""The arms of `bfpp bench`: every schedule that is compared, on the same emulated stages and network. Runs in each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer import TransformerConfig
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleLoopedBFS
+
+from ..integration.flags.settings import Settings
+from ..integration.step import forward_backward
+from ..schedule import Action, PipelineShape, Schedule
+from . import data_parallel
+from .data_parallel import ALONE, ReplicaTimes
+from .emulate.collectives import Collectives
+from .emulate.network import Network
+from .emulate.stages import HIDDEN, EmulatedChunk, StageTimes
+
+Step = Callable[[], None]
+
+
+class Arms:
+    """The arms of one shape on this rank, whose process groups exist. `steps` has a function per arm that runs one step."""
+
+    def __init__(self, shape: PipelineShape, times: StageTimes, network: Network, replicas: ReplicaTimes = ALONE):
+        self.shape, self.times, self.network, self.replicas = shape, times, network, replicas
+        is_replicated = replicas.size > 1
+        self.collectives = Collectives(network, parallel_state.get_data_parallel_group()) if is_replicated else None
+        self.plans: dict[str, Schedule] = {}
+        self._chunks = self._model([self._chunk(self._config(True), chunk) for chunk in range(shape.num_chunks)])
+        late, megatron = Settings("breadth-first", "late"), Settings("breadth-first", engine="megatron")
+        interleaved = schedules.forward_backward_pipelining_with_interleaving
+        interleaved = getattr(interleaved, "__wrapped__", interleaved)
+        self.steps: dict[str, Step] = {
+            "1f1b": self._not_interleaved(),
+            "interleaved": lambda: self._grouped(interleaved, shape.pp_size),
+            "interleaved-grouped": lambda: self._grouped(interleaved, shape.num_microbatches),
+            "breadth-first": lambda: self._run(forward_backward.run, Settings("breadth-first")),
+            "breadth-first-late": lambda: self._run(forward_backward.run, late),
+            "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
+            "breadth-first-sharded": self._sharded(),
+            "torch-interleaved": self._torch("torch-interleaved", ScheduleInterleaved1F1B),
+            "torch-looped-bfs": self._torch("torch-looped-bfs", ScheduleLoopedBFS),
+        }
+
+    def _config(self, has_chunks: bool) -> Any:
+        """As Megatron's command line makes it, with the flag that overlaps the messages of warm-up and cool-down."""
+        size = self.shape.pp_size
+        return TransformerConfig(
+            num_layers=self.shape.num_stages, hidden_size=HIDDEN, num_attention_heads=1,
+            pipeline_model_parallel_size=size,
+            virtual_pipeline_model_parallel_size=self.shape.num_chunks if has_chunks else None,
+            pipeline_dtype=torch.float64, deallocate_pipeline_outputs=True,
+            overlap_p2p_comm=has_chunks, batch_p2p_comm=not has_chunks, overlap_p2p_comm_warmup_flush=has_chunks,
+        )  # fmt: skip
+
+    def _chunk(self, config: Any, vp_stage: int | None, repeat: int = 1) -> EmulatedChunk:
+        return EmulatedChunk(config, vp_stage, self.times, self.network, self.replicas.buckets, repeat)
+
+    def _model(self, chunks: list[Any]) -> list[Any]:
+        """The chunks with what Megatron's training loop puts around them and into their config."""
+        if self.collectives is None:
+            return chunks
+        model = [data_parallel.under_ddp(chunk, self.replicas, self.collectives, not index) for index, chunk in enumerate(chunks)]
+        for ddp in model:
+            config, has_chunks = ddp.config, len(model) > 1 or ddp.module.vp_stage is not None
+            functions = {
+                "no_sync_func": [each.no_sync for each in model],
+                "grad_sync_func": [each.start_grad_sync for each in model],
+                "param_sync_func": [each.start_param_sync for each in model] if has_chunks else None,
+            }
+            for name, function in functions.items():
+                setattr(config, name, function if has_chunks or function is None else function[0])
+            config.finalize_model_grads_func = data_parallel.finish
+        return model
+
+    def _run(self, schedule: Callable[..., Any], *first: Any, model: Any = None) -> None:
+        model = self._chunks if model is None else model
+        if self.collectives is not None:
+            data_parallel.begin(model if isinstance(model, list) else [model])
+        iterators = [None] * len(model) if isinstance(model, list) else None
+        schedule(*first, forward_step_func=_forward_step, data_iterator=iterators, model=model,
+                 num_microbatches=self.shape.num_microbatches, seq_length=1, micro_batch_size=1)  # fmt: skip
+
+    def _grouped(self, interleaved: Callable[..., Any], group: int) -> None:
+        with forward_backward.changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
+            self._run(interleaved)
+
+    def _not_interleaved(self) -> Step:
+        (chunk,) = self._model([self._chunk(self._config(False), None, repeat=self.shape.num_chunks)])
+        return lambda: self._run(schedules.forward_backward_pipelining_without_interleaving, model=chunk)
+
+    def _sharded(self) -> Step:
+        if self.collectives is None:
+            return _nothing_to_shard
+        chunks = [self._chunk(self._config(True), chunk) for chunk in range(self.shape.num_chunks)]
+        model = [data_parallel.under_fsdp(chunk, self.replicas, self.collectives) for chunk in chunks]
+        for chunk in model:
+            chunk.config.finalize_model_grads_func = data_parallel.finish
+        return lambda: self._run(forward_backward.run, Settings("breadth-first"), model=model)
+
+    def _torch(self, arm: str, kind: Any) -> Step:
+        shape, group = self.shape, parallel_state.get_pipeline_model_parallel_group()
+        example = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
+        stages = [
+            self._stage(
+                self._chunk(None, chunk), stage, shape.num_stages, torch.device("cpu"), group=group,
+                input_args=example if stage == 0 else example.clone().requires_grad_(), output_args=example.clone().requires_grad_(),
+            )
+            for chunk, stage in enumerate(shape.stages_on(group.rank()))
+        ]  # fmt: skip
+        schedule = kind(stages, shape.num_microbatches, loss_fn=lambda output, target: _loss(output)[0], scale_grads=False)
+        plan = schedule.pipeline_order_with_comms
+        self.plans[arm] = [  # without UNSHARD, RESHARD and REDUCE_GRAD, which do nothing for a module that is not sharded
+            [Action.parse(str(each)) for each in plan[rank] if each.microbatch_index is not None] for rank in range(shape.pp_size)
+        ]
+        batch = torch.ones(shape.num_microbatches, 1, HIDDEN, dtype=torch.float64)
+
+        def step() -> None:
+            given = (batch,) if group.rank() == 0 else ()
+            target = {"target": batch} if group.rank() == shape.pp_size - 1 else {}
+            schedule.step(*given, **target)
+
+        return step
+
+
+    def _stage(self, chunk: EmulatedChunk, *args: Any, **kwargs: Any) -> PipelineStage:
+        if self.collectives is None:
+            return PipelineStage(chunk, *args, **kwargs)
+        return data_parallel.ReplicatedStage(chunk, *args, times=self.replicas, collectives=self.collectives, **kwargs)
+
+
+def _nothing_to_shard() -> None:
+    raise ValueError("full sharding takes data parallelism")
+
+
+def _forward_step(iterator: Any, chunk: EmulatedChunk) -> tuple[torch.Tensor, Callable[..., Any]]:
+    return chunk(), _loss
+
+
+def _loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return output[..., :-1].sum(), {}

@@ -1,0 +1,87 @@
+"""One network for the messages and collectives of all ranks: schedule/cards.py, in memory that the processes share.
+
+When a transfer ends depends on what begins meanwhile. So nobody is told the end of one before it is past: who waits sleeps until
+then, and looks again. On a GPU too a wait stands in the way of what the rank does next, so that nothing comes later for it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from typing import Any
+
+from ...schedule.cards import Cards, Transfer, receiving, sending
+
+_BYTES = 1 << 18  # of the pickled cards: about 150 for each transfer that is under way or queued
+_PER_OWNER = 4096  # transfers whose ends are kept
+_SHORTEST_SLEEP_S = 0.0005
+
+
+class SharedCards:
+    """Of `ranks` ranks. An owner is a rank for its messages, or ranks + r for the collectives of the group that rank r is first of.
+
+    behind_s: so far the cards stay behind real time, since ranks tell of a transfer a little after it began; shorter than any work,
+        which then starts in time. What a busy machine holds up for longer begins late: `late_s` is the worst of this process.
+    """
+
+    def __init__(self, context: Any, ranks: int, full_duplex: bool, behind_s: float):
+        self.late_s = 0.0
+        self._state = context.Array("c", _BYTES)
+        self._ends = context.Array("d", 2 * ranks * _PER_OWNER, lock=False)
+        self._full_duplex, self._behind_s = full_duplex, behind_s
+        self._save(Cards())
+
+    def ticket(self, owner: int, number: int) -> int:
+        """What a transfer is known by: the owner's number-th. Positive."""
+        return owner * _PER_OWNER + number % _PER_OWNER + 1
+
+    def begin_message(self, ticket: int, start_s: float, duration_s: float, sender: int, receiver: int) -> None:
+        self._begin(ticket, start_s, duration_s, (self._out(sender), self._in(receiver)), (sender, receiver))
+
+    def begin_collective(self, ticket: int, start_s: float, duration_s: float, ranks: list[int]) -> None:
+        """In both directions of every member's card, as in a ring."""
+        places = tuple(place for rank in ranks for place in {self._out(rank), self._in(rank)})
+        self._begin(ticket, start_s, duration_s, places, ranks[0])
+
+    def wait(self, ticket: int) -> float:
+        """When the transfer has ended, once that is past; of time.monotonic()."""
+        while True:
+            with self._state.get_lock():
+                cards = self._load()
+                self._pass_time(cards)
+                end_s = self._ends[ticket - 1]
+                next_s = cards.next_end()
+            if end_s:
+                return float(end_s)
+            sleep_s = 0.0 if next_s is None else next_s + self._behind_s - time.monotonic()
+            time.sleep(max(_SHORTEST_SLEEP_S, sleep_s))
+
+    def _begin(self, ticket: int, start_s: float, duration_s: float, places: tuple[Any, ...], queue: Any) -> None:
+        with self._state.get_lock():
+            cards = self._load()
+            self._ends[ticket - 1] = 0.0
+            self.late_s = max(self.late_s, cards.now - start_s)
+            cards.begin(Transfer(ticket, duration_s, places, queue), start_s)
+            self._pass_time(cards)
+
+    def _pass_time(self, cards: Cards) -> None:
+        until_s = time.monotonic() - self._behind_s
+        while done := cards.step(until_s):
+            for ticket in done:
+                self._ends[ticket - 1] = cards.now
+        self._save(cards)
+
+    def _out(self, rank: int) -> Any:
+        return sending(rank)
+
+    def _in(self, rank: int) -> Any:
+        return receiving(rank) if self._full_duplex else sending(rank)
+
+    def _load(self) -> Cards:
+        return pickle.loads(self._state.get_obj())  # type: ignore[no-any-return]
+
+    def _save(self, cards: Cards) -> None:
+        content = pickle.dumps(cards)
+        if len(content) > _BYTES:
+            raise RuntimeError(f"{len(content)} bytes of transfers are under way or queued; there is room for {_BYTES}")
+        self._state.get_obj()[: len(content)] = content

@@ -1,0 +1,95 @@
+"""bfpp compare: what an A/B showed, from the directories of its runs alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..console.errors import UserError
+from ..console.files import write_whole
+from .numbers import Comparison, compare
+from .page import page
+from .runs import Run, load
+from .text import COLUMNS, cells, markdown, terminal
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("compare", help="compare finished runs: time, memory, losses, configuration")
+    place = "a directory that --bfpp-run-dir had, or one that holds such; the arm of the first is the reference"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=place)
+    parser.add_argument("--html", metavar="PATH", help="write a page that needs nothing else")
+    parser.add_argument("--markdown", metavar="PATH", help="write the table as Markdown")
+    parser.add_argument("--json", metavar="PATH", help="write every number")
+    parser.add_argument(
+        "--warmup", type=int, metavar="N", help="steps to drop after each start; default 5, or half of a short run"
+    )
+    parser.add_argument("--loss-tolerance", type=float, default=0.0, metavar="X",
+                        help="relative difference of losses that exit code 0 allows; default 0: every bit")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="compare runs that differ in more than the schedule")
+    parser.add_argument("--wandb-project", metavar="NAME", help="make one run of W&B there, with table and files")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: every run finished with the losses of the first. 1: not so. UserError also where a file cannot be written."""
+    if not 0 <= args.loss_tolerance < 1:
+        raise UserError(f"--loss-tolerance is {args.loss_tolerance:g}; it must lie between 0 and 1.")
+    runs = load(args.runs)
+    comparison = compare(runs, args.warmup, args.force, args.loss_tolerance)
+    print(terminal(comparison))
+    files = {
+        "html": page(comparison, runs),
+        "markdown": markdown(comparison),
+        "json": json.dumps(comparison.as_json(), indent=1) + "\n",
+    }
+    failures = []
+    for kind, content in files.items():
+        path = getattr(args, kind)
+        try:
+            if path is not None:
+                write_whole(path, content, f"--{kind}")
+                print(f"wrote {path}")
+        except UserError as error:  # the others may fit, or lie elsewhere
+            failures.append(error)
+    if args.wandb_project is not None:
+        _to_wandb(args.wandb_project, comparison, runs, files)
+    if failures:
+        raise failures[0]
+    return 0 if comparison.is_good else 1
+
+
+def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict[str, str]) -> None:
+    """One run of the job type "report". Group, mode and folder come from W&B's own variables of the environment."""
+    try:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise UserError(
+            "--wandb-project needs wandb, which is not installed.\n  Run pip install wandb, or leave it out."
+        ) from None
+    names = [arm.name for arm in comparison.arms]
+    group = os.environ.get("WANDB_RUN_GROUP")
+    report: Any = wandb.init(
+        project=project, name=f"report {group or ' / '.join(names)}"[:128], job_type="report",
+        config={"arms": names, "warmup": comparison.warmup, **comparison.facts},
+    )  # fmt: skip
+    report.log({"comparison": wandb.Table(columns=list(COLUMNS), data=[cells(arm) for arm in comparison.arms])})
+    for arm in comparison.arms:
+        if arm.ratio is not None:
+            report.summary[f"ratio/{arm.name}"] = arm.ratio
+    artifact = wandb.Artifact("comparison", type="report")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, content in files.items():
+            path = Path(folder, {"html": "report.html", "markdown": "report.md", "json": "report.json"}[kind])
+            path.write_text(content, encoding="utf-8")
+            artifact.add_file(str(path), name=path.name)
+        for place, each in enumerate(runs, 1):  # two may have the same name
+            for name in ("trace.json", "timeline.svg"):
+                if (each.path / name).is_file():
+                    artifact.add_file(str(each.path / name), name=f"{place:02d} {each.path.name}/{name}")
+        report.log_artifact(artifact)
+        report.finish()  # uploads, while the files are there
+    print(f"W&B: one report run in the project {project}")

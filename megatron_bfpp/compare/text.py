@@ -1,0 +1,184 @@
+"""An A/B for a terminal and as Markdown: the same cells and the same sentences in both, and in the HTML page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from .losses import GRADIENT_NORM, Difference
+from .numbers import Arm, Comparison
+
+_MISSING = "-"
+# In a reason: its name in the table. The first that is found counts.
+_KINDS = (
+    ("out of memory", "out of memory"),
+    ("outofmemory", "out of memory"),
+    ("no end.json", "no end"),
+    ("kill", "killed"),
+)
+_REASON_WIDTH = 160  # characters of a reason below the table
+
+COLUMNS: dict[str, Callable[[Arm], str]] = {
+    "arm": lambda arm: arm.name,
+    "runs": lambda arm: _runs(arm),
+    "step time p50 / p90": lambda arm: _step_time(arm),
+    "tokens/s/GPU": lambda arm: _number(
+        arm.tokens_per_s_per_gpu, ",.0f" if (arm.tokens_per_s_per_gpu or 0) >= 100 else ".3g"
+    ),
+    "TFLOP/s/GPU": lambda arm: _number(arm.tflops_per_gpu, ".1f" if (arm.tflops_per_gpu or 0) >= 10 else ".3g"),
+    "peak GiB (rank)": lambda arm: _peak(arm),
+    "bubble (predicted)": lambda arm: f"{_number(arm.bubble_measured, '.1%')} ({_number(arm.bubble_predicted, '.1%')})",
+    "exposed dp": lambda arm: _seconds(arm.exposed_dp_s),
+    "time / first arm": lambda arm: _number(arm.ratio, ".4f"),
+    "95% interval": lambda arm: interval(arm),
+}
+
+
+def cells(arm: Arm) -> list[str]:
+    return [cell(arm) for cell in COLUMNS.values()]
+
+
+def terminal(comparison: Comparison) -> str:
+    rows = [list(COLUMNS), *map(cells, comparison.arms)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for title, sentences in sections(comparison).items():
+        lines += ["", f"{title}:", *(f"  {each}" for each in sentences)]
+    return "\n".join(lines)
+
+
+def markdown(comparison: Comparison) -> str:
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(map(_escaped, cells(arm)) for arm in comparison.arms)]
+    lines = ["# A/B of pipeline schedules", "", *("| " + " | ".join(row) + " |" for row in rows)]
+    for title, sentences in sections(comparison).items():
+        lines += ["", f"## {title}", "", *(f"- {_escaped(each)}" for each in sentences)]
+    return "\n".join(lines) + "\n"
+
+
+def sections(comparison: Comparison) -> dict[str, list[str]]:
+    """What stands below the table: title -> sentences. Empty ones are left out."""
+    first = comparison.arms[0]
+    failures = [_cut(each) for arm in comparison.arms for each in arm.failures]
+    losses = [each for arm in comparison.arms for each in _losses(arm, comparison.loss_tolerance)]
+    changed = [f"{name}: {_changed(found)}" for name, found in comparison.changed.items()]
+    named = {
+        "Did not finish": failures,
+        "Losses": losses,
+        f"Configuration, against {first.name}": changed,
+        "Notes": comparison.notes,
+        "What was compared": [f"{name}: {value}" for name, value in comparison.facts.items()],
+        "How to read it": _explained(comparison),
+    }
+    return {title: sentences for title, sentences in named.items() if sentences}
+
+
+def interval(arm: Arm) -> str:
+    found = arm.interval
+    if found is None:
+        return _MISSING
+    if found.low is None or found.high is None:
+        return found.kind
+    return f"{found.low:.4f} to {found.high:.4f}"
+
+
+def _losses(arm: Arm, tolerance: float) -> list[str]:
+    """A sentence for all runs of the arm whose losses are the reference's, and one for each other run."""
+    same = [each for each in arm.losses if each.is_comparable and each.losses is None]
+    sentences = []
+    if same:
+        steps = min(each.steps for each in same)
+        how = (
+            "bit-identical"
+            if all(each.all_bits for each in same)
+            else "equal as printed (not all values have their bits in the files)"
+        )
+        norms = [each.gradient_norm for each in same if each.gradient_norm]
+        more = ""
+        if norms:
+            more = "; gradient norms differ: " + _difference(max(norms, key=lambda each: each.largest))
+        elif all(GRADIENT_NORM in each.names for each in same):
+            more = ", gradient norms too"
+        sentences.append(
+            f"{arm.name}: {how} over {_steps(steps)} in {len(same)} of {len(arm.losses)} compared runs{more}"
+        )
+    for each in arm.losses:
+        if not each.is_comparable:
+            sentences.append(f"{each.run}: nothing to compare: {_steps(each.steps)}")
+        elif each.losses is not None:
+            within = f", within the tolerance {tolerance:g}" if each.losses.largest <= tolerance else ""
+            sentences.append(f"{each.run}: losses DIFFER{within}: {_difference(each.losses)}, of {_steps(each.steps)}")
+    unmatched = sorted({name for each in arm.losses for name in each.unmatched})
+    if unmatched:
+        sentences.append(
+            f"{arm.name}: only one side has {', '.join(map(repr, unmatched))} at some step, which is left out"
+        )
+    return sentences
+
+
+def _difference(found: Difference) -> str:
+    size = f"{found.largest:.2g}" if math.isfinite(found.largest) else "not a number"
+    return (
+        f"from step {found.first_step} on, largest relative difference {size} ({found.name}, step {found.largest_step})"
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count} common step{'' if count == 1 else 's'}"
+
+
+def _changed(found: dict[str, tuple[str, str]]) -> str:
+    return (
+        ", ".join(f"{name} {ours} -> {theirs}" for name, (ours, theirs) in found.items()) or "nothing that is recorded"
+    )
+
+
+def _explained(comparison: Comparison) -> list[str]:
+    kinds = ", ".join(f"{arm.name} {arm.interval.kind}" for arm in comparison.arms if arm.interval)
+    return [
+        f"The first {comparison.warmup} steps after each start of a process are dropped as warm-up.",
+        "Traced steps, and the step after them, are not timed.",
+        "p50 and p90: the median over runs of each run's median and 90th percentile.",
+        "Time / first arm is the ratio of the p50; below 1 is faster than the first arm.",
+        f"The interval is of the mean ratio over runs{f' ({kinds})' if kinds else ''}: steps are not independent.",
+        "TFLOP/s by Megatron's formula, which counts the same for every arm.",
+        "Peak memory: the largest of any rank and step, in GiB.",
+    ]
+
+
+def _runs(arm: Arm) -> str:
+    """How many finished, and in short why the others did not."""
+    if not arm.failures:
+        return str(arm.runs)
+    kinds = dict.fromkeys(
+        next((kind for word, kind in _KINDS if word in each.lower()), "failed") for each in arm.failures
+    )
+    return f"{arm.runs - len(arm.failures)} of {arm.runs}: {', '.join(kinds)}"
+
+
+def _step_time(arm: Arm) -> str:
+    return f"{_seconds(arm.step_s_p50)} / {_seconds(arm.step_s_p90)}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return _MISSING
+    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def _peak(arm: Arm) -> str:
+    rank = "" if arm.peak_memory_rank is None else f" ({arm.peak_memory_rank})"
+    return _number(arm.peak_memory_gib, ".2f") + rank
+
+
+def _number(value: float | None, form: str) -> str:
+    return _MISSING if value is None else format(value, form)
+
+
+def _cut(sentence: str) -> str:
+    return sentence if len(sentence) <= _REASON_WIDTH else sentence[: _REASON_WIDTH - 3] + "..."
+
+
+def _escaped(words: str) -> str:
+    """Names and reasons with Markdown's own letters shown as they are."""
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", words)

@@ -1,0 +1,3 @@
+"""The version of the package, for lines in logs and files."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,78 @@
+"""bfpp doctor: what a machine has for breadth-first training, what is wrong with it, and whether it computes the same bits.
+
+The first command on a cluster, on a node with its GPUs and in the job's container and environment:
+    srun --nodes 1 --ntasks 1 bfpp doctor
+Nothing of torch or Megatron is imported here: where one is missing or broken, the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..console import progress
+from ..console.files import write_whole
+from ..console.version import __version__
+from . import facts as doctor_facts
+from . import trial as doctor_trial
+from .line import FAIL, OK, Line, section
+from .table import judged, summary, table
+
+FORMAT = "megatron_bfpp doctor 1"
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("doctor", help="examine this machine, and train on two of its devices for a moment")
+    parser.add_argument("--no-run", action="store_true", help="leave out the training, which takes half a minute")
+    parser.add_argument("--json", metavar="PATH", help="write all that was found")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: nothing fails. 1: something does."""
+    try:
+        facts = doctor_facts.gather(lambda part: progress.show(0.0, f"looking at {part}"))
+        lines = judged(facts)
+        progress.clear()
+        print(f"megatron_bfpp {__version__}\n{table(lines)}", flush=True)
+        content: dict[str, Any] = {"format": FORMAT, "version": __version__, "facts": facts, "trial": None}
+        if not args.no_run:
+            last, content["trial"] = _tried(facts, lines)
+            lines.append(last)
+            print(table([last]))
+    finally:
+        progress.clear()
+    print(summary(lines))
+    if args.json is not None:
+        content["lines"] = [line._asdict() for line in lines]
+        write_whole(args.json, json.dumps(content, indent=1) + "\n", "--json")
+        print(f"wrote {args.json}")
+    return 1 if any(line.status == FAIL for line in lines) else 0
+
+
+def _tried(facts: dict[str, Any], lines: list[Line]) -> tuple[Line, dict[str, Any] | None]:
+    name = "equality run"
+    needed = ("Python", "torch", "megatron-core", "numpy", "loopback")
+    broken = [line.name for line in lines if line.name in needed and line.status == FAIL]
+    if not broken and not section(facts, "megatron").get("training"):
+        broken = ["megatron.training"]
+    if broken:
+        return Line(name, FAIL, f"not started for want of {' and '.join(broken)}"), None
+    device = "cuda" if len(section(facts, "torch")["devices"]) >= doctor_trial.RANKS else "cpu"
+    trial = doctor_trial.run_trial(device, _show_step)
+    progress.clear()
+    where = f"{doctor_trial.RANKS} {'GPUs' if device == 'cuda' else 'processes on the CPU'}"
+    what = f"PP 2 x 2 chunks, {doctor_trial.STEPS} steps, {where}, {trial.seconds:.0f} s"
+    if not trial.is_equal:
+        return Line(
+            name, FAIL, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"
+        ), trial._asdict()
+    losses = f"{trial.losses[0]:.6f} to {trial.losses[-1]:.6f}"
+    return Line(name, OK, f"{what}: breadth-first computes the bits of 1f1b (lm loss {losses})"), trial._asdict()
+
+
+def _show_step(arm: str, steps: int) -> None:
+    arms = list(doctor_trial.ARMS)
+    part = (arms.index(arm) + steps / doctor_trial.STEPS) / len(arms)
+    progress.show(part, f"training with {arm}: step {steps} of {doctor_trial.STEPS}")

@@ -1,0 +1,93 @@
+"""What one library is on this machine, found by importing it, printed as one line of JSON:
+
+    python -m megatron_bfpp.doctor.probe {torch,megatron,te}
+
+In a process of its own: a library whose parts do not fit each other may end the process that imports it. What the import
+itself prints stands before that line. A failed import is an answer: {"error": "ImportError: ..."}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def torch_facts() -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "devices": []}
+    facts["nccl"] = None
+    if torch.distributed.is_available() and torch.distributed.is_nccl_available() and torch.version.cuda:
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    facts["gloo"] = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    facts["architectures"] = torch.cuda.get_arch_list()
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, a driver too old, a build without CUDA
+        facts["cuda_error"] = _first_line(error)
+        return facts
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        facts["devices"].append(
+            {"name": device.name, "memory": device.total_memory, "capability": [device.major, device.minor]}
+        )
+    return facts
+
+
+def megatron_facts() -> dict[str, Any]:
+    """ "refusal": what enable() would say of this release, None if it is supported."""
+    from ..console.errors import UserError
+    from ..integration.activation import check_version
+
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        return {}
+    facts: dict[str, Any] = {"path": _place("megatron.core"), "refusal": None}
+    # What follows a + is the commit of the folder in which this process was started, whatever that is.
+    facts["version"] = importlib.import_module("megatron.core.package_info").__version__.partition("+")[0]
+    facts["training"] = importlib.util.find_spec("megatron.training") is not None
+    facts["training_path"] = _place("megatron.training") if facts["training"] else None
+    try:
+        check_version()
+    except UserError as error:
+        facts["refusal"] = _first_line(error)
+    if facts["training"]:
+        importlib.import_module("megatron.training.training")
+    return facts
+
+
+def te_facts() -> dict[str, Any]:
+    module = importlib.import_module("transformer_engine")
+    importlib.import_module("transformer_engine.pytorch")
+    return {"version": getattr(module, "__version__", "unknown")}
+
+
+def _place(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    return "" if spec is None or not spec.submodule_search_locations else next(iter(spec.submodule_search_locations))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+PROBES: dict[str, Callable[[], dict[str, Any]]] = {"torch": torch_facts, "megatron": megatron_facts, "te": te_facts}
+
+
+def main(name: str) -> None:
+    try:
+        facts = PROBES[name]()
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # of any other the reader shows the last line on standard error
+        facts = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+    print("\n" + json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,106 @@
+"""Which of Megatron's arguments a CPU needs different, and which it cannot serve. Standard library only.
+
+Covers the names of megatron-core 0.17.1, 0.18.2 and 0.19.2; a name that a release lacks is passed over.
+"""
+
+import argparse
+from typing import Any
+
+from ...console.errors import UserError
+
+__all__ = ["cpu_arguments", "switch_off"]
+
+# argument, value a CPU needs, flag that sets it, reason. The results of training do not depend on them.
+_CHANGES: tuple[tuple[str, Any, str, str], ...] = (
+    ("distributed_backend", "gloo", "--distributed-backend gloo", "NCCL needs CUDA"),
+    ("transformer_impl", "local", "--transformer-impl local", "Transformer Engine needs CUDA"),
+    ("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion", "a CUDA kernel of Apex"),
+    ("no_persist_layer_norm", True, "--no-persist-layer-norm", "a CUDA kernel of Apex"),
+    ("masked_softmax_fusion", False, "--no-masked-softmax-fusion", "a CUDA kernel"),
+    ("apply_rope_fusion", False, "--no-rope-fusion", "a CUDA kernel of Transformer Engine"),
+    ("cross_entropy_fusion_impl", "native", "--cross-entropy-fusion-impl native", "Transformer Engine needs CUDA"),
+    ("ddp_average_in_collective", False, "no --ddp-average-in-collective", "gloo sums, it does not average"),
+    ("pipeline_model_parallel_comm_backend", None, "no --pipeline-model-parallel-comm-backend", "gloo serves all"),
+    ("nccl_communicator_config_path", None, "no --nccl-communicator-config-path", "NCCL needs CUDA"),
+    ("high_priority_stream_groups", [], "no --high-priority-stream-groups", "a CPU has no streams"),
+    ("num_workers", 0, "--num-workers 0", "no forked data loaders beside gloo's threads"),
+)
+
+# argument, flag, what to do instead. True, a string or a number other than 0 asks for the feature.
+_REFUSALS: tuple[tuple[str, str, str], ...] = (
+    ("fp8", "--fp8-format", "use --bf16, or no precision flag"),
+    ("fp8_param_gather", "--fp8-param-gather", "leave it out"),
+    ("fp4", "--fp4-format", "use --bf16, or no precision flag"),
+    ("fp4_param_gather", "--fp4-param-gather", "leave it out"),
+    ("te_precision_config_file", "--te-precision-config-file", "leave it out"),
+    ("te_rng_tracker", "--te-rng-tracker", "leave it out"),
+    ("use_te_activation_func", "--use-te-activation-func", "leave it out"),
+    ("use_kitchen", "--use-kitchen", "leave it out"),
+    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
+    ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out: the optimizer is on the CPU already"),
+    ("cpu_offloading_num_layers", "--cpu-offloading-num-layers", "leave it out: activations are on the CPU already"),
+    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "leave it out"),
+    ("delay_wgrad_compute", "--delay-wgrad-compute", "leave it out"),
+    ("tp_comm_overlap", "--tp-comm-overlap", "leave it out"),
+    ("fused_residual_rmsnorm", "--fused-residual-rmsnorm", "leave it out"),
+    ("moe_grouped_gemm", "--moe-grouped-gemm", "leave it out"),
+    ("moe_permute_fusion", "--moe-permute-fusion", "leave it out"),
+    ("moe_router_fusion", "--moe-router-fusion", "leave it out"),
+    ("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", "leave it out"),
+    ("enable_cuda_graph", "--enable-cuda-graph", "leave it out"),
+    ("external_cuda_graph", "--external-cuda-graph", "leave it out"),
+    ("optimizer_cuda_graph", "--optimizer-cuda-graph", "leave it out"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
+    ("nccl_ub", "--use-nccl-ub", "leave it out"),
+    ("use_sharp", "--use-sharp", "leave it out"),
+    ("record_memory_history", "--record-memory-history", "leave it out"),
+    ("log_device_memory_used", "--log-device-memory-used", "leave it out"),
+    ("inprocess_restart", "--inprocess-restart", "leave it out"),
+)
+
+
+def cpu_arguments(args: argparse.Namespace) -> list[str]:
+    """Change parsed arguments, before Megatron validates them, so that they run on a CPU; one line per change.
+
+    Raises UserError for the first flag that asks for what a CPU cannot do.
+    """
+    for name, flag, instead in _REFUSALS:
+        if getattr(args, name, None):
+            _refuse(flag, instead)
+    if getattr(args, "transformer_impl", None) == "inference_optimized":
+        _refuse("--transformer-impl inference_optimized", "use --transformer-impl local")
+    if getattr(args, "cuda_graph_impl", None) not in (None, "none"):
+        _refuse(f"--cuda-graph-impl {args.cuda_graph_impl}", "leave it out")
+    if getattr(args, "context_parallel_size", 1) > 1 and getattr(args, "window_size", None):
+        _refuse("--window-size with --context-parallel-size", "leave out one of the two")
+    if getattr(args, "profile", False) and not getattr(args, "use_pytorch_profiler", False):
+        _refuse("--profile", "add --use-pytorch-profiler: Nsight's range needs CUDA")
+    lines = []
+    for name, value, flag, reason in _CHANGES:
+        if getattr(args, name, value) != value:
+            setattr(args, name, value)
+            lines.append(f"{flag}: {reason}")
+    return lines
+
+
+def switch_off(args: argparse.Namespace) -> list[str]:
+    """Take out of validated arguments what `cpu_arguments` refuses, for a dry run that computes nothing; one line per flag."""
+    lines = []
+    for name, flag, _ in _REFUSALS:
+        value = getattr(args, name, None)
+        if value:
+            setattr(args, name, type(value)() if isinstance(value, bool | int) else None)
+            lines.append(f"{flag} {'' if value is True else value}".rstrip())
+    for name, flag, off in (
+        ("cuda_graph_impl", "--cuda-graph-impl", "none"),
+        ("window_size", "--window-size", None),
+        ("profile", "--profile", False),
+    ):
+        if getattr(args, name, off) not in (None, off):
+            setattr(args, name, off)
+            lines.append(flag)
+    return lines
+
+
+def _refuse(flag: str, instead: str) -> None:
+    raise UserError(f"{flag} does not work on a CPU.\n  To run without a GPU, {instead}.\n  Or use --device cuda.")

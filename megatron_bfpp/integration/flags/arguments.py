@@ -1,0 +1,118 @@
+"""What breadth-first refuses of Megatron's command line, before any model is built."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ...console.errors import UserError
+from . import fully_sharded
+from .settings import Settings, timeout_of
+
+_ONLY_1F1B = "use --pipeline-schedule 1f1b"
+_TE_GRAPHS = "Transformer Engine's graphs are captured in 1F1B's order"
+_LOCAL_GRAPHS = "graphs share buffers in the order of the first step, and breadth-first's has not run on a GPU yet"
+# argument, flag, why it does not work with this schedule, what to do instead of leaving it out.
+_REFUSED = (
+    ("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm",
+     "it runs forwards and backwards in pairs, as only 1F1B has them", _ONLY_1F1B),
+    ("delay_wgrad_compute", "--delay-wgrad-compute",
+     "Megatron takes it only with --overlap-moe-expert-parallel-comm, which needs the pairs of 1F1B", _ONLY_1F1B),
+    ("hybrid_context_parallel", "--hybrid-context-parallel", "Megatron has it without pipeline ranks only",
+     "use --context-parallel-size"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP cannot be built with pipeline ranks",
+     "use --use-torch-fsdp2"),
+    ("external_cuda_graph", "--external-cuda-graph", _TE_GRAPHS, _ONLY_1F1B),
+    ("enable_cuda_graph", "--enable-cuda-graph", _LOCAL_GRAPHS, _ONLY_1F1B),
+)  # fmt: skip
+_GRAPHS = {
+    "transformer_engine": _TE_GRAPHS,
+    "local": _LOCAL_GRAPHS,
+    "full_iteration": "a graph of a whole step with its messages has not run on a GPU yet",
+}
+
+
+def refuse(args: Any, settings: Settings) -> None:
+    """Raise UserError for what breadth-first cannot do, before anything is built."""
+    if args.pipeline_model_parallel_size < 2:
+        raise UserError(
+            f"--pipeline-schedule breadth-first needs pipeline ranks, but --pipeline-model-parallel-size is "
+            f"{args.pipeline_model_parallel_size}.\n"
+            "  Use --pipeline-model-parallel-size 2 or more, or --pipeline-schedule 1f1b."
+        )
+    for name, flag, why, instead in _REFUSED:
+        if getattr(args, name, None):
+            _refuse(flag, why, instead)
+    graphs = getattr(args, "cuda_graph_impl", None) or "none"
+    if graphs != "none":
+        _refuse(f"--cuda-graph-impl {graphs}", _GRAPHS.get(graphs, _LOCAL_GRAPHS), _ONLY_1F1B)
+    if args.pipeline_model_parallel_size == 2 and getattr(args, "overlap_p2p_comm", True) is False:
+        why = "on 2 pipeline ranks Megatron takes chunks only with the overlap"
+        _refuse("--no-overlap-p2p-communication", why, "use 3 or more pipeline ranks")
+    if settings.engine == "megatron" and settings.group_size is not None:
+        why = "Megatron's loop has one group here, all micro-batches"
+        _refuse(
+            "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
+        )
+    if settings.engine == "megatron" and settings.debug_p2p:
+        why = "Megatron's loop sends its messages itself (--breadth-first-engine megatron)"
+        _refuse("--bfpp-debug-p2p", why, "use --breadth-first-engine plan")
+    timeout_of(args)
+    fully_sharded.refuse(args, settings)
+    _check_warmup(args)
+    _check_data(args)
+
+
+def _refuse(flag: str, why: str, instead: str) -> None:
+    raise UserError(
+        f"{flag} does not work with --pipeline-schedule breadth-first: {why}.\n  Leave out {flag.split()[0]}, or {instead}."
+    )
+
+
+def _check_warmup(args: Any) -> None:
+    """A learning rate that is still warming up when it should have decayed; Megatron finds out after the model is built."""
+    if getattr(args, "skip_train", False):
+        return
+    for unit in ("iters", "samples"):
+        total = getattr(args, f"train_{unit}", None)
+        if total:
+            break
+    else:
+        return
+    decay, flag = getattr(args, f"lr_decay_{unit}", None), f"--lr-decay-{unit}"
+    if decay is None:
+        decay, flag = total, f"--train-{unit}"
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    if fraction is not None and fraction >= 1:
+        raise UserError(f"--lr-warmup-fraction is {fraction}: no step is left to decay in.\n  Use a number below 1.")
+    warmup = getattr(args, f"lr_warmup_{unit}", None) or 0
+    if fraction is None and warmup >= decay:
+        raise UserError(
+            f"--lr-warmup-{unit} is {warmup}, but the learning rate has decayed after {decay} ({flag}).\n"
+            f"  Use --lr-warmup-{unit} {max(0, decay - 1)} or less, or a larger {flag}."
+        )
+
+
+def _check_data(args: Any) -> None:
+    """Data files that are not there; Megatron would find out after the model is built."""
+    if getattr(args, "mock_data", False):
+        return
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for prefix in getattr(args, name, None) or []:
+            if _is_number(prefix) or "://" in prefix:  # a weight of the blend; an object store
+                continue
+            for ending in (".idx", ".bin"):
+                if not os.path.exists(prefix + ending):
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(
+                        f"{flag} {prefix}: the file {prefix}{ending} does not exist.\n"
+                        f"  Give the path without its ending; both {prefix}.idx and {prefix}.bin must be there."
+                    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

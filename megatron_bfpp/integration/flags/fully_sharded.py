@@ -1,0 +1,70 @@
+"""--use-torch-fsdp2 with pipeline ranks: what is refused on the command line."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ...console.errors import UserError
+from .settings import Settings
+
+_FLAG, _RESIDENT = "--use-torch-fsdp2", "--breadth-first-resident-chunks"
+
+
+def refuse_under_1f1b(args: Any) -> None:
+    """UserError for sharded parameters with pipeline ranks: Megatron would stop at an assertion, or in building the model."""
+    if getattr(args, "pipeline_model_parallel_size", 1) < 2:
+        return
+    if getattr(args, "use_torch_fsdp2", False):
+        raise UserError(
+            f"{_FLAG} does not work with pipeline ranks under --pipeline-schedule 1f1b: Megatron refuses it, and it would "
+            f"gather and reduce once per micro-batch.\n  Use --pipeline-schedule breadth-first, or leave out {_FLAG}."
+        )
+    if getattr(args, "use_megatron_fsdp", False):
+        raise UserError(
+            "--use-megatron-fsdp does not work with pipeline ranks: its device mesh cannot be built with them.\n"
+            f"  Use {_FLAG} with --pipeline-schedule breadth-first, or leave it out."
+        )
+
+
+def refuse(args: Any, settings: Settings) -> None:
+    """UserError for what breadth-first cannot shard; the rest is Megatron's to refuse."""
+    if not getattr(args, "use_torch_fsdp2", False):
+        if settings.resident_chunks is not None:
+            raise UserError(
+                f"{_RESIDENT} is {settings.resident_chunks}, but without {_FLAG} all chunks are resident.\n"
+                f"  Leave out {_RESIDENT}, or add {_FLAG}."
+            )
+        return
+    if settings.engine == "megatron":
+        raise UserError(
+            f"{_FLAG} does not work with --breadth-first-engine megatron: its loop gathers and reduces once per "
+            "micro-batch.\n  Use --breadth-first-engine plan."
+        )
+    if getattr(args, "ckpt_format", None) == "torch_dcp":
+        raise UserError(
+            f"--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so that "
+            f"chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
+        )
+    keeps = getattr(args, "save", None) or getattr(args, "load", None)
+    if keeps and getattr(args, "swiglu", False) and not _splits_gated_layers():
+        raise UserError(
+            f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the halves of "
+            "the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
+        )
+
+
+def _splits_gated_layers() -> bool:
+    """Whether checkpoints tell the two halves of a gated layer apart when a replica holds a part of one."""
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    return "dp_group" in inspect.signature(apply_swiglu_sharded_factory).parameters
+
+
+def check_resident_chunks(args: Any, settings: Settings) -> None:
+    """UserError if more chunks may be resident than a rank has. Once Megatron has completed the arguments."""
+    chunks = args.virtual_pipeline_model_parallel_size
+    if settings.resident_chunks is not None and settings.resident_chunks > chunks:
+        raise UserError(
+            f"{_RESIDENT} is {settings.resident_chunks}, but a rank has {chunks} model chunks.\n  Use 1 to {chunks}."
+        )

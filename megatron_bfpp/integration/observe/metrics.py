@@ -1,0 +1,97 @@
+"""What the plugin measures and predicts of a step beside Megatron's own metrics. Names as in the files of a run."""
+
+from __future__ import annotations
+
+import resource
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...schedule import PipelineShape, interleaved_1f1b, simulate
+from ...schedule.orders import one_f_one_b
+from .. import process
+from ..flags.settings import settings_of
+from ..process import this_device
+
+# In TensorBoard and W&B, under bfpp/. The others are lists, or stand in the files of a run only.
+CHARTS = (
+    "tokens_per_s_per_gpu",
+    "peak_memory_gib_max_rank",
+    "bubble_fraction_predicted",
+    "bubble_fraction_measured",
+    "exposed_dp_s",
+)
+
+
+def of_step(args: Any, step: int, step_time_s: float | None) -> dict[str, Any]:
+    """The metrics of the step that has just ended. Collective over all ranks at log intervals."""
+    found: dict[str, Any] = {"tokens_per_s_per_gpu": None}
+    if step_time_s is not None:
+        found["tokens_per_s_per_gpu"] = tokens_per_step(args) / step_time_s / args.world_size
+    if step % args.log_interval == 0:
+        peak, rank = peak_memory()
+        found |= {"peak_memory_gib_max_rank": peak / 2**30, "peak_memory_rank": rank}
+    return found | process.RECORDING.measured
+
+
+def charts(args: Any, found: dict[str, Any]) -> dict[str, float]:
+    """`found` as TensorBoard and W&B take it, with the prediction. A time per rank is told as that of the longest."""
+    values = {"bubble_fraction_predicted": predicted_bubble(args), **found}
+    chosen = {name: values[name] for name in CHARTS if values.get(name) is not None}
+    return {f"bfpp/{name}": max(value) if isinstance(value, list) else value for name, value in chosen.items()}
+
+
+def global_batch_size(args: Any) -> int:
+    """Sequences in the step that runs now; grows with --rampup-batch-size."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
+
+
+def tokens_per_step(args: Any) -> int:
+    return global_batch_size(args) * args.seq_length
+
+
+def peak_memory() -> tuple[int, int]:
+    """The most bytes that a rank has used so far, and which. Collective; one number travels.
+
+    On CUDA what torch has allocated for tensors, as Megatron reports it; on a CPU the resident set of the process.
+    """
+    if torch.cuda.is_available():
+        own = torch.cuda.max_memory_allocated()
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ranks = dist.get_world_size()
+    number = torch.tensor(own // 1024 * ranks + dist.get_rank(), dtype=torch.int64, device=this_device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    kib, rank = divmod(int(number), ranks)
+    return kib * 1024, rank
+
+
+def shape_of(args: Any) -> PipelineShape | None:
+    """Of the step that runs now; None without a pipeline."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    if args.pipeline_model_parallel_size < 2:
+        return None
+    return PipelineShape(
+        args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1, get_num_microbatches()
+    )
+
+
+def predicted_bubble(args: Any) -> float | None:
+    """Of the step that runs now, with equal stages and backwards of two forwards; None without a pipeline."""
+    shape, settings = shape_of(args), settings_of(args)
+    if shape is None:
+        return None
+    if settings.schedule == "1f1b":
+        return _bubble_of_1f1b(shape, getattr(args, "microbatch_group_size_per_vp_stage", None))
+    return settings.plan_of(shape, is_sharded=getattr(args, "use_torch_fsdp2", False)).bubble_fraction
+
+
+@lru_cache(maxsize=64)
+def _bubble_of_1f1b(shape: PipelineShape, group: int | None) -> float:
+    order = one_f_one_b(shape) if shape.num_chunks == 1 else interleaved_1f1b(shape, group)
+    return simulate(order, shape).bubble_fraction

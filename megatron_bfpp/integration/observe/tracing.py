@@ -1,0 +1,219 @@
+"""--bfpp-trace-steps: steps of training recorded on all pipeline ranks of one replica and written as a trace.
+
+The recorded ranks are those of data-parallel, context-parallel and tensor-parallel rank 0. Nothing but notes is taken
+within a step. Before it the ranks compare their clocks; after it its notes go to the first rank, which writes the file anew
+and tells all ranks the step's bubble and waits, for the logs.
+
+The plan's engine records its actions and waits. Under Megatron's own loops (1f1b, --breadth-first-engine megatron)
+schedules.forward_step and backward_step are wrapped for the recorded steps. Their actions are the same; the waits for
+messages stand between them and cannot be told from other idle time there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import schedules
+from torch.nn import Module
+
+from ...console.errors import UserError
+from ...console.files import write_whole
+from ...console.version import __version__
+from ...runtime.clocks import clock_of, offset_to_first
+from ...schedule import Action, Op, PipelineShape
+from ...timeline.document import Trace
+from ...timeline.intervals import Interval
+from ...timeline.measured import Measured, steps_of
+from ...timeline.recorder import Recorder
+from ...timeline.trace import picture
+from .. import process
+from ..process import noted, this_device
+from ..seams import Seam, changed
+
+TRAIN_STEP = Seam(
+    "megatron.training.training", "train_step", ("forward_step_func", "model", "config", "forward_backward_func")
+)
+
+
+def tracing(
+    steps: tuple[int, int], trace_path: str, picture_path: str | None, get_args: Callable[[], Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The replacement of Megatron's train_step that records the steps from the first to the last of `steps`."""
+
+    def replace(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(train_step)
+        tracer: Tracer | None = None
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal tracer
+            step = get_args().curr_iteration + 1  # as the log counts
+            process.RECORDING.measured = {}
+            if not steps[0] <= step <= steps[1]:
+                return train_step(*args, **kwargs)
+            tracer = tracer or Tracer(get_args(), trace_path, picture_path)
+            given = signature.bind(*args, **kwargs)
+            given.arguments["forward_backward_func"] = tracer.last_of(given.arguments["forward_backward_func"])
+            with tracer.recording(given.arguments["model"]):
+                answer = train_step(*given.args, **given.kwargs)
+            process.RECORDING.measured = tracer.collect(step, is_last=step == steps[1])
+            return answer
+
+        return wrapper
+
+    return replace
+
+
+class Tracer:
+    """The recorded steps of the pipeline that this rank belongs to. Collective over all ranks."""
+
+    def __init__(self, args: Any, trace_path: str, picture_path: str | None):
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = dist.get_process_group_ranks(group)
+        self._pp_rank, self._first = group.rank(), ranks[0]
+        self._is_recorded = (
+            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        schedule = args.pipeline_schedule
+        self._has_plan = schedule != "1f1b" and args.breadth_first_engine == "plan"
+        engine = "" if self._has_plan or schedule == "1f1b" else ", Megatron's loop"
+        about = {"schedule": f"{schedule}{engine}", "waits": self._has_plan, "megatron_bfpp": __version__}
+        self._trace = Trace(group.size(), about)
+        self._paths = trace_path, picture_path
+        if self._is_recorded:
+            self._recorder = Recorder(clock_of(this_device()))
+            # Over gloo: comparing clocks must not wait for a GPU. The group of a pipeline is made by its ranks alone.
+            self._group = parallel_state.create_group(
+                ranks, backend="gloo", use_local_synchronization=True, group_desc="CLOCKS"
+            )
+
+    @contextmanager
+    def recording(self, model: list[Module]) -> Iterator[None]:
+        """Around a step. Its clocks are compared first."""
+        if not self._is_recorded:
+            yield
+            return
+        self._shape = PipelineShape(self._trace.pp_size, len(model), get_num_microbatches())
+        self._offset, error = offset_to_first(self._group)
+        self._error = error + self._recorder.begin()
+        dist.barrier(self._group)  # the others have compared theirs too: no rank starts early only to wait
+        with ExitStack() as stack:
+            for chunk, module in enumerate(model):
+                for owner, name, op in _waits_of_replicas(module):
+                    action = Action(self._shape.stages_on(self._pp_rank)[chunk], op)
+                    stack.enter_context(noted(owner, name, action, self._recorder))
+            if self._has_plan:
+                stack.enter_context(changed(process.RECORDING, recorder=self._recorder))
+            else:
+                wrapped = _steps_of_megatron(self._recorder, self._shape, self._pp_rank)
+                stack.enter_context(changed(schedules, **wrapped))
+            yield
+
+    def last_of(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Within a step, forget what was noted when it runs again.
+
+        Megatron's rerun state machine repeats a step whose loss it doubts. The last time gives the result, and is traced.
+        """
+        is_again = False
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_again
+            if is_again and self._is_recorded:
+                self._recorder.noted.clear()
+            is_again = True
+            return forward_backward(*args, **kwargs)
+
+        return wrapper
+
+    def collect(self, step: int, is_last: bool) -> dict[str, Any]:
+        """After a recorded step, on all ranks: its bubble and waits. The first rank writes the trace."""
+        found: list[Any] = [None]
+        if self._is_recorded:
+            intervals = [
+                Interval(name, kind, start + self._offset, end + self._offset)
+                for name, kind, start, end in self._recorder.take()
+            ]
+            gathered: list[Any] | None = [None] * self._trace.pp_size if self._pp_rank == 0 else None
+            dist.gather_object((intervals, self._offset, self._error), gathered, dst=self._first, group=self._group)
+            if gathered is not None:
+                found = [self._add(step, gathered, is_last)]
+        dist.broadcast_object_list(found, src=0)  # the first rank is the first of the recorded pipeline
+        return found[0]  # type: ignore[no-any-return]
+
+    def _add(self, step: int, gathered: list[tuple[list[Interval], int, int]], is_last: bool) -> dict[str, Any]:
+        offsets, errors = ([each[part] / 1000 for each in gathered] for part in (1, 2))
+        ranks = [each[0] for each in gathered]
+        self._trace.add(step, self._shape, ranks, clock_offset_us=offsets, clock_error_us=errors)
+        document = self._trace.document()
+        measured = steps_of(document)[step]
+        trace_path, picture_path = self._paths
+        files = [(trace_path, json.dumps(document))]
+        if picture_path is not None and is_last:
+            files.append((picture_path, picture(measured, step)))
+        for path, text in files:
+            _write(path, text)
+        if is_last:
+            bubble = f"bubble {measured.bubble_fraction:.1%}"
+            print(f"megatron_bfpp {__version__}: steps up to {step} are traced in {trace_path}; {bubble}", flush=True)
+        return metrics_of(measured)
+
+
+def metrics_of(measured: Measured) -> dict[str, Any]:
+    """For a line of the step log; seconds, per pp_rank."""
+    p2p = measured.exposed_p2p
+    return {
+        "bubble_fraction_measured": measured.bubble_fraction,
+        "exposed_p2p_s": None if p2p is None else [each / 1000 for each in p2p],
+        "exposed_dp_s": [each / 1000 for each in measured.exposed_dp],
+    }
+
+
+def _write(path: str, text: str) -> None:
+    """A run of days does not end for a picture that cannot be written; the log says so."""
+    try:
+        write_whole(path, text, "--bfpp-trace-steps")
+    except UserError as error:
+        print(f"megatron_bfpp {__version__}: WARNING: {error}", flush=True)
+
+
+def _waits_of_replicas(chunk: Module) -> Iterator[tuple[object, str, Op]]:
+    """Where Megatron's DistributedDataParallel waits for what it has launched."""
+    if isinstance(chunk, DistributedDataParallel):
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            yield group, "finish_param_sync", Op.UNSHARD
+            yield group, "finish_grad_sync", Op.REDUCE_GRAD
+
+
+def _steps_of_megatron(recorder: Recorder, shape: PipelineShape, pp_rank: int) -> dict[str, Callable[..., Any]]:
+    """schedules.forward_step and backward_step, noting. A backward is known by the output that it begins with."""
+    forward, backward = schedules.forward_step, schedules.backward_step
+    signature = inspect.signature(forward)
+    forwards: dict[int, Action] = {}  # id of the output, which the loop holds until its backward
+
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        stage = shape.stages_on(pp_rank)[given.get("vp_stage") or 0]
+        action = Action(stage, Op.F, given["current_microbatch"])
+        with recorder.span(action):
+            answer = forward(*args, **kwargs)
+        forwards[id(_tensor(answer[0]))] = action
+        return answer
+
+    def backward_step(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        stage, _, microbatch = forwards.pop(id(_tensor(output_tensor)))
+        with recorder.span(Action(stage, Op.B, microbatch)):
+            return backward(input_tensor, output_tensor, *args, **kwargs)
+
+    return {"forward_step": forward_step, "backward_step": backward_step}
+
+
+def _tensor(output: Any) -> Any:
+    return output[0] if isinstance(output, list) else output

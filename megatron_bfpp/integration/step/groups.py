@@ -1,0 +1,69 @@
+"""Which process groups a step uses: the caller's or Megatron's for what Megatron does, groups of our own for the messages."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import yaml
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ...runtime.p2p import ChannelGroups
+from ..process import megatron_args
+
+_channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
+
+
+def process_groups(
+    p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None
+) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
+    """The pipeline group and the collection that finalize_model_grads gets: the caller's, or Megatron's global ones."""
+    if (p2p is None) != (groups is None):
+        raise ValueError("p2p_communicator and pg_collection must be given together, or neither")
+    if p2p is not None and groups is not None:
+        return p2p.pp_group, groups
+    if hasattr(schedules, "_build_default_pg_collection"):  # 0.19
+        groups = schedules._build_default_pg_collection()
+        return groups.pp, groups
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups.pp, groups
+
+
+def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
+    if pp_group not in _channels:
+        options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
+        # create_group: Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init changes.
+        _channels[pp_group] = ChannelGroups(pp_group, device, _timeout(), options, parallel_state.create_group)
+    return _channels[pp_group]
+
+
+def _nccl_options() -> Any:
+    """What --high-priority-stream-groups and --nccl-communicator-config-path ask of Megatron's own pipeline group."""
+    args = megatron_args()
+    if args is None:
+        return None
+    choices: dict[str, Any] = {}
+    if getattr(args, "nccl_communicator_config_path", None):
+        with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
+            choices = yaml.safe_load(file)
+    if "pp" in (getattr(args, "high_priority_stream_groups", None) or ()):
+        choices.setdefault("pp", {})["is_high_priority_stream"] = True
+    return parallel_state.get_nccl_options("pp", choices)
+
+
+def _timeout() -> timedelta | None:
+    """--distributed-timeout-minutes, where there is a command line."""
+    args = megatron_args()
+    return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)

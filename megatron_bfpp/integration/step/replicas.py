@@ -1,0 +1,92 @@
+"""Data parallelism of a breadth-first step. Replicated and ZeRO-1 parameters: what launches which of Megatron's reductions and gathers.
+
+The plan launches a chunk's reduction after its last backward and its gather under the chunk before. Two things are left to
+expose: the reduction of the first chunk, with which the step ends, and its gather, with which it starts. Megatron holds
+that chunk's gradients and parameters in buckets on the first pipeline rank, the last to end and the first to start. There
+  - Megatron's hooks launch the reduction bucket by bucket during the chunk's last backward, and the plan what they left;
+  - the buckets are gathered in the order of the forward, which then starts with the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from torch.nn import Module, Parameter
+
+from ...runtime.data_parallel import DataParallel
+
+Sync = Callable[[Iterator[Parameter]], None]
+
+
+def data_parallel(config: Any, model: list[Module], evaluation: bool) -> DataParallel:
+    """For one step, of what Megatron's training loop has put into the config and its wrappers into the chunks.
+
+    A function of somebody else's in the config is called as Megatron's interleaved loop would: once per chunk, for all of it.
+    """
+    if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
+        return DataParallel(None, None, None, [])
+    grad_sync, param_sync = (
+        [function] * len(model) if function is not None and not isinstance(function, list) else function
+        for function in (config.grad_sync_func, config.param_sync_func)
+    )
+    first, in_backward = model[0], set()
+    if grad_sync is not None and _reduces_in_buckets(first) and grad_sync[0] == first.start_grad_sync:
+        in_backward, grad_sync = {0}, [partial(_reduce_rest, first), *grad_sync[1:]]
+    if param_sync is None:
+        param_sync = _unaligned_gathers(model)
+    elif _gathers_in_buckets(first) and param_sync[0] == first.start_param_sync:
+        param_sync = [partial(_gather_in_forward_order, first), *param_sync[1:]]
+    return DataParallel(config.no_sync_func, grad_sync, param_sync, model, in_backward)
+
+
+def _reduces_in_buckets(chunk: Module) -> bool:
+    # With several optimizer instances a bucket group does not remember that it was launched.
+    return (
+        isinstance(chunk, DistributedDataParallel)
+        and chunk.ddp_config.overlap_grad_reduce
+        and chunk.ddp_config.num_distributed_optimizer_instances == 1
+        and len(chunk.bucket_groups) > 1
+    )
+
+
+def _reduce_rest(chunk: Any, _: Iterator[Parameter]) -> None:
+    """Launch the reductions that the hooks did not: in the first step, and where a parameter had no gradient."""
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if group.grad_reduce_handle is None:
+            group.start_grad_sync()
+        if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
+            # Megatron learns in this step how many gradients to wait for, and stops where one of them is missing. Without
+            # counts it goes on to learn in the next step.
+            group.per_param_grad_ready_counts = {}
+
+
+def _overlaps_gathers(chunk: Module) -> bool:
+    return (
+        isinstance(chunk, DistributedDataParallel)
+        and chunk.ddp_config.overlap_param_gather
+        and not chunk.overlap_param_gather_with_optimizer_step
+    )
+
+
+def _gathers_in_buckets(chunk: Module) -> bool:
+    return _overlaps_gathers(chunk) and len(chunk.bucket_groups) > 1  # type: ignore[arg-type]
+
+
+def _gather_in_forward_order(chunk: Any, _: Iterator[Parameter]) -> None:
+    """Buckets are in the order of the backward, and start_param_sync of the chunk launches the last layers' first."""
+    for group in [*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups)]:
+        group.start_param_sync()
+
+
+def _unaligned_gathers(model: list[Module]) -> list[Sync] | None:
+    """Under --no-align-param-gather Megatron's hooks gather a chunk when its forward needs it, which hides nothing.
+
+    The hooks of the first chunk gather its buckets one ahead of the forward: that stays. The plan gathers the others. Megatron takes the
+    hooks away where a step needs no gathers, as the first one.
+    """
+    if not all(_overlaps_gathers(chunk) and chunk.remove_forward_pre_hook_handles for chunk in model):
+        return None
+    return [lambda _: None, *(chunk.start_param_sync for chunk in model[1:])]  # type: ignore[list-item]

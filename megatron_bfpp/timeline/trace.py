@@ -1,0 +1,84 @@
+"""A measured step beside the planned one: picture and table.
+
+    bfpp trace RUN/trace.json --svg timeline.svg
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..console.errors import UserError
+from ..console.files import write_whole
+from ..schedule import Op
+from .measured import Measured, damage_told, read, steps_of
+from .svg import svg
+
+
+def picture(measured: Measured, step: int) -> str:
+    """SVG of the planned step above the measured one, on one time axis."""
+    forward = measured.action_time(Op.F) or 1.0
+    return svg([("planned", measured.planned()), (f"measured, step {step}", measured)], unit="ms", forward=forward)
+
+
+def table(measured: Measured) -> str:
+    """A row per rank: what its step was spent on."""
+    planned = measured.planned()
+    lines = [f"{'pp_rank':<9}{'busy':>12}{'exposed p2p':>14}{'exposed dp':>13}{'bubble measured':>18}{'predicted':>12}"]
+    for rank, spans in enumerate(planned.spans):
+        predicted = 1 - sum(span.end - span.start for span in spans) / planned.step_time
+        p2p = "unknown" if measured.exposed_p2p is None else f"{measured.exposed_p2p[rank]:.2f} ms"
+        lines.append(
+            f"{rank:<9}{measured.busy[rank]:>9.2f} ms{p2p:>14}{measured.exposed_dp[rank]:>10.2f} ms"
+            f"{measured.bubble_of(rank):>18.1%}{predicted:>12.1%}"
+        )
+    everything = f"{'all':<9}{'':>12}{'':>14}{'':>13}{measured.bubble_fraction:>18.1%}{planned.bubble_fraction:>12.1%}"
+    return "\n".join([*lines, everything])
+
+
+def add_command(commands: Any) -> None:
+    """`bfpp trace` among the subcommands."""
+    parser = commands.add_parser("trace", help="what the time of a measured step went to, and its picture")
+    parser.add_argument("file", help="trace.json of a run, as --bfpp-trace-steps writes it")
+    parser.add_argument("--svg", metavar="PATH", help="write the picture: planned above measured")
+    parser.add_argument("--step", type=int, help="which of the traced steps; default: the last")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    document = read(args.file)
+    steps = steps_of(document)
+    if not steps:
+        raise UserError(f"{args.file} holds no step.")
+    step = max(steps) if args.step is None else args.step
+    if step not in steps:
+        raise UserError(f"{args.file} has no step {step}.\n  Use --step {min(steps)} to {max(steps)}.")
+    with damage_told():
+        text, drawn = _text(document, steps, step), picture(steps[step], step)
+    print(text)
+    if args.svg is not None:
+        write_whole(args.svg, drawn, "--svg")
+        print(f"wrote {args.svg}")
+    return 0
+
+
+def _text(document: dict[str, Any], steps: dict[int, Measured], step: int) -> str:
+    """What is printed of one step."""
+    measured, other = steps[step], document["otherData"]
+    shape = measured.shape
+    error = max(next(each for each in other["steps"] if each["step"] == step)["clock_error_us"])
+    title = (
+        f"{other['schedule']}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches; "
+        f"step {step}, {measured.step_time:.2f} ms from first to last action; clocks agree within {error:.0f} us"
+    )
+    lines = [
+        title,
+        table(measured),
+        "predicted: the same order with this step's median forward and backward, equal stages, no network",
+    ]
+    others = [f"{number}: {each.bubble_fraction:.1%}" for number, each in steps.items() if number != step]
+    if others:
+        lines.append(f"bubble measured in the other steps: {', '.join(others)}")
+    return "\n".join(lines)

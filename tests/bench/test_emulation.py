@@ -1,0 +1,91 @@
+"""Emulated collectives: when they begin and end, told by the clock of the emulated compute stream, and shared cards."""
+
+import multiprocessing
+import time
+
+import pytest
+from jobs import run_job
+
+
+def collectives():
+    """Of this rank: what launches and waits."""
+    import torch.distributed as dist
+
+    from megatron_bfpp.bench.emulate.collectives import Collectives
+    from megatron_bfpp.bench.emulate.network import NUMBERS_PER_CARD, Link, Network
+
+    dist.init_process_group("gloo")
+    cards = multiprocessing.get_context("spawn").Array("d", NUMBERS_PER_CARD * dist.get_world_size())
+    network = Network(Link("slow", bandwidth=1.0), 5.0, cards)
+    return network, Collectives(network, dist.group.WORLD)
+
+
+def begins_with_the_last_rank_and_after_the_one_before():
+    import torch.distributed as dist
+
+    network, ours = collectives()
+    network.stream_s = 100.0 + 10.0 * dist.get_rank()
+    first = ours.launch(3.0)
+    network.stream_s += 1.0
+    second, third = ours.launch(4.0), ours.launch(2.0)
+    network.stream_s = 200.0
+    late = ours.launch(1.0)
+    for collective, end_s in ((third, 119.0), (late, 201.0)):  # 110 + 3 + 4 + 2; and on a free network
+        network.stream_s = 0.0
+        ours.wait(collective)
+        assert network.stream_s == end_s
+    assert (first.end_s, second.end_s) == (113.0, 117.0)
+    ours.are_free = True
+    network.stream_s = 300.0
+    free = ours.launch(9.0)
+    ours.wait(free)
+    assert network.stream_s == 300.0
+
+
+def test_collectives(tmp_path):
+    run_job(begins_with_the_last_rank_and_after_the_one_before, 2, tmp_path)
+
+
+def _second_message(cards, start_s, told):
+    """In a process of its own: a message of rank 1 to rank 0, while a reduction of both is under way."""
+    ticket = cards.ticket(1, 0)
+    cards.begin_message(ticket, start_s + 0.1, 0.2, 1, 0)
+    told.put(cards.wait(ticket) - start_s)
+
+
+@pytest.mark.parametrize("full_duplex", [True, False])
+def test_a_message_and_a_collective_on_one_card_slow_each_other_down_in_all_processes(full_duplex):
+    from megatron_bfpp.bench.emulate.shared_card import SharedCards
+
+    context = multiprocessing.get_context("fork")
+    # So far behind that a busy machine has the time to tell of everything.
+    cards, told = SharedCards(context, 2, full_duplex, behind_s=3.0), context.Queue()
+    start_s = time.monotonic()
+    reduction, message = cards.ticket(2, 0), cards.ticket(0, 5000)
+    cards.begin_collective(reduction, start_s, 1.0, [0, 1])
+    cards.begin_message(message, start_s + 0.1, 0.2, 0, 1)
+    other = context.Process(target=_second_message, args=(cards, start_s, told))
+    other.start()
+    if full_duplex:  # each way half for 0.4 s
+        assert cards.wait(message) - start_s == pytest.approx(0.5)
+        assert told.get(timeout=60) == pytest.approx(0.5)
+        assert cards.wait(reduction) - start_s == pytest.approx(1.2)
+    else:  # a third for 0.6 s
+        assert cards.wait(message) - start_s == pytest.approx(0.7)
+        assert told.get(timeout=60) == pytest.approx(0.7)
+        assert cards.wait(reduction) - start_s == pytest.approx(1.4)
+    other.join()
+    assert cards.late_s == 0
+    assert cards.wait(reduction) == cards.wait(reduction)  # as often as one asks
+
+
+def test_what_is_told_late_begins_late_and_says_so():
+    from megatron_bfpp.bench.emulate.shared_card import SharedCards
+
+    cards = SharedCards(multiprocessing.get_context("fork"), 1, True, behind_s=0.0)
+    first, second = cards.ticket(0, 0), cards.ticket(0, 1)
+    now_s = time.monotonic()
+    cards.begin_message(first, now_s - 1.0, 0.01, 0, 0)  # nothing was under way before: the cards' time had not passed
+    assert cards.wait(first) == pytest.approx(now_s - 1.0 + 0.01)
+    cards.begin_message(second, now_s - 1.0, 0.01, 0, 0)
+    assert cards.late_s > 0.9 and cards.wait(second) > now_s

@@ -1,0 +1,152 @@
+"""What bfpp compare writes: the page, Markdown, JSON and the run of W&B."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from ab_runs import compared, two_arms
+from offline_wandb import OfflineRun
+
+from megatron_bfpp.cli import main
+from megatron_bfpp.compare.text import COLUMNS, cells
+
+
+class Page(HTMLParser):
+    """The table's cells, and every address that the page names."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.rows, self.addresses, self.tags, self._in_cell = [], [], set(), False
+        self.feed(content)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
+        ]
+        self.rows += [[]] if tag == "tr" else []
+        self._in_cell = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        self._in_cell = False
+
+    def handle_data(self, text):
+        if self._in_cell:
+            self.rows[-1].append(text)
+
+
+def page_of(tmp_path, capsys):
+    paths = two_arms(tmp_path, rounds=2)
+    (paths[0] / "timeline.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'><script>1</script></svg>"
+    )
+    files = [str(tmp_path / name) for name in ("r.html", "r.md", "r.json")]
+    assert main(["compare", *map(str, paths), "--html", files[0], "--markdown", files[1], "--json", files[2]]) == 0
+    capsys.readouterr()
+    return compared(*paths), *(Path(each).read_text() for each in files)
+
+
+def test_the_page_has_the_tables_numbers_and_asks_nothing_of_a_network(tmp_path, capsys):
+    comparison, content, *_ = page_of(tmp_path, capsys)
+    found = Page(content)
+    assert found.rows == [list(COLUMNS), *map(cells, comparison.arms)]
+    assert found.addresses and all(each.startswith("data:image/svg+xml;base64,") for each in found.addresses)
+    assert not found.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert "url(" not in content and "@import" not in content and "default-src 'none'" in content
+    assert "prefers-color-scheme: dark" in content and "width=device-width" in content
+
+
+def test_markdown_and_json_have_the_same_numbers(tmp_path, capsys):
+    comparison, _, text, data = page_of(tmp_path, capsys)
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    assert rows[2:] == [[cell.replace("\\", "") for cell in cells(arm)] for arm in comparison.arms]
+    read_back = json.loads(data)
+    assert read_back["good"] is True and [arm["step_s_p50"] for arm in read_back["arms"]] == [
+        arm.step_s_p50 for arm in comparison.arms
+    ]
+
+
+class FakeWandb(types.ModuleType):
+    """The calls of W&B that are used; keeps what it was given."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.logged, self.summary, self.files, self.given, self.is_finished = [], {}, {}, {}, False
+        self.log, self.log_artifact = self.logged.append, self.logged.append
+
+    def init(self, **given):
+        self.given = given
+        return self
+
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+    def Artifact(self, name, type):
+        return types.SimpleNamespace(
+            name=name, type=type, add_file=lambda path, name: self.files.update({name: Path(path).read_bytes()})
+        )
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_wandb_gets_one_report_run_with_the_table_and_the_files(tmp_path, capsys, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    paths = two_arms(tmp_path)
+    (paths[0] / "trace.json").write_text("[]")
+    assert main(["compare", *map(str, paths), "--wandb-project", "ab"]) == 0
+    assert wandb.given["project"] == "ab" and wandb.given["job_type"] == "report" and wandb.is_finished
+    assert wandb.logged[0]["comparison"]["data"] == [cells(arm) for arm in compared(*paths).arms]
+    assert wandb.summary == {"ratio/breadth-first": pytest.approx(0.301 / 0.401)}
+    assert sorted(wandb.files) == ["01 1f1b.1/trace.json", "report.html", "report.json", "report.md"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["compare", *map(str, paths), "--wandb-project", "ab"]) == 2
+    assert "wandb, which is not installed" in capsys.readouterr().err
+
+
+def test_an_offline_run_of_wandb_holds_what_was_given(tmp_path):
+    pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")
+    settings = {"MODE": "offline", "RUN_GROUP": "ab-52b", "TAGS": "bfpp,ab", "SILENT": "true"}
+    settings |= dict.fromkeys(("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"), str(tmp_path))
+    # A process of its own: wandb reads its variables once per process.
+    command = [sys.executable, "-m", "megatron_bfpp.cli", "compare", *map(str, two_arms(tmp_path / "runs"))]
+    environment = os.environ | {f"WANDB_{name}": value for name, value in settings.items()}
+    subprocess.run([*command, "--wandb-project", "ab"], check=True, timeout=240, env=environment)
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    found = OfflineRun(folder)
+    assert (found.run.project, found.run.run_group, found.run.job_type, list(found.run.tags)) == ("ab", "ab-52b", "report", ["bfpp", "ab"])
+    assert found.config["arms"] == ["1f1b", "breadth-first"] and found.config["torch"] == "2.14.1"
+    assert sorted(found.artifact_of("report")) == ["report.html", "report.json", "report.md"]
+    assert found.table("comparison")["columns"] == list(COLUMNS)
+
+
+def test_without_numpy_torch_and_megatron_runs_are_compared(tmp_path):
+    paths = [str(path) for path in two_arms(tmp_path)]
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'yaml', 'megatron', 'scipy'): sys.modules[name] = None\n"
+        "from megatron_bfpp.cli import main\n"
+        f"sys.exit(main(['compare', *{paths!r}]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["nowhere"], "nowhere is not a directory"), (["."], "holds no run"), ([".", "--warmup", "-1"], "")],
+)
+def test_bad_input_is_one_short_message(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.strip().splitlines()) <= 3

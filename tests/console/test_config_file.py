@@ -1,0 +1,96 @@
+"""The files of configs/ become Megatron's flags; a mistake in one is named in at most three lines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bfpp.console.config_file import load
+from megatron_bfpp.console.errors import UserError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config file.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_values_become_words_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "ENV_VARS:\n  OMP_NUM_THREADS: 1\n"
+        "MODEL_ARGS:\n  --num-layers: 8\n  --bf16: true\n  --fp16: false\n  --lr: 1.0e-3\n  --split: 99,1,0\n"
+        "  --data-path: [0.3, first, 0.7, second one]\n",
+    )
+    assert load(path) == (
+        {"OMP_NUM_THREADS": "1"},
+        ["--num-layers", "8", "--bf16", "--lr", "0.001", "--split", "99,1,0"]
+        + ["--data-path", "0.3", "first", "0.7", "second one"],
+    )
+
+
+def test_variables_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BFPP_TEST_DATA", "/a place/with spaces")
+    path = write(tmp_path, "MODEL_ARGS: {--data-path: '${BFPP_TEST_DATA}/text', --save: 'cost $5'}")
+    assert load(path) == ({}, ["--data-path", "/a place/with spaces/text", "--save", "cost $5"])
+
+
+def test_variables_may_be_left_as_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path, "MODEL_ARGS: {--data-path: '${BFPP_NOT_SET}/text', --num-layers: 8}")
+    assert load(path, expand=False) == ({}, ["--data-path", "${BFPP_NOT_SET}/text", "--num-layers", "8"])
+
+
+def test_an_empty_map_gives_nothing(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "ENV_VARS:\nMODEL_ARGS:\n")) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("MODEL_ARG: {--bf16: true}", "MODEL_ARG"),
+        ("MODEL_ARGS: [--bf16]", "MODEL_ARGS is a list"),
+        ("MODEL_ARGS: {num-layers: 8}", "num-layers"),
+        ("MODEL_ARGS: {--num-layers: {a: 1}}", "--num-layers is a map"),
+        ("MODEL_ARGS: {--num-layers: }", "--num-layers is a missing value"),
+        ("MODEL_ARGS: {--split: [1, [2]]}", "--split is a list"),
+        ("MODEL_ARGS: {--data-path: '${BFPP_NOT_SET}'}", "BFPP_NOT_SET"),
+        ("ENV_VARS: {NAME: [1]}", "NAME is a list"),
+        ("ENV_VARS: {'NO SPACE': 1}", "NO SPACE"),
+        ("- a\n- b\n", "holds a list"),
+        ("", "holds a missing value"),
+        ("MODEL_ARGS:\n  --a: 1\n --b: 2\n", "line 3"),
+    ],
+)
+def test_a_mistake_is_named_with_the_path_in_at_most_three_lines(tmp_path: Path, text: str, named: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as raised:
+        load(path)
+    message = str(raised.value)
+    assert str(path) in message and named in message
+    assert len(message.splitlines()) <= 3
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml: cannot be read: No such file"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_as_a_program_it_prints_quoted_words_and_short_errors(tmp_path: Path) -> None:
+    def run(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "megatron_bfpp.config_file", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    good = run(write(tmp_path, "MODEL_ARGS: {--data-path: 'a b', --bf16: true}"))
+    assert (good.returncode, good.stdout) == (0, "--data-path\n'a b'\n--bf16\n")
+    bad = run(tmp_path / "nowhere.yaml")
+    assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
+
+
+def test_the_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DATA_PATH", "VOCAB_FILE", "MERGE_FILE", "TOKENIZER_MODEL"):
+        monkeypatch.setenv(variable, "somewhere")
+    shipped = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert load(path)[1]

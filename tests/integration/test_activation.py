@@ -1,0 +1,158 @@
+"""enable() and disable(): every seam applied where the function is bound, once, and undone."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+
+
+def run(code: str) -> str:
+    """In a process of its own: seams are process-wide."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_enable_twice_and_disable_leave_megatron_as_it_was():
+    run(
+        """
+import megatron_bfpp
+from megatron.core.pipeline_parallel import schedules
+from megatron.training import arguments, yaml_arguments, training, initialize
+names = [(schedules, "forward_backward_pipelining_with_interleaving"), (arguments, "add_megatron_arguments"),
+         (arguments, "validate_args"), (yaml_arguments, "validate_yaml")]
+before = [getattr(*name) for name in names]
+megatron_bfpp.enable(device="cpu")
+first = [getattr(*name) for name in names]
+megatron_bfpp.enable(device="cpu")
+assert [getattr(*name) for name in names] == first
+assert not any(a is b for a, b in zip(before, first))
+import inspect
+for a, b in zip(before[:1], first[:1]):
+    assert inspect.signature(a) == inspect.signature(b)
+megatron_bfpp.disable()
+assert all(getattr(*name) is a for name, a in zip(names, before))
+"""
+    )
+
+
+def test_megatrons_chooser_returns_the_breadth_first_function_for_code_without_megatron_training():
+    run(
+        """
+import sys, megatron_bfpp
+megatron_bfpp.enable("breadth-first", device="cpu")
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
+ours = get_forward_backward_func(pp_size=4, vp_size=2)
+assert ours is schedules.forward_backward_pipelining_with_interleaving and hasattr(ours, "__wrapped__")
+assert get_forward_backward_func(pp_size=4, vp_size=None) is schedules.forward_backward_pipelining_without_interleaving
+megatron_bfpp.disable()
+assert get_forward_backward_func(pp_size=4, vp_size=2) is ours.__wrapped__
+"""
+    )
+
+
+def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
+    from megatron_bfpp.integration.seams import Seam, SeamError
+
+    with pytest.raises(SeamError, match="schedules.get_fwd_bwd does not exist in this Megatron"):
+        Seam("megatron.core.pipeline_parallel.schedules", "get_fwd_bwd", ()).current()
+    with pytest.raises(SeamError, match="has no parameter beam"):
+        Seam("megatron.core.pipeline_parallel.schedules", "forward_step", ("model", "beam")).current()
+
+
+def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
+    import megatron.core.package_info as info
+
+    from megatron_bfpp.console.errors import UserError
+    from megatron_bfpp.integration.activation import check_version
+
+    check_version()
+    for version in ("0.16.1", "0.20.0", "1.0.0"):
+        monkeypatch.setattr(info, "__version__", version)
+        with pytest.raises(UserError, match=rf"megatron-core {version} is not supported: .* 0.17 to 0.19"):
+            check_version()
+
+
+def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
+    import torch
+
+    from megatron_bfpp.integration.step.call import check_call
+
+    call = {"model": [torch.nn.Linear(1, 1)] * 2, "adjust_tensor_shapes_fn": None}
+    with pytest.raises(ValueError, match="2 chunks, but 1 given"):
+        check_call({**call, "data_iterator": [None]})
+    with pytest.raises(ValueError, match="2 chunks, but a NoneType given"):
+        check_call({**call, "data_iterator": None})
+
+
+def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys):
+    # --yaml-cfg replaces the parsed command line; without our check Megatron would train its own schedule in silence.
+    import sys
+    from types import SimpleNamespace
+
+    from megatron_bfpp.console.errors import UserError
+    from megatron_bfpp.integration.validation import validating_yaml
+
+    left_alone = []
+    wrapped = validating_yaml(lambda args, defaults=None: args, None, lambda: left_alone.append(True))
+    file = {
+        "pipeline_model_parallel_size": 4, "mock_data": True, "num_layers": 8, "rank": 0, "data_parallel_size": 1,
+        "micro_batch_size": 1, "global_batch_size": 8,
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"])
+    placed = wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=2))
+    assert placed.pipeline_schedule == "breadth-first" and not left_alone
+    assert "placement of 8 layers, 8 stages in order: 1*8" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at least 2 model chunks per rank"):
+        wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml"])
+    wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=None))
+    assert left_alone
+    with pytest.raises(UserError, match="--pipeline-schedule breadth does not exist"):
+        wrapped(SimpleNamespace(**file, pipeline_schedule="breadth"))
+
+
+def test_megatrons_loop_gets_its_config_back_also_when_a_step_raises(monkeypatch):
+    import torch
+    from megatron.core import ModelParallelConfig
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_bfpp.integration.flags.settings import Settings
+    from megatron_bfpp.integration.step import forward_backward
+
+    monkeypatch.setattr(forward_backward, "_announce", lambda *args: None)
+    config = ModelParallelConfig(
+        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, overlap_p2p_comm=True
+    )
+    chunk = torch.nn.Linear(1, 1)
+    chunk.config = config
+    before, warmup, seen = dict(vars(config)), schedules.get_pp_rank_microbatches, []
+
+    def original(**call):
+        seen.append((config.microbatch_group_size_per_vp_stage, schedules.get_pp_rank_microbatches is warmup))
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward_backward.run_megatron(
+            Settings("breadth-first", "late", engine="megatron"), original, model=[chunk] * 2, data_iterator=[None] * 2,
+            num_microbatches=12, forward_only=False,
+        )  # fmt: skip
+    assert seen == [(12, False)]
+    assert vars(config) == before and schedules.get_pp_rank_microbatches is warmup
+
+
+def test_the_channels_have_the_options_of_megatrons_pipeline_group(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from megatron_bfpp.integration.step import groups
+
+    settings = tmp_path / "nccl.yaml"
+    settings.write_text("pp: {max_ctas: 8}\ndp: {max_ctas: 2}\n")
+    args = SimpleNamespace(nccl_communicator_config_path=str(settings), high_priority_stream_groups=["pp", "ep"])
+    monkeypatch.setattr(groups, "megatron_args", lambda: args)
+    options = groups._nccl_options()
+    assert options.is_high_priority_stream and options.config.max_ctas == 8
+    args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []
+    assert groups._nccl_options() is None

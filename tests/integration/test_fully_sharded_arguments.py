@@ -1,0 +1,102 @@
+"""--use-torch-fsdp2 on the command line: Megatron's one assertion is lifted and nothing else, and what cannot be is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+
+from megatron.training import arguments
+
+from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.seams import SeamError
+from megatron_bfpp.integration.flags import fully_sharded
+from megatron_bfpp.integration.step.fully_sharded_seams import _load_values, pipeline_ranks_allowed
+
+
+def messages(function):
+    return {constant for constant in function.__code__.co_consts if isinstance(constant, str)}
+
+
+def test_one_assertion_of_megatron_is_lifted_for_one_call():
+    validate = arguments.validate_args
+    code, before = validate.__code__, messages(validate)
+    with pytest.raises(ZeroDivisionError), pipeline_ranks_allowed(validate):
+        assert before - messages(validate) == {"--use-torch-fsdp2 is not supported with pipeline parallelism"}
+        assert messages(validate) < before
+        assert validate.__code__.co_firstlineno == code.co_firstlineno
+        raise ZeroDivisionError
+    assert validate.__code__ is code
+
+
+def test_a_megatron_with_other_assertions_is_named():
+    def validate_args(args):
+        if args.use_torch_fsdp2:
+            assert args.pipeline_model_parallel_size <= 1
+
+    with pytest.raises(SeamError, match="validate_args has 0 assertions"), pipeline_ranks_allowed(validate_args):
+        pass
+
+
+FSDP2 = {"use_torch_fsdp2": True, "pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    "args, settings, words",
+    [
+        (FSDP2, {"engine": "megatron"}, ("--use-torch-fsdp2", "--breadth-first-engine plan")),
+        ({**FSDP2, "ckpt_format": "torch_dcp"}, {}, ("--ckpt-format torch_dcp", "--ckpt-format torch_dist")),
+        ({}, {"resident_chunks": 2}, ("--breadth-first-resident-chunks is 2", "add --use-torch-fsdp2")),
+    ],
+)
+def test_what_breadth_first_cannot_shard(args, settings, words):
+    with pytest.raises(UserError) as refusal:
+        fully_sharded.refuse(SimpleNamespace(**args), Settings(schedule="breadth-first", **settings))
+    assert all(word in str(refusal.value) for word in words) and str(refusal.value).count("\n") <= 2
+
+
+@pytest.mark.parametrize("chunks", [0, -1])
+def test_no_chunk_runs_without_a_place(chunks):
+    with pytest.raises(UserError, match=f"--breadth-first-resident-chunks is {chunks}"):
+        Settings(resident_chunks=chunks)
+
+
+def test_gated_layers_are_not_saved_by_a_megatron_that_mixes_up_their_halves(monkeypatch):
+    from megatron.core.transformer import mlp
+
+    args, settings = SimpleNamespace(**FSDP2, swiglu=True, save="folder"), Settings(schedule="breadth-first")
+    monkeypatch.setattr(mlp, "apply_swiglu_sharded_factory", lambda tensor, dp_group=None: tensor)
+    fully_sharded.refuse(args, settings)
+    monkeypatch.setattr(mlp, "apply_swiglu_sharded_factory", lambda tensor: tensor)
+    with pytest.raises(UserError, match="--swiglu"):
+        fully_sharded.refuse(args, settings)
+    args.save = None
+    fully_sharded.refuse(args, settings)
+
+
+@pytest.mark.parametrize("flag", ["use_torch_fsdp2", "use_megatron_fsdp"])
+def test_1f1b_shards_without_pipeline_ranks_only(flag):
+    for ranks in (2, 1):
+        args = SimpleNamespace(**{flag: True}, pipeline_model_parallel_size=ranks)
+        if ranks == 1:
+            fully_sharded.refuse_under_1f1b(args)
+        else:
+            with pytest.raises(UserError, match="Use .*--pipeline-schedule breadth-first"):
+                fully_sharded.refuse_under_1f1b(args)
+
+
+def test_a_resumed_optimizer_gets_its_values_and_keeps_its_tensors():
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    inner = torch.optim.AdamW([weight], lr=1.0)
+    weight.grad = torch.ones(2)
+    inner.step()
+    moments = inner.state[weight]["exp_avg"]
+    pair = SimpleNamespace(optimizer=inner, _filter_and_reorder_param_groups=lambda own, saved: saved)
+    saved = {"param_groups": [{"params": [0], "lr": 0.5, "step": 7}], "state": {"common_step": torch.tensor(7.0)}}
+    for state in (saved, {"optimizer": saved, "fp32_from_fp16_params": []}):
+        _load_values(pair, state)
+        assert inner.param_groups[0]["lr"] == 0.5 and inner.param_groups[0]["params"] == [weight]
+        assert inner.state[weight]["step"] == 7 and inner.state[weight]["exp_avg"] is moments

@@ -1,0 +1,162 @@
+"""bfpp plan: the table, the files it writes, and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_bfpp.cli import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "gpt_52b.yaml")
+ON_64 = ["plan", CONFIG, "--gpu", "v100-32", "--gpus", "64", "--tp", "8", "--pp", "8", "--micro-batch", "1,2"]
+FLAGS = [
+    "--num-layers",
+    "64",
+    "--hidden-size",
+    "8192",
+    "--num-attention-heads",
+    "64",
+    "--seq-length",
+    "1024",
+    "--vocab-size",
+    "50257",
+]
+
+
+def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(capsys):
+    assert main([*ON_64, "--global-batch", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "GPT of 52.4B parameters, 64 x V100-32" in shown
+    assert "rejected (--rejected says why)" in shown
+    for schedule in ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late"):
+        assert f"\n{schedule} " in shown
+    assert "--pipeline-schedule breadth-first" in shown
+    assert "--tensor-model-parallel-size 8" in shown
+
+
+def test_rejections_are_counted_by_reason(capsys):
+    assert main([*ON_64, "--pp", "4", "--global-batch", "32", "--rejected"]) == 0
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "strategies considered" in line]
+    total = int(line.split(" fit, ")[1].split()[0])
+    counts = [int(each.split()[0]) for each in shown.splitlines() if each[:8].strip().isdigit() and ": " in each]
+    assert "memory: more than a GPU has" in shown
+    assert 0 < sum(counts) <= total
+
+
+def test_several_batches_are_compared_and_drawn_and_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    words = [
+        "--chunks",
+        "1,8",
+        "--global-batch",
+        "16-64",
+        "--json",
+        str(data),
+        "--plot",
+        str(picture),
+        "--critical-batch-size",
+        "5000",
+    ]
+    assert main([*ON_64, *words]) == 0
+    assert "TFLOP/s per GPU" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(data.read_text())
+    assert [each["global_batch"] for each in content["batches"]] == [16, 32, 64]
+    for each in content["batches"]:
+        assert each["considered"] == each["fit"] + sum(each["rejected"].values())
+        best = each["fastest"][0]
+        assert best["step_s"] == pytest.approx(min(one["step_s"] for one in each["schedules"]))
+        parts = ("parameters", "gradients", "optimizer", "activations")
+        assert sum(best["memory"][part] for part in parts) <= best["memory"]["total"] < 28e9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
+
+
+def test_the_strategy_of_a_file_and_a_measured_step(capsys):
+    config = CONFIG.replace("gpt_52b", "gpt_52b_64_v100")
+    words = ["plan", config, "--gpu", "v100-32", "--gpus", "64", "--as-configured"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("breadth-first ")]
+    step_s = float(line.split()[10])
+    assert main([*words, "--calibrate", str(1.25 * step_s)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("calibrated: large matrix products achieve ")
+    (line,) = [line for line in shown.splitlines() if line.startswith("breadth-first ")]
+    assert float(line.split()[10]) == pytest.approx(1.25 * step_s, abs=2e-3)
+
+
+def test_a_model_of_flags(capsys):
+    assert (
+        main(
+            ["plan", "--gpu", "h100-80", "--gpus", "64", "--global-batch", "64", "--tp", "8", "--pp", "8", "--", *FLAGS]
+        )
+        == 0
+    )
+    assert "GPT of 52.0B parameters" in capsys.readouterr().out
+
+
+def test_52b_on_4096_gpus_is_searched_in_time():
+    started = time.monotonic()
+    command = [sys.executable, "-m", "megatron_bfpp.cli", "plan", CONFIG, "--gpu", "v100-32", "--gpus", "4096"]
+    done = subprocess.run([*command, "--global-batch", "2048"], check=True, capture_output=True, text=True, timeout=60)
+    # Neither a bar in a file, nor torch: 2 to 4 s on two idle cores.
+    assert done.stderr == "" and time.monotonic() - started < 30
+    assert "breadth-first" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["plan", CONFIG, "--gpu", "b300", "--gpus", "64"], "--gpu b300 does not exist"),
+        (["plan", "nowhere.yaml", "--gpu", "h200", "--gpus", "64"], "nowhere.yaml: cannot be read"),
+        (["plan", CONFIG, "--gpu", "h200", "--gpus", "0"], "--gpus is 0"),
+        ([*ON_64, "--global-batch", "32x"], "--global-batch 32x is no list of numbers"),
+        ([*ON_64, "--global-batch", "64-32"], "--global-batch 64-32 is no range"),
+        ([*ON_64, "--global-batch", "0"], "above 0"),
+        ([*ON_64, "--pp", "4", "--global-batch", "31"], "none of 1 strategies for 64 GPUs is possible"),
+        ([*ON_64, "--schedule", "gpipe"], "--schedule gpipe does not exist"),
+        ([*ON_64, "--sharding", "zero9"], "--sharding zero9 does not exist"),
+        ([*ON_64, "--precision", "bf16"], "has no bf16"),
+        ([*ON_64, "--reserve-gb", "40"], "leaves nothing"),
+        ([*ON_64, "--plot", "x.png"], "Give several batches"),
+        ([*ON_64, "--calibrate", "1"], "a step of 1 s cannot be explained"),
+        (["plan", CONFIG, "--gpu", "v100-32", "--gpus", "8", "--global-batch", "8"], "the model fits nowhere: 8 GPUs with 28.0 GB"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--global-batch", "8", "--", "--num-layers", "4"], "the model lacks --hidden-size"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS], "no global batch is given"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--num-experts", "8"], "--num-experts is not in the model"),
+        (["plan", "--gpu", "a100-80", "--gpus", "8", "--global-batch", "8", "--", *FLAGS, "--fp8-format", "hybrid"], "has no fp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-param-gather"], "--fp8-param-gather is for fp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "e5m2"], "invalid choice: 'e5m2'"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-recipe", "mxfp8"], "--fp8-recipe mxfp8"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--use-torch-fsdp2"], "fp8 with --use-torch-fsdp2"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-param-gather"], "needs the distributed"),
+        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS[2:], "--num-layers", "many"], "the model's flags"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(tmp_path, monkeypatch, capsys, words, named):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *(["--json", "plan.json"] if "--" not in words else [])]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") <= 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_key_of_a_model_file_is_named(tmp_path, capsys):
+    path = tmp_path / "model.yaml"
+    path.write_text("MODEL: {--num-layers: 4}\n")
+    assert main(["plan", str(path), "--gpu", "h200", "--gpus", "8"]) == 2
+    assert "unknown key 'MODEL'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys, flag):
+    pytest.importorskip("matplotlib")
+    words = [*ON_64, "--chunks", "2", "--global-batch", "16,32", flag, str(tmp_path / "no" / "plan.png")]
+    assert main(words) == 2
+    assert f"{flag} {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The search over strategies: what fits, in what order, and why the rest was rejected."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_bfpp.planner.hardware import load_gpu
+from megatron_bfpp.planner.model import GPT
+from megatron_bfpp.planner.noise_scale import trade_off
+from megatron_bfpp.planner.search import Request, search
+
+GPT_52B = GPT(64, 8192, 64, 1024, 51200, untied=True)
+REQUEST = Request(GPT_52B, load_gpu("v100-32"), 64, 64, "fp16")
+
+
+def test_all_that_is_considered_fits_or_has_a_reason_and_the_fastest_comes_first():
+    found = search(REQUEST)
+    assert len(found.estimates) + sum(found.rejected.values()) == found.considered
+    times = [each.step.step for each in found.estimates]
+    assert times == pytest.approx(sorted(times), abs=1e-6)
+    assert found.estimates[0].step.is_exact
+    for each in found.estimates:
+        strategy = each.strategy
+        assert each.memory.total <= REQUEST.gpu.memory - REQUEST.reserve
+        assert strategy.num_gpus == 64 and strategy.global_batch == 64
+        assert 64 % (strategy.pp * strategy.chunks) == 0
+
+
+def test_megatrons_limits_are_kept_unless_the_question_is_hypothetical():
+    request = replace(REQUEST, pp=(8,), tp=(4,), micro_batch=(1,))
+    plain, hypothetical = search(request), search(replace(request, hypothetical=True))
+    assert {each.strategy.sharding for each in plain.estimates} <= {"replicated", "zero1"}
+    sharded = [each.strategy for each in hypothetical.estimates if each.strategy.sharding in ("zero2", "zero3")]
+    assert sharded and all(each.schedule.startswith("breadth-first") for each in sharded)
+    assert all(each.group == each.num_microbatches for each in sharded)  # else chunks are gathered for each group
+    assert any("fp16" in reason for reason in plain.rejected)
+
+
+def test_only_what_is_asked_for():
+    found = search(replace(REQUEST, pp=(8,), tp=(8,), schedule=("breadth-first",), recompute=("full",), chunks=(2, 4)))
+    assert {(each.strategy.pp, each.strategy.tp, each.strategy.recompute) for each in found.estimates} == {
+        (8, 8, "full")
+    }
+    assert {each.strategy.chunks for each in found.estimates} == {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_gpus": 63}, "global batch is no multiple of DP"),
+        ({"pp": (3,)}, "GPUs are no multiple of PP x TP"),
+        ({"num_gpus": 96, "pp": (3,), "global_batch": 96}, "layers are no multiple of PP"),
+        ({"tp": (16,)}, "TP: more ranks than GPUs in a node"),
+        ({"gpt": replace(GPT_52B, num_query_groups=2), "tp": (8,)}, "TP: heads, query groups"),
+        ({"pp": (32,), "tp": (2,), "global_batch": 8}, "Megatron's interleaved schedule refuses so few micro-batches"),
+        ({"pp": (1,)}, "memory: more than a GPU has"),
+    ],
+)
+def test_rejections_say_why(changes, reason):
+    found = search(replace(REQUEST, **changes))
+    assert any(text.startswith(reason) for text in found.rejected), found.rejected
+
+
+def test_fewer_micro_batches_than_ranks_run_breadth_first_only():
+    found = search(replace(REQUEST, pp=(8,), tp=(8,), global_batch=4))
+    assert {each.strategy.schedule for each in found.estimates} <= {"1f1b", "breadth-first", "breadth-first-late"}
+    assert found.estimates[0].strategy.schedule == "breadth-first"
+
+
+def test_a_larger_cluster_trains_faster_and_dearer():
+    # Twice the time for a sequence with a quarter of the batch per GPU: the small batch wins on large clusters only.
+    curve = trade_off({0.25: 2.0, 1.0: 1.0}, seq_length=1000, critical_batch=1000)
+    assert [each.days for each in curve] == sorted((each.days for each in curve), reverse=True)
+    assert [each.gpu_days for each in curve] == sorted(each.gpu_days for each in curve)
+    assert curve[0].batch_per_gpu == 1.0 and curve[-1].batch_per_gpu == 0.25
+    assert curve[0].gpu_days == pytest.approx((1 + 32 / 1000) * 1.0 * 1e6 / 86400)
+
+
+def test_what_is_shown_as_the_fastest_of_a_schedule_was_replayed():
+    found = search(Request(GPT(64, 8192, 64, 1024, 50257, untied=True), load_gpu("v100-32"), 1024, 256, "fp16", tp=(8,), recompute=("none",)))
+    for schedule in ("1f1b", "interleaved", "breadth-first"):
+        best = next(each for each in found.estimates if each.strategy.schedule == schedule)
+        assert best.step.is_exact  # though the card is shared, of which the formula knows nothing
