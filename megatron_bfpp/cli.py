@@ -64,9 +64,13 @@ def _without_empty_values(words: list[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    bfpp: argparse.ArgumentParser = _Parser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    bfpp: argparse.ArgumentParser = _Parser(
+        prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
-    commands = bfpp.add_subparsers(dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}")
+    commands = bfpp.add_subparsers(
+        dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}"
+    )
 
     show.add_command(commands)
     prove = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")

@@ -1,7 +1,7 @@
 """Run a Megatron script, unmodified, with breadth-first available:
 
-    torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]
-    torchrun ... -m megatron_bfpp.run pretrain_gpt.py --pipeline-schedule breadth-first ...
+torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]
+torchrun ... -m megatron_bfpp.run pretrain_gpt.py --pipeline-schedule breadth-first ...
 """
 
 from __future__ import annotations

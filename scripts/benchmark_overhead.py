@@ -79,7 +79,9 @@ def _one_rank(args: argparse.Namespace) -> None:
     for _ in range(args.repeat):
         for name, step in arms.items():
             times[name].append(step())
-    per_action = {name: statistics.median(each) * 1e6 / (2 * args.chunks * args.microbatches) for name, each in times.items()}
+    per_action = {
+        name: statistics.median(each) * 1e6 / (2 * args.chunks * args.microbatches) for name, each in times.items()
+    }
     ratio = per_action["breadth-first"] / per_action["1f1b"]
     print(f"{args.rank:<8}" + "".join(f"{each:>{width}.1f}" for each, width in zip(per_action.values(), (12, 16, 16)))
           + f"{ratio:>16.2f}", flush=True)  # fmt: skip

@@ -97,7 +97,9 @@ def main() -> int:
     print(f"PP 4 x 2 chunks, 4 micro-batches, forward {args.chunk_ms:g} ms; {args.repeat} steps per arm, in turn")
     for arm, microseconds in medians.items():
         added = microseconds - medians["off"]
-        print(f"{arm:<10}{microseconds:>12.1f} us per chunk{added:>+10.1f} us, {added / (10 * args.chunk_ms):+.3f}% of a forward")
+        print(
+            f"{arm:<10}{microseconds:>12.1f} us per chunk{added:>+10.1f} us, {added / (10 * args.chunk_ms):+.3f}% of a forward"
+        )
     return 0
 
 

@@ -27,13 +27,55 @@ from pathlib import Path
 
 TIMEOUT_S = 30  # of the watchdog: a stopped rank costs that
 MOST_END_S = 150  # torchrun gives ranks 30 s after a SIGTERM
-MODEL = (
-    "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 "
-    "--global-batch-size 8 --num-virtual-stages-per-pipeline-rank 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 128 "
-    "--lr 1e-3 --lr-warmup-iters 10 --train-iters 1000000 --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
-    "--eval-iters 0 --eval-interval 10000000 --split 1,0,0 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
-    "--save-interval 10 --exit-signal-handler --pipeline-schedule breadth-first"
-).split()
+MODEL = [
+    "--num-layers",
+    "8",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "64",
+    "--max-position-embeddings",
+    "64",
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "8",
+    "--num-virtual-stages-per-pipeline-rank",
+    "2",
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "128",
+    "--lr",
+    "1e-3",
+    "--lr-warmup-iters",
+    "10",
+    "--train-iters",
+    "1000000",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+    "--log-interval",
+    "1",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "10000000",
+    "--split",
+    "1,0,0",
+    "--use-distributed-optimizer",
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+    "--save-interval",
+    "10",
+    "--exit-signal-handler",
+    "--pipeline-schedule",
+    "breadth-first",
+]
 FAULTS = ("kill a rank", "kill all ranks", "stop a rank", "terminate")
 
 

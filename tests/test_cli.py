@@ -62,7 +62,9 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
     both = ["--order", "interleaved", "--order", "breadth-first"]
     assert main([*SHOW, *both, "--html", str(page)]) == 0
     text = page.read_text()
-    assert text.count("<svg") == 1 and "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
+    assert text.count("<svg") == 1 and "http" not in text.replace(
+        "http://www.w3.org/2000/svg", ""
+    )  # nothing is fetched
     assert "prefers-color-scheme: dark" in text and "<td>breadth-first</td>" in text
     pytest.importorskip("matplotlib")
     assert main([*SHOW, *both, "--png", str(picture)]) == 0
@@ -85,7 +87,10 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
         ([*SHOW, "--csv", "a\x00b"], "embedded null"),
         ([*SHOW, "--svg", "/nowhere/picture.svg"], "--svg /nowhere/picture.svg cannot be written"),
         ([*SHOW, "--transfer", "-1"], "--transfer is -1 forwards"),
-        ([*SHOW, "--order", "interleaved", "--order", "1f1b", "--csv", "x"], "--csv holds one schedule, and 2 are named"),
+        (
+            [*SHOW, "--order", "interleaved", "--order", "1f1b", "--csv", "x"],
+            "--csv holds one schedule, and 2 are named",
+        ),
         (["show", "--pp", "4"], "--chunks, --microbatches is not given"),
         (["show", "/nowhere/order.csv"], "/nowhere/order.csv cannot be read"),
         (["show", "/nowhere/order.csv", "--group", "2"], "--group is of an --order"),

@@ -51,7 +51,7 @@ def test_a_case_of_each_command_as_a_process(seed, tmp_path):
         folder.mkdir()
         fuzz.prepare(folder)
         words = fuzz_words.COMMANDS[name](random.Random(seed), folder)
-        if name == "check" and "--config" in " ".join(words) or any("\0" in word for word in words):
+        if (name == "check" and "--config" in " ".join(words)) or any("\0" in word for word in words):
             continue
         command = [sys.executable, "-m", "megatron_bfpp.cli", *words]
         done = subprocess.run(

@@ -38,7 +38,13 @@ FLOORS_OF_INTEGRATION = (
     {"activation"},
 )
 WITHOUT_TORCH = ("console", "schedule", "timeline", "planner", "compare", "ab")
-MAY_IMPORT_MEGATRON = ("integration", "bench", "check", "doctor", "data")  # the last four lazily or in processes of their own
+MAY_IMPORT_MEGATRON = (
+    "integration",
+    "bench",
+    "check",
+    "doctor",
+    "data",
+)  # the last four lazily or in processes of their own
 MOST_FILES, MOST_ROOMS, MOST_ARROWS = 15, 20, 50
 
 
@@ -136,7 +142,9 @@ def test_few_rooms_import_torch_or_megatron(module):
 
 
 def test_a_step_is_planned_and_shown_without_torch_numpy_and_megatron():
-    rooms = sorted(module for module in MODULES if room_of(module, "megatron_bfpp") in ("schedule", "timeline", "compare"))
+    rooms = sorted(
+        module for module in MODULES if room_of(module, "megatron_bfpp") in ("schedule", "timeline", "compare")
+    )
     code = (
         "import importlib, sys\n"
         "for name in ('torch', 'numpy', 'yaml', 'megatron'): sys.modules[name] = None\n"

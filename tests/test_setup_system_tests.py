@@ -36,7 +36,12 @@ def machine(tmp_path):
             (folder / "apt-get").write_text(apt.replace("/usr/bin/env bash", str(folder / "bash")))
             (folder / "apt-get").chmod(0o755)
         done = subprocess.run(
-            [folder / "bash", script], check=False, capture_output=True, text=True, timeout=60, env={"PATH": str(folder)}
+            [folder / "bash", script],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PATH": str(folder)},
         )
         return done.returncode, done.stdout + done.stderr
 

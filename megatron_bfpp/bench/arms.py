@@ -66,7 +66,10 @@ class Arms:
         """The chunks with what Megatron's training loop puts around them and into their config."""
         if self.collectives is None:
             return chunks
-        model = [data_parallel.under_ddp(chunk, self.replicas, self.collectives, not index) for index, chunk in enumerate(chunks)]
+        model = [
+            data_parallel.under_ddp(chunk, self.replicas, self.collectives, not index)
+            for index, chunk in enumerate(chunks)
+        ]
         for ddp in model:
             config, has_chunks = ddp.config, len(model) > 1 or ddp.module.vp_stage is not None
             functions = {
@@ -114,10 +117,15 @@ class Arms:
             )
             for chunk, stage in enumerate(shape.stages_on(group.rank()))
         ]  # fmt: skip
-        schedule = kind(stages, shape.num_microbatches, loss_fn=lambda output, target: _loss(output)[0], scale_grads=False)
+        schedule = kind(
+            stages, shape.num_microbatches, loss_fn=lambda output, target: _loss(output)[0], scale_grads=False
+        )
         plan = schedule.pipeline_order_with_comms
-        self.plans[arm] = [  # without UNSHARD, RESHARD and REDUCE_GRAD, which do nothing for a module that is not sharded
-            [Action.parse(str(each)) for each in plan[rank] if each.microbatch_index is not None] for rank in range(shape.pp_size)
+        self.plans[
+            arm
+        ] = [  # without UNSHARD, RESHARD and REDUCE_GRAD, which do nothing for a module that is not sharded
+            [Action.parse(str(each)) for each in plan[rank] if each.microbatch_index is not None]
+            for rank in range(shape.pp_size)
         ]
         batch = torch.ones(shape.num_microbatches, 1, HIDDEN, dtype=torch.float64)
 
@@ -127,7 +135,6 @@ class Arms:
             schedule.step(*given, **target)
 
         return step
-
 
     def _stage(self, chunk: EmulatedChunk, *args: Any, **kwargs: Any) -> PipelineStage:
         if self.collectives is None:

@@ -51,7 +51,12 @@ class Setting(NamedTuple):
 
 
 # With the defaults about 3 and 20 minutes (full with --repeat 1).
-SHORT = [Setting((4, 2, 8), 0.5), Setting((4, 4, 8), 0.5), Setting((4, 4, 8), 0.25, 0.25), Setting((4, 4, 8), 0.0, 0.0, 1.0)]
+SHORT = [
+    Setting((4, 2, 8), 0.5),
+    Setting((4, 4, 8), 0.5),
+    Setting((4, 4, 8), 0.25, 0.25),
+    Setting((4, 4, 8), 0.0, 0.0, 1.0),
+]
 FULL = [Setting((4, 4, 8))]
 FULL += [
     Setting((pp, chunks, times * pp), *message)
@@ -66,10 +71,19 @@ FULL += [
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
-    bench.add_argument("--set", choices=("short", "full"), default="short", help="of cases; short (the default) takes 3 minutes, full 15 to 20")
+    bench.add_argument(
+        "--set",
+        choices=("short", "full"),
+        default="short",
+        help="of cases; short (the default) takes 3 minutes, full 15 to 20",
+    )
     bench.add_argument("--shape", action="append", metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     bench.add_argument("--hop", type=float, action="append", help="latency between ranks, in forwards; may be repeated")
-    bench.add_argument("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates")
+    bench.add_argument(
+        "--model",
+        metavar="FILE",
+        help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates",
+    )
     bench.add_argument("--gpu", help="of --model: v100-32, a100-80, h100-80, h200, or the path of a profile")
     bench.add_argument("--gpus", type=int, help="of --model: how many")
     bench.add_argument("--forward-ms", type=float, default=15.0, help="of a chunk and micro-batch; default 15 ms")
@@ -77,16 +91,32 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     bench.add_argument("--transfer", type=float, help="of a message at a card, in forwards: size / bandwidth")
     bench.add_argument("--reduction", type=float, help="of a chunk's gradients, in backwards of all its micro-batches")
     bench.add_argument("--gather", type=float, help="of a chunk's parameters, in forwards of all its micro-batches")
-    bench.add_argument("--dp", type=int, default=2, help="replicas of the pipeline where there are reductions or gathers; default 2")
-    bench.add_argument("--buckets", type=int, default=1, help="of gradients in the first chunk of the first rank; default 1")
-    bench.add_argument("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
-    bench.add_argument("--node-size", type=int, help="pipeline ranks in a node; --hop and --transfer are between nodes. Default: 1")
+    bench.add_argument(
+        "--dp", type=int, default=2, help="replicas of the pipeline where there are reductions or gathers; default 2"
+    )
+    bench.add_argument(
+        "--buckets", type=int, default=1, help="of gradients in the first chunk of the first rank; default 1"
+    )
+    bench.add_argument(
+        "--shared-card", action="store_true", help="reductions and gathers share a card with the messages"
+    )
+    bench.add_argument(
+        "--node-size", type=int, help="pipeline ranks in a node; --hop and --transfer are between nodes. Default: 1"
+    )
     bench.add_argument("--node-hop", type=float, default=0.0, help="latency within a node, in forwards; default 0")
-    bench.add_argument("--node-transfer", type=float, default=0.0, help="transfer within a node, in forwards; default 0")
+    bench.add_argument(
+        "--node-transfer", type=float, default=0.0, help="transfer within a node, in forwards; default 0"
+    )
     bench.add_argument("--half-duplex", action="store_true", help="a card either sends or receives")
-    bench.add_argument("--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it")
-    bench.add_argument("--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all")
-    bench.add_argument("--repeat", type=int, default=2, help="steps of every arm, alternating between the arms; default 2")
+    bench.add_argument(
+        "--jitter", type=float, default=0.0, help="standard deviation of every duration, as a part of it"
+    )
+    bench.add_argument(
+        "--arm", action="append", help="run this arm, by its name in the table; may be repeated. Default: all"
+    )
+    bench.add_argument(
+        "--repeat", type=int, default=2, help="steps of every arm, alternating between the arms; default 2"
+    )
     bench.add_argument("--json", metavar="PATH", help="write all that was measured")
     bench.add_argument("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
     bench.add_argument("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
@@ -142,9 +172,17 @@ def _of_model(args: argparse.Namespace) -> Setting:
     from ..planner.hardware import load_gpu
     from ..planner.time import durations
 
-    given = [flag for flag in ("shape", "hop", "transfer", "reduction", "gather", "node_size") if getattr(args, flag) is not None]
+    given = [
+        flag
+        for flag in ("shape", "hop", "transfer", "reduction", "gather", "node_size")
+        if getattr(args, flag) is not None
+    ]
     if given or args.gpu is None or args.gpus is None:
-        wrong = f"--{given[0].replace('_', '-')} is set as well" if given else f"--{'gpu' if args.gpu is None else 'gpus'} is not"
+        wrong = (
+            f"--{given[0].replace('_', '-')} is set as well"
+            if given
+            else f"--{'gpu' if args.gpu is None else 'gpus'} is not"
+        )
         raise UserError(f"--model takes its times from an estimate for --gpus of a --gpu, but {wrong}.")
     flags = parse(model_words([args.model]))
     gpu, strategy = load_gpu(args.gpu), strategy_of(flags, args.gpus)
@@ -160,7 +198,9 @@ def _of_model(args: argparse.Namespace) -> Setting:
         f"{args.model}, {strategy.dp} replicas of PP {strategy.pp} x TP {strategy.tp} on {gpu.name}: a forward of a chunk takes "
         f"{1e3 * forward:.3g} ms there and {args.forward_ms:g} ms here, a backward {args.backward_time:.2f} times that"
     )
-    collectives = (times.reduction / (count * backward), times.gather / (count * forward)) if strategy.dp > 1 else (0.0, 0.0)
+    collectives = (
+        (times.reduction / (count * backward), times.gather / (count * forward)) if strategy.dp > 1 else (0.0, 0.0)
+    )
     # Where nodes hold a number of whole pipeline ranks; else some messages of every edge cross, but for a few edges.
     in_node = max(1, gpu.gpus_per_node // (strategy.tp * strategy.dp))
     edges = gpu.crosses(strategy.tp * strategy.dp, strategy.pp)
@@ -190,7 +230,10 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arm {unknown[0]} does not exist.\n  Use one of {', '.join(ARMS)}.")
-    cases = [_case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED)) for setting in chosen]
+    cases = [
+        _case(args, setting, arms if setting.is_replicated else tuple(arm for arm in arms if arm != SHARDED))
+        for setting in chosen
+    ]
     repeated, bar, results = 0, _Progress(sum(len(case.arms) * len(case.variants) * args.repeat for case in cases)), []
     for setting, case in zip(chosen, cases, strict=True):
         shape = case.shape
@@ -199,7 +242,15 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
         repeated += found.repeated
         costs = _costs(case, setting, args.shared_card)
         results += [
-            Result(arm, shape, setting.network, costs, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
+            Result(
+                arm,
+                shape,
+                setting.network,
+                costs,
+                found.step_times_s[arm],
+                found.step_times_s.get(arm + FREE),
+                found.plans.get(arm),
+            )
             for arm in case.arms
         ]
     bar.end()
@@ -212,7 +263,9 @@ def _costs(case: Case, setting: Setting, shared_card: bool) -> Costs:
     times, link, replicas, forward_s = case.times, case.link, case.replicas, case.times.forward_s
     of_chunks = replicas.gather_s, replicas.reduction_s, replicas.buckets
     if setting.node_size == 1:
-        return Costs(times.forward_s, times.backward_s, link.latency_s, setting.transfer * forward_s, *of_chunks, shared_card)
+        return Costs(
+            times.forward_s, times.backward_s, link.latency_s, setting.transfer * forward_s, *of_chunks, shared_card
+        )
     crosses = case.shape.edges_between_nodes(setting.node_size)
     hop = [link.latency_s if each else link.node_latency_s for each in crosses]
     transfer = [(setting.transfer if each else setting.node_transfer) * forward_s for each in crosses]
@@ -229,14 +282,19 @@ def _case(args: argparse.Namespace, setting: Setting, arms: tuple[str, ...]) -> 
     shape, forward_s = PipelineShape(*setting.sizes), args.forward_ms / 1e3
     times = StageTimes(forward_s, forward_s * args.backward_time)
     # Messages of one byte on a card that needs the transfer time for it: only the quotient counts.
-    bandwidth, of_node = (1 / (each * forward_s) if each else float("inf") for each in (setting.transfer, setting.node_transfer))
+    bandwidth, of_node = (
+        1 / (each * forward_s) if each else float("inf") for each in (setting.transfer, setting.node_transfer)
+    )
     link = Link(setting.network, setting.hop * forward_s, bandwidth, not args.half_duplex, args.shared_card, args.jitter,
                 setting.node_size, setting.node_hop * forward_s, of_node)  # fmt: skip
     replicas = ALONE
     if setting.is_replicated:
         of_all = shape.num_microbatches
         replicas = ReplicaTimes(
-            args.dp, setting.reduction * of_all * times.backward_s, setting.gather * of_all * times.forward_s, args.buckets
+            args.dp,
+            setting.reduction * of_all * times.backward_s,
+            setting.gather * of_all * times.forward_s,
+            args.buckets,
         )
     return Case(shape, times, link, 1.0, replicas, arms, args.repeat)
 

@@ -37,7 +37,9 @@ class ReplicaTimes:
 ALONE = ReplicaTimes()
 
 
-def under_ddp(chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectives, in_buckets: bool) -> DistributedDataParallel:
+def under_ddp(
+    chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectives, in_buckets: bool
+) -> DistributedDataParallel:
     """A chunk in Megatron's DistributedDataParallel with its distributed optimizer, everything overlapped.
 
     in_buckets: a bucket for each layer, which Megatron itself does on the first pipeline rank only.
@@ -123,11 +125,13 @@ class ReplicatedStage(PipelineStage):
 
 def under_fsdp(chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectives) -> TorchFullyShardedDataParallel:
     """A chunk in Megatron's wrapper for FSDP2, each layer a unit."""
-    wrapped = TorchFullyShardedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk, sub_modules_to_wrap={Layer})
+    wrapped = TorchFullyShardedDataParallel(
+        chunk.config, DistributedDataParallelConfig(), chunk, sub_modules_to_wrap={Layer}
+    )
     for layer in chunk.layers:
         _EmulatedGathers(layer, collectives, times.gather_s / times.buckets)
     # The runtime makes one for each model, in its first step.
-    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))  # noqa: B010
+    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))
     return wrapped
 
 

@@ -31,7 +31,9 @@ def plot(results: list[Result], path: str) -> None:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
-        raise UserError("--plot needs matplotlib.\n  pip install 'megatron-bfpp[report]', or leave --plot out.") from None
+        raise UserError(
+            "--plot needs matplotlib.\n  pip install 'megatron-bfpp[report]', or leave --plot out."
+        ) from None
     found = dict.fromkeys(each.arm for each in results)
     arms = [arm for arm in _COLORS if arm in found]
     cases = list(dict.fromkeys((each.shape, each.network) for each in results))
@@ -67,8 +69,19 @@ def _bars(axes: Any, arm: str, bars: list[tuple[int, Result]], offset: float, wi
              yerr=[below, above], error_kw={"elinewidth": 0.8})  # fmt: skip
     for (position, _), height in zip(bars, heights, strict=True):
         if height > TOP:
-            axes.text(position + offset, TOP - 0.02, f"{height:.1f}", rotation=90, ha="center", va="top", fontsize=7, color="white")
+            axes.text(
+                position + offset,
+                TOP - 0.02,
+                f"{height:.1f}",
+                rotation=90,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color="white",
+            )
 
 
 def _label(shape: PipelineShape, network: str) -> str:
-    return f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}\n" + network.replace(" + reduction", "\n+ reduction")
+    return f"PP {shape.pp_size} x {shape.num_chunks}, M {shape.num_microbatches}\n" + network.replace(
+        " + reduction", "\n+ reduction"
+    )

@@ -87,8 +87,14 @@ def run_case(case: Case, on_step: Callable[[str, float], None] = lambda arm, ste
     size, results = case.shape.pp_size * case.replicas.size, _context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cards = _context.Array("d", NUMBERS_PER_CARD * size)
-    shared = SharedCards(_context, size, case.link.full_duplex, _BEHIND * case.times.forward_s) if case.link.collectives_share_card else None
-    ranks = [_context.Process(target=_rank, args=(rank, store.port, case, cards, shared, results)) for rank in range(size)]
+    shared = (
+        SharedCards(_context, size, case.link.full_duplex, _BEHIND * case.times.forward_s)
+        if case.link.collectives_share_card
+        else None
+    )
+    ranks = [
+        _context.Process(target=_rank, args=(rank, store.port, case, cards, shared, results)) for rank in range(size)
+    ]
     for rank in ranks:
         rank.start()
     found: dict[str, list[float]] = {arm + variant: [] for arm in case.arms for variant in case.variants}
@@ -113,7 +119,11 @@ def _expected_s(case: Case) -> float:
     shape = case.shape
     slots = (shape.num_chunks - 1) * max(shape.num_microbatches, shape.pp_size) + shape.num_microbatches + shape.pp_size
     collectives_s = 2 * shape.num_chunks * (case.replicas.reduction_s + case.replicas.gather_s)
-    return 4 * slots * (case.times.forward_s + case.times.backward_s + 2 * case.link.latency_s) + collectives_s + _PATIENCE_S
+    return (
+        4 * slots * (case.times.forward_s + case.times.backward_s + 2 * case.link.latency_s)
+        + collectives_s
+        + _PATIENCE_S
+    )
 
 
 def _next(results: Any, timeout_s: float) -> tuple[str, Any]:
@@ -166,7 +176,9 @@ def _answers(rank: int, case: Case, cards: Any, shared: SharedCards | None) -> I
     network.random.seed(rank)
     arms = Arms(case.shape, case.times, network, case.replicas)
     with network.installed():
-        for arm in 2 * case.arms:  # plans and process groups are made in the first step; Megatron's hooks work from the second
+        for arm in (
+            2 * case.arms
+        ):  # plans and process groups are made in the first step; Megatron's hooks work from the second
             arms.steps[arm]()
         network.scale = 1.0
         yield "plans", arms.plans

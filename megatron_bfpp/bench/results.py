@@ -54,7 +54,9 @@ class Result:
         """What the simulator says of the plan of the arm, or of one in its order."""
         shape, costs = self.shape, self.costs
         if self.plan is not None:
-            return replay(self.plan, shape, replace(costs, gather=0.0, reduction=costs.reduction + costs.gather), TORCH).step_time
+            return replay(
+                self.plan, shape, replace(costs, gather=0.0, reduction=costs.reduction + costs.gather), TORCH
+            ).step_time
         if self.arm == "1f1b":
             return _one_f_one_b_s(shape, costs)
         if self.arm == "breadth-first-sharded":
@@ -100,7 +102,9 @@ def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
 
 
 def _of_equal_stages(costs: Costs) -> tuple[float, float]:
-    assert isinstance(costs.forward, int | float) and isinstance(costs.backward, int | float), "the bench has equal stages"
+    assert isinstance(costs.forward, int | float) and isinstance(costs.backward, int | float), (
+        "the bench has equal stages"
+    )
     return costs.forward, costs.backward
 
 
@@ -121,10 +125,13 @@ def table(results: list[Result]) -> str:
             against = "" if reference is None else f"{each.median_s / reference:.3f}"
             lines.append(
                 f"  {each.arm:<24}{each.median_s:>8.3f} s{each.spread:>9.1%}{each.to_bound:>10.3f}{against:>16}"
-                f"{each.predicted_s / each.median_s - 1:>+11.1%}" + ("" if each.exposed is None else f"{each.exposed:>9.2f}")
+                f"{each.predicted_s / each.median_s - 1:>+11.1%}"
+                + ("" if each.exposed is None else f"{each.exposed:>9.2f}")
             )
     if any(each.exposed is not None for each in results):
-        lines.append("exposed: what the data-parallel collectives add to the step, in those of one chunk (a reduction and a gather)")
+        lines.append(
+            "exposed: what the data-parallel collectives add to the step, in those of one chunk (a reduction and a gather)"
+        )
     return "\n".join(lines)
 
 
@@ -133,8 +140,15 @@ def markdown(results: list[Result]) -> str:
     arms = list(dict.fromkeys(each.arm for _, found in _cases(results) for each in found))
     lines = ["| P x V, M | network | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
     for (shape, network), found in _cases(results):
-        by_arm = {each.arm: f"{each.to_bound:.3f}" + ("" if each.exposed is None else f" ({each.exposed:.2f})") for each in found}
-        cells = [f"{shape.pp_size} x {shape.num_chunks}, {shape.num_microbatches}", network, *(by_arm.get(arm, "") for arm in arms)]
+        by_arm = {
+            each.arm: f"{each.to_bound:.3f}" + ("" if each.exposed is None else f" ({each.exposed:.2f})")
+            for each in found
+        }
+        cells = [
+            f"{shape.pp_size} x {shape.num_chunks}, {shape.num_microbatches}",
+            network,
+            *(by_arm.get(arm, "") for arm in arms),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,7 @@ _SCHEDULE = re.compile(r"pipeline_schedule|breadth_first_\w+|microbatch_group_si
 # Full sharding, and what Megatron demands with --use-torch-fsdp2 or sets for it.
 _SHARDING = "use_torch_fsdp2"
 _WITH_SHARDING = frozenset({
-    _SHARDING, "use_distributed_optimizer", "overlap_param_gather", "align_param_gather", 
+    _SHARDING, "use_distributed_optimizer", "overlap_param_gather", "align_param_gather",
     "gradient_accumulation_fusion", "ckpt_format", "high_priority_stream_groups", "CUDA_DEVICE_MAX_CONNECTIONS",
 })  # fmt: skip
 _SECTIONS = (("args", ""), ("environment", ""), ("versions", "version of "), ("commits", "commit of "))

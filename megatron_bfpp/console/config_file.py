@@ -61,7 +61,12 @@ def _read(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: {where}not YAML: {problem}.") from None
-    except (ValueError, TypeError, RecursionError, OverflowError) as error:  # a date or a number that cannot be, a nest too deep
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+        OverflowError,
+    ) as error:  # a date or a number that cannot be, a nest too deep
         raise UserError(f"{path}: not YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {_kind(content)}; it must hold two maps: {' and '.join(SECTIONS)}.")
@@ -108,5 +113,3 @@ def main(argv: list[str]) -> int:
     for word in flags:
         print(shlex.quote(word))
     return 0
-
-

@@ -138,7 +138,9 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
             raise UserError(f"{flag} is {value:g}; it must be at least 1.")
     precision = args.precision or precision_of(flags) or gpu.precision
     if not gpu.has(precision):
-        raise UserError(f"{gpu.name} has no {precision.removesuffix('-params')}.\n  Use --precision {' or '.join(gpu.peak_flops)}.")
+        raise UserError(
+            f"{gpu.name} has no {precision.removesuffix('-params')}.\n  Use --precision {' or '.join(gpu.peak_flops)}."
+        )
     if not 0 <= 1e9 * args.reserve_gb < gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
     batches = batch_list(args.global_batch, flags.global_batch_size)

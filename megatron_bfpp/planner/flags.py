@@ -46,7 +46,13 @@ _UNKNOWN = (
         "--account-for-embedding-in-pipeline-split",
     ),
     *("--account-for-loss-in-pipeline-split", "--use-megatron-fsdp", "--recompute-modules"),
-    *("--fp4-format", "--first-last-layers-bf16", "--fp8-dot-product-attention", "--fp8-multi-head-attention", "--fp8-output-proj"),
+    *(
+        "--fp4-format",
+        "--first-last-layers-bf16",
+        "--fp8-dot-product-attention",
+        "--fp8-multi-head-attention",
+        "--fp8-output-proj",
+    ),
     "--activation-func-fp8-input-store",
 )
 

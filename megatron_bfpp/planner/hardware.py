@@ -83,7 +83,9 @@ class GPU:
         if self.is_in_node(first, ranks, num_gpus):
             return self.node_link
         is_aligned = self.gpus_per_node % first == 0
-        members = min(ranks, self.gpus_per_node // first) if is_aligned and ranks % (self.gpus_per_node // first) == 0 else 1
+        members = (
+            min(ranks, self.gpus_per_node // first) if is_aligned and ranks % (self.gpus_per_node // first) == 0 else 1
+        )
         bandwidth = min(self.node_link.bytes_per_s, self.network_link.bytes_per_s * members)
         return Link(bandwidth, self.network_link.latency_s)
 

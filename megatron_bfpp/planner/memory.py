@@ -33,7 +33,9 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "fp32": Precision(4, 4, 8, 0, linear=4),
-    "bf16": Precision(2, 4, 12, 0, linear=2),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
+    "bf16": Precision(
+        2, 4, 12, 0, linear=2
+    ),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
     "fp16": Precision(2, 2, 12, 4, linear=2),
     # The matrix products of the layers in fp8, everything else in bf16. Assumed, not measured, of Transformer Engine on Hopper with
     # one scale per tensor: weights in fp8 and, for the backward, transposed in fp8, made once a step; inputs saved in fp8.
@@ -84,7 +86,9 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
         "zero3": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
     }[s.sharding]
 
-    live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention, linear=precision.linear)
+    live = Activations(
+        gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention, linear=precision.linear
+    )
     at_once = s.peak_live(pp_rank)
     activations = at_once * per_chunk * live.layer(s.recompute)
     if is_first:

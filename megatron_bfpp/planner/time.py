@@ -122,7 +122,9 @@ class _Layer:
 
     def __init__(self, gpt: GPT, s: Strategy, gpu: GPU, precision: str, live: Activations):
         products = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.layer_gemms(s.micro_batch, s.tp))
-        attention = sum(gpu.gemm_s(gemm, beside_products(precision)) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
+        attention = sum(
+            gpu.gemm_s(gemm, beside_products(precision)) for gemm in gpt.attention_gemms(s.micro_batch, s.tp)
+        )
         if gpu.flash_attention:  # leaves out what the causal mask hides
             attention /= 2
         square = PASSES * (live.layer("none") - live.layer("selective")) / gpu.memory_bytes_per_s

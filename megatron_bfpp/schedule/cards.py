@@ -41,7 +41,9 @@ class Cards:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._queues: dict[Hashable, deque[tuple[float, Transfer]]] = {}  # with the first, which is under way or to come
+        self._queues: dict[
+            Hashable, deque[tuple[float, Transfer]]
+        ] = {}  # with the first, which is under way or to come
         self._to_come: list[tuple[float, int, Transfer]] = []  # heap: the first of each queue that has not begun
         self._left: dict[Transfer, float] = {}  # of each that is under way
         self._load: Counter[Hashable] = Counter()
@@ -56,7 +58,9 @@ class Cards:
 
     def next_end(self) -> float | None:
         """The earliest moment at which a transfer can end; None where none is under way or to come."""
-        return min([*map(self._end, self._left), *(start + each.size for start, _, each in self._to_come)], default=None)
+        return min(
+            [*map(self._end, self._left), *(start + each.size for start, _, each in self._to_come)], default=None
+        )
 
     def step(self, until: float = float("inf")) -> list[Any]:
         """Go on to the next end of transfers, at most to `until`; the keys of those that end there, none where nothing does."""

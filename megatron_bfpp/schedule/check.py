@@ -72,7 +72,7 @@ def _check_complete(
     microbatches = range(shape.num_microbatches)
     repeated = {Op.UNSHARD, Op.RESHARD} if sharded else set()
     chunk_ops = CHUNK_OPS - {Op.RESHARD} - ({Op.REDUCE_GRAD} if forward_only else set()) - repeated
-    owed: Steps = {key: {mb: _ABSENT for mb in microbatches} for key in _owed(pp_rank, shape, forward_only)}
+    owed: Steps = {key: dict.fromkeys(microbatches, _ABSENT) for key in _owed(pp_rank, shape, forward_only)}
     allowed: Steps = {(stage, op): {None: _ABSENT} for stage in shape.stages_on(pp_rank) for op in chunk_ops}
     steps = owed | allowed
     for step, action in enumerate(actions):

@@ -53,7 +53,9 @@ class Waits:
 
     for_sends: bool = True  # those launched SEND_WINDOW or more compute actions ago
     for_forward_sends: bool = False  # each send of an output, before the next action
-    for_reductions: bool = False  # in the last backward of a stage, for its reduction, which is launched there bucket by bucket
+    for_reductions: bool = (
+        False  # in the last backward of a stage, for its reduction, which is launched there bucket by bucket
+    )
 
 
 OURS = Waits()
@@ -83,7 +85,9 @@ class Collectives:
         self._carry = carry
         self._gathered: dict[int, list[Collective]] = {}  # stage -> its buckets; empty once they were waited for
         self._backwards: dict[int, int] = {}  # stage -> how many
-        self._reducing: dict[int, tuple[int, float]] = {}  # stages whose backward launches it -> launched buckets, and until when
+        self._reducing: dict[
+            int, tuple[int, float]
+        ] = {}  # stages whose backward launches it -> launched buckets, and until when
         self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
         self._free = 0.0
         self._last: Collective | None = None  # reduction

@@ -101,7 +101,8 @@ class _Replay:
         self.cards = Cards() if is_shared else None
         carry = None if self.cards is None else self._carry_collective
         self.collectives = [
-            Collectives(costs, waits, is_sharded(plan), shape.num_microbatches, carry and partial(carry, rank)) for rank in range(size)
+            Collectives(costs, waits, is_sharded(plan), shape.num_microbatches, carry and partial(carry, rank))
+            for rank in range(size)
         ]
         self.has_collectives = costs.gather > 0 or costs.reduction > 0
         self.ready = list(range(size))
@@ -119,8 +120,12 @@ class _Replay:
                 if received is not None:
                     key = channel(send, self.shape)
                     edge = key[1] if op is Op.SEND_F else key[2]
-                    shared = costs.shared_card if isinstance(costs.shared_card, bool) else costs.shared_card[edge % size]
-                    found = made.setdefault(key, _Channel(key[1:], at(costs.hop, edge), at(costs.transfer, edge), shared))
+                    shared = (
+                        costs.shared_card if isinstance(costs.shared_card, bool) else costs.shared_card[edge % size]
+                    )
+                    found = made.setdefault(
+                        key, _Channel(key[1:], at(costs.hop, edge), at(costs.transfer, edge), shared)
+                    )
                     yield (stage, op), found
                     yield (received.stage, received.op), found
 
@@ -218,7 +223,9 @@ class _Replay:
                 self.blocked[rank] = False
                 self.ready.append(rank)
 
-    def _carry(self, then: Callable[[float], None], start: float, size: float, sender: int, receiver: int, queue: Hashable) -> None:
+    def _carry(
+        self, then: Callable[[float], None], start: float, size: float, sender: int, receiver: int, queue: Hashable
+    ) -> None:
         """Put a transfer on shared cards. then: what to do when it has ended."""
         assert self.cards is not None, "no card is shared"
         self.cards.begin(Transfer(then, size, (sending(sender), receiving(receiver)), queue), start)

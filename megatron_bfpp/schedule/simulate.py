@@ -33,7 +33,9 @@ class Timeline:
 
     shape: PipelineShape
     spans: list[list[Span]]
-    chunks_per_stage: int = 1  # 1F1B without chunks has the chunks of a rank as one stage, with the activations of all of them
+    chunks_per_stage: int = (
+        1  # 1F1B without chunks has the chunks of a rank as one stage, with the activations of all of them
+    )
 
     @property
     def step_time(self) -> float:

@@ -132,7 +132,13 @@ def _measured(shape: PipelineShape, events: list[dict[str, Any]], waits_are_know
     p2p = [sum(each.end - each.start for each in rank if each.kind == "p2p") for rank in waits]
     exposed_dp = [_covered(each) for each in gates]
     return Measured(
-        shape, spans, length=length, waits=waits, busy=busy, exposed_p2p=p2p if waits_are_known else None, exposed_dp=exposed_dp
+        shape,
+        spans,
+        length=length,
+        waits=waits,
+        busy=busy,
+        exposed_p2p=p2p if waits_are_known else None,
+        exposed_dp=exposed_dp,
     )
 
 

@@ -23,7 +23,9 @@ th:first-child, td:first-child { text-align: left; }
 
 def page(timelines: list[tuple[str, Timeline]]) -> str:
     """The page of named timelines on one time axis. A box of the picture tells its action when the pointer rests on it."""
-    shape = max((each.shape for _, each in timelines), key=lambda shape: shape.num_chunks)  # not that of 1F1B, which has none
+    shape = max(
+        (each.shape for _, each in timelines), key=lambda shape: shape.num_chunks
+    )  # not that of 1F1B, which has none
     title = f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches"
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{each.step_time:g}</td><td>{each.bubble_fraction:.2%}</td>"

@@ -14,7 +14,10 @@ def png(timelines: list[tuple[str, Timeline]], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--png needs matplotlib.\n  pip install 'megatron-bfpp[report]', or write --svg.") from None
-    most, heights = max(each.shape.num_chunks for _, each in timelines), [0.9 + 0.28 * each.shape.pp_size for _, each in timelines]
+    most, heights = (
+        max(each.shape.num_chunks for _, each in timelines),
+        [0.9 + 0.28 * each.shape.pp_size for _, each in timelines],
+    )
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
     plots = figure.subplots(len(timelines), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (name, timeline) in zip(plots, timelines, strict=True):
@@ -27,9 +30,18 @@ def png(timelines: list[tuple[str, Timeline]], path: str) -> None:
         axes.invert_yaxis()
         axes.set_facecolor("#f0f0f0")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{name}: step {timeline.step_time:g} forwards, bubble {timeline.bubble_fraction:.1%}", loc="left", fontsize=10)
+        axes.set_title(
+            f"{name}: step {timeline.step_time:g} forwards, bubble {timeline.bubble_fraction:.1%}",
+            loc="left",
+            fontsize=10,
+        )
     for op, label in ((Op.F, "forward"), (Op.B, "backward")):
-        axes.barh([0], [0], color=shade(op, most - 1, most)[0], label=label + (", lighter: an earlier chunk" if most > 1 else ""))
+        axes.barh(
+            [0],
+            [0],
+            color=shade(op, most - 1, most)[0],
+            label=label + (", lighter: an earlier chunk" if most > 1 else ""),
+        )
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.12))
     axes.set_xlim(0, max(each.step_time for _, each in timelines))
     axes.set_xlabel("time in forwards of a chunk", loc="right", fontsize=8)

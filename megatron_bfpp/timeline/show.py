@@ -38,25 +38,40 @@ class Shown(NamedTuple):
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     show = commands.add_parser("show", help="draw a schedule as text, SVG, PNG, HTML, CSV or a Chrome trace")
-    show.add_argument("file", nargs="*", help="CSV or text of an order or a plan, also torch's, or - for standard input; may be several")
+    show.add_argument(
+        "file",
+        nargs="*",
+        help="CSV or text of an order or a plan, also torch's, or - for standard input; may be several",
+    )
     show.add_argument("--pp", type=int, help="pipeline ranks, at least 2")
     show.add_argument("--chunks", type=int, help="model chunks (virtual pipeline stages) per rank")
     show.add_argument("--microbatches", type=int, help="micro-batches per step and replica")
     show.add_argument("--order", action="append", choices=ORDERS, metavar="NAME",
                       help=f"one of {', '.join(ORDERS)}; may be repeated: all on one time axis. Default: breadth-first. 1f1b has "
                            "no chunks: those of a rank are its one stage, as long as all of them")  # fmt: skip
-    show.add_argument("--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)")
-    show.add_argument("--backward", choices=("eager", "late"), default="eager", help="late: breadth-first stands for breadth-first-late")
+    show.add_argument(
+        "--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)"
+    )
+    show.add_argument(
+        "--backward",
+        choices=("eager", "late"),
+        default="eager",
+        help="late: breadth-first stands for breadth-first-late",
+    )
     show.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
     for flag, meaning in _TIMES.items():
         show.add_argument(flag, type=float, default=0.0, help=f"{meaning}, in forwards; default 0")
     show.add_argument("--svg", metavar="PATH", help="write the picture")
     show.add_argument("--png", metavar="PATH", help="write it as PNG; needs matplotlib")
     show.add_argument("--html", metavar="PATH", help="write it as a page of its own, with the numbers")
-    show.add_argument("--trace", metavar="PATH", help="write the planned step as a Chrome trace for Perfetto, a forward as 1 ms")
+    show.add_argument(
+        "--trace", metavar="PATH", help="write the planned step as a Chrome trace for Perfetto, a forward as 1 ms"
+    )
     show.add_argument("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
     show.add_argument("--plan", action="store_true", help="with sends and receives, in --csv and --text")
-    show.add_argument("--resident-chunks", type=int, help="of fully sharded parameters, in the plan: gathered at one time")
+    show.add_argument(
+        "--resident-chunks", type=int, help="of fully sharded parameters, in the plan: gathered at one time"
+    )
     show.add_argument("--text", action="store_true", help="print the actions of each rank instead of the grid")
     show.add_argument("--wide", action="store_true", help="do not cut the grid at the terminal's width")
     show.set_defaults(run=run)
@@ -79,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     shown = _shown(args)
     if (args.csv is not None or args.text) and len(shown) > 1:
         flag = "--csv" if args.csv is not None else "--text"
-        raise UserError(f"{flag} holds one schedule, and {len(shown)} are named.\n  Leave out all but one --order or file.")
+        raise UserError(
+            f"{flag} holds one schedule, and {len(shown)} are named.\n  Leave out all but one --order or file."
+        )
     _print(args, shown)
     _write(args, shown)
     return 0
@@ -91,13 +108,22 @@ def _shown(args: argparse.Namespace) -> list[Shown]:
     found = [_of_file(args, path) for path in args.file]
     if args.order or not args.file:
         sizes = (args.pp, args.chunks, args.microbatches)
-        missing = [flag for flag, size in zip(("--pp", "--chunks", "--microbatches"), sizes, strict=True) if size is None]
+        missing = [
+            flag for flag, size in zip(("--pp", "--chunks", "--microbatches"), sizes, strict=True) if size is None
+        ]
         if missing:
-            raise UserError(f"{', '.join(missing)} is not given.\n  Give all three sizes of the pipeline, or the FILE of an order.")
+            raise UserError(
+                f"{', '.join(missing)} is not given.\n  Give all three sizes of the pipeline, or the FILE of an order."
+            )
         shape = PipelineShape(args.pp, args.chunks, args.microbatches)
         if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
-            raise UserError(f"{title(shape)} are more than {MOST_ACTIONS} forwards and backwards.\n  Show a smaller pipeline.")
-        names = [f"{name}-late" if name == "breadth-first" and args.backward == "late" else name for name in args.order or ["breadth-first"]]
+            raise UserError(
+                f"{title(shape)} are more than {MOST_ACTIONS} forwards and backwards.\n  Show a smaller pipeline."
+            )
+        names = [
+            f"{name}-late" if name == "breadth-first" and args.backward == "late" else name
+            for name in args.order or ["breadth-first"]
+        ]
         found += [_of_name(args, name, shape) for name in dict.fromkeys(names)]
     return found
 
@@ -106,7 +132,14 @@ def _of_name(args: argparse.Namespace, name: str, shape: PipelineShape) -> Shown
     costs, chunks = _costs(args), 1
     if name == "1f1b":  # the chunks of a rank in a row
         chunks, shape = shape.num_chunks, PipelineShape(shape.pp_size, 1, shape.num_microbatches)
-        costs = Costs(float(chunks), args.backward_time * chunks, args.hop, args.transfer, args.gather * chunks, args.reduction * chunks)
+        costs = Costs(
+            float(chunks),
+            args.backward_time * chunks,
+            args.hop,
+            args.transfer,
+            args.gather * chunks,
+            args.reduction * chunks,
+        )
     order = order_of(name, shape, args.group)
     plan = lower(order, shape, resident_chunks=args.resident_chunks)
     running = aligned(plan, shape) if name.startswith("interleaved") and args.resident_chunks is None else plan
@@ -126,7 +159,9 @@ def _of_file(args: argparse.Namespace, path: str) -> Shown:
         check(plan, shape, forward_only=all(action.op is Op.F for rank in order for action in rank))
         return Shown(name, order, plan, replay(plan, shape, _costs(args)))
     except ScheduleError as error:
-        raise UserError(f"{path} cannot run: {str(error).splitlines()[0]}\n  bfpp check says all that is wrong with a plan.") from None
+        raise UserError(
+            f"{path} cannot run: {str(error).splitlines()[0]}\n  bfpp check says all that is wrong with a plan."
+        ) from None
 
 
 def _costs(args: argparse.Namespace) -> Costs:

@@ -1,4 +1,3 @@
-
 import pytest
 from cluster import Cluster, why_not
 

@@ -76,7 +76,7 @@ def test_an_ab_is_requeued_loses_an_arm_and_goes_on_where_it_stopped(cluster, su
     assert "breadth-first: bit-identical over 8 common steps" in said
     for arm in ("interleaved", "breadth-first"):
         log_of_arm = (out / "logs" / f"{arm}.1.log").read_text()
-        assert len(steps_of(out / f"{arm}.1")) == 8 and "PP 4 x 2 chunks" in log_of_arm or arm == "interleaved"
+        assert (len(steps_of(out / f"{arm}.1")) == 8 and "PP 4 x 2 chunks" in log_of_arm) or arm == "interleaved"
     # Submitted again, only what has not finished runs.
     state, said = ended(cluster, submit("ab_throughput.sbatch", **settings), tmp_path), log.read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said

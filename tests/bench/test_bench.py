@@ -18,7 +18,9 @@ SHAPE, COSTS = PipelineShape(4, 2, 8), Costs(0.02, 0.04, hop=0.01)
 
 def test_the_lower_bound_is_what_a_plan_that_hides_its_latency_takes():
     assert lower_bound_s(SHAPE, COSTS) == pytest.approx(0.06 * (16 + 3) + 0.01 * 6)
-    assert lower_bound_s(SHAPE, COSTS) == pytest.approx(replay(lower(breadth_first(SHAPE), SHAPE), SHAPE, COSTS).step_time)
+    assert lower_bound_s(SHAPE, COSTS) == pytest.approx(
+        replay(lower(breadth_first(SHAPE), SHAPE), SHAPE, COSTS).step_time
+    )
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (4, 2, 1), (4, 3, 3), (8, 2, 5), (3, 2, 9)])
@@ -70,7 +72,9 @@ def test_torchs_arms_are_predicted_from_torchs_plan():
     shape = PipelineShape(4, 1, 8)
     plan = add_send_recv(breadth_first(shape), shape)
     costs = Costs(1, 2, reduction=5, gather=1)
-    alone, replicated = (Result("torch-looped-bfs", shape, "free", each, [1.0], plan=plan) for each in (Costs(1, 2), costs))
+    alone, replicated = (
+        Result("torch-looped-bfs", shape, "free", each, [1.0], plan=plan) for each in (Costs(1, 2), costs)
+    )
     assert replicated.predicted_s == alone.predicted_s + 4 * 6  # each stage waits for its all-reduce
 
 
@@ -145,7 +149,20 @@ def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, cap
 def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     data = tmp_path / "bench.json"
-    options = ["--shape", "2,2,4", "--forward-ms", "4", "--repeat", "1", "--reduction", "1", "--gather", "0.5", "--buckets", "2"]
+    options = [
+        "--shape",
+        "2,2,4",
+        "--forward-ms",
+        "4",
+        "--repeat",
+        "1",
+        "--reduction",
+        "1",
+        "--gather",
+        "0.5",
+        "--buckets",
+        "2",
+    ]
     assert main(["bench", *options, *more, "--json", str(data)]) == 0
     assert "exposed" in capsys.readouterr().out
     results = json.loads(data.read_text())["results"]

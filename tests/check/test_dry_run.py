@@ -247,7 +247,7 @@ def _answer(**changes):
             pp_rank,
             job,
             [
-                Chunk(stage, {layer: 1 for layer in range(2 * stage + 1, 2 * stage + 3)}, model.parameters(stage))
+                Chunk(stage, dict.fromkeys(range(2 * stage + 1, 2 * stage + 3), 1), model.parameters(stage))
                 for stage in (pp_rank, 2 + pp_rank)
             ],
             [PlanLine("training", 8, "0" * 12, 0.1)],

@@ -124,7 +124,12 @@ def test_an_offline_run_of_wandb_holds_what_was_given(tmp_path):
     subprocess.run([*command, "--wandb-project", "ab"], check=True, timeout=240, env=environment)
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     found = OfflineRun(folder)
-    assert (found.run.project, found.run.run_group, found.run.job_type, list(found.run.tags)) == ("ab", "ab-52b", "report", ["bfpp", "ab"])
+    assert (found.run.project, found.run.run_group, found.run.job_type, list(found.run.tags)) == (
+        "ab",
+        "ab-52b",
+        "report",
+        ["bfpp", "ab"],
+    )
     assert found.config["arms"] == ["1f1b", "breadth-first"] and found.config["torch"] == "2.14.1"
     assert sorted(found.artifact_of("report")) == ["report.html", "report.json", "report.md"]
     assert found.table("comparison")["columns"] == list(COLUMNS)

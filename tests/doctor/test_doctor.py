@@ -30,7 +30,7 @@ GPU_NODE = {
         "version": "0.1", "path": "/opt/apex", "is_nvidia": True,
         "extensions": {"amp_C": True, "fused_weight_gradient_mlp_cuda": True},
     },
-    "libraries": {name: "1.0" for name in doctor_facts.LIBRARIES},
+    "libraries": dict.fromkeys(doctor_facts.LIBRARIES, "1.0"),
     "environment": {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     "disk": {
         "shared memory": {"path": "/dev/shm", "free": 10**12, "total": 10**12},

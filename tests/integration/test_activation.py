@@ -101,7 +101,9 @@ def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys
         "pipeline_model_parallel_size": 4, "mock_data": True, "num_layers": 8, "rank": 0, "data_parallel_size": 1,
         "micro_batch_size": 1, "global_batch_size": 8,
     }  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"])
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "gpt.yaml", "--pipeline-schedule", "breadth-first"]
+    )
     placed = wrapped(SimpleNamespace(**file, virtual_pipeline_model_parallel_size=2))
     assert placed.pipeline_schedule == "breadth-first" and not left_alone
     assert "placement of 8 layers, 8 stages in order: 1*8" in capsys.readouterr().out
@@ -124,7 +126,10 @@ def test_megatrons_loop_gets_its_config_back_also_when_a_step_raises(monkeypatch
 
     monkeypatch.setattr(forward_backward, "_announce", lambda *args: None)
     config = ModelParallelConfig(
-        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, overlap_p2p_comm=True
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        overlap_p2p_comm=True,
     )
     chunk = torch.nn.Linear(1, 1)
     chunk.config = config

@@ -78,7 +78,18 @@ def test_disable_undoes_every_attribute():
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    owners = [layers, DotProductAttention, token_dispatcher, WrappedTorchNorm, torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
+    owners = [
+        layers,
+        DotProductAttention,
+        token_dispatcher,
+        WrappedTorchNorm,
+        torch,
+        torch.Tensor,
+        torch.cuda,
+        torch.cuda.random,
+        torch.cuda.nvtx,
+        torch.distributed,
+    ]
     owners += [distrib_optimizer.DistributedOptimizer, torch.distributed.distributed_c10d]
     owners += [loader.DataLoader, loader._BaseDataLoaderIter, optimizer, clip_grads, distrib_optimizer, base, random]
     training = pytest.importorskip("megatron.training.training")
@@ -164,7 +175,9 @@ def test_norms_are_marked_for_the_reduction_over_a_cut_sequence(cpu_enabled, nor
                                 layernorm_zero_centered_gamma=False, memory_efficient_layer_norm=False)  # fmt: skip
     norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-6)
     assert isinstance(norm, getattr(torch.nn, normalization)) and norm.eps == 1e-6
-    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * len(list(norm.parameters()))
+    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * len(
+        list(norm.parameters())
+    )
     assert config.sequence_parallel == sequence_parallel
     config.persist_layer_norm = True
     with pytest.raises(AssertionError, match="persist_layer_norm"):  # what torch's norms cannot do stays refused

@@ -32,7 +32,16 @@ def assert_same(ranks: int, flags: tuple[str, ...], *ours: str) -> None:
     assert losses(ranks, *flags, "--pipeline-schedule", "breadth-first", *ours) == reference
 
 
-SHAPES = [(2, 2, 1, 1), (2, 2, 1, 2), (2, 2, 2, 1), (4, 2, 1, 1), (4, 2, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 4, 2, 1)]
+SHAPES = [
+    (2, 2, 1, 1),
+    (2, 2, 1, 2),
+    (2, 2, 2, 1),
+    (4, 2, 1, 1),
+    (4, 2, 1, 2),
+    (2, 4, 1, 1),
+    (2, 4, 1, 2),
+    (2, 4, 2, 1),
+]
 ALL_CASES = [
     (*shape, times, zero + tied)
     for shape in SHAPES
@@ -93,7 +102,16 @@ def test_shapes_that_megatron_refuses_train_to_the_bits_of_a_run_without_pipelin
     # sums in another order there, and would scale the gradients by other bits.
     start = ("--save", str(tmp_path / "start"), "--save-interval", "3", "--no-save-optim", "--no-save-rng")
     train(tmp_path, 4, *flags_of(4, 2, 1, 1, 4), *UNTIED, *start, "--pipeline-schedule", "breadth-first")
-    more = ("--load", str(tmp_path / "start"), "--finetune", "--no-load-optim", "--no-load-rng", "--clip-grad", "0", *UNTIED)
+    more = (
+        "--load",
+        str(tmp_path / "start"),
+        "--finetune",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--clip-grad",
+        "0",
+        *UNTIED,
+    )
     reference = train(tmp_path, 1, "--global-batch-size", str(microbatches), *more)
     ours = train(tmp_path, 4, *flags_of(4, 2, 1, 1, microbatches), *more, "--pipeline-schedule", "breadth-first")
     assert [step["lm loss hex"] for step in ours] == [step["lm loss hex"] for step in reference]

@@ -9,9 +9,9 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 from megatron.training import arguments
 
 from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration.flags import fully_sharded
 from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.integration.seams import SeamError
-from megatron_bfpp.integration.flags import fully_sharded
 from megatron_bfpp.integration.step.fully_sharded_seams import _load_values, pipeline_ranks_allowed
 
 

@@ -12,7 +12,9 @@ from test_equality import UNTIED, ZERO_1, assert_same, flags_of
 BUCKETS = ("--ddp-bucket-size", "20000")
 
 
-@pytest.mark.parametrize("features", [(), UNTIED, ("--no-align-param-gather",), ("--no-align-grad-reduce", "--no-align-param-gather")])
+@pytest.mark.parametrize(
+    "features", [(), UNTIED, ("--no-align-param-gather",), ("--no-align-grad-reduce", "--no-align-param-gather")]
+)
 def test_buckets_and_unaligned_collectives_keep_the_bits(features):
     assert_same(4, flags_of(2, 2, 1, 2, 4) + ZERO_1 + BUCKETS + features)
 
@@ -82,7 +84,9 @@ def test_the_first_chunk_of_the_first_rank_is_reduced_in_its_last_backward_and_n
     gathers = [each[1:] for each in launched if each[0] == "gather"]
     assert [bucket for _, bucket in gathers] == [*reversed(range(first)), 0] if aligned else True
     assert ("outside", 0) in gathers, "the second chunk's gather is the plan's"
-    assert gathers.count(("forward", 0)) == (0 if aligned else 1), "only the first chunk's last bucket may wait for its forward"
+    assert gathers.count(("forward", 0)) == (0 if aligned else 1), (
+        "only the first chunk's last bucket may wait for its forward"
+    )
 
 
 def test_other_ranks_reduce_each_chunk_as_a_whole(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 
 from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration import process
 from megatron_bfpp.integration.flags.settings import run_dir_of, trace_steps_of
 from megatron_bfpp.integration.observe import apply as observe
-from megatron_bfpp.integration import process
 from megatron_bfpp.integration.observe import metrics, run_files, step_log, tracing
 
 

@@ -54,7 +54,10 @@ def assert_valid(events: list[dict], error_us: float) -> None:
     for number, end in ends.items():
         start = starts[number]
         assert (start["tid"], end["tid"], end["bp"]) == (SENDING, RECEIVING, "e") and start["pid"] != end["pid"]
-        assert (start["name"], start["cat"]) == (end["name"], end["cat"])  # Perfetto binds the two by name, category and id
+        assert (start["name"], start["cat"]) == (
+            end["name"],
+            end["cat"],
+        )  # Perfetto binds the two by name, category and id
         assert start["ts"] <= end["ts"] <= start["ts"] + 60e6
         for event, tolerance in ((start, 1e-3), (end, error_us)):
             lane = slices[event["pid"], event["tid"]]

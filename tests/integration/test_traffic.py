@@ -25,7 +25,12 @@ def test_a_step_has_a_reduction_and_a_gather_per_chunk_and_a_message_per_stage_a
     assert reductions["bytes"] == gathers["bytes"] > 10_000  # fp32 gradients and fp32 parameters
     # The last rank has stages 1 and 3: outputs of the first, gradients of the inputs of both.
     sent = found["pipeline-parallel send"]
-    sizes = {name: int(value) for name, value in re.findall(r"^  (seq_length|hidden_size|micro_batch_size) \.+ (\d+)$", log(tmp_path, 0), re.MULTILINE)}
+    sizes = {
+        name: int(value)
+        for name, value in re.findall(
+            r"^  (seq_length|hidden_size|micro_batch_size) \.+ (\d+)$", log(tmp_path, 0), re.MULTILINE
+        )
+    }
     message = sizes["seq_length"] * sizes["hidden_size"] * sizes["micro_batch_size"] * 4
     assert sent == {"calls": 3 * 4, "bytes": 3 * 4 * message}
     line = f"step 2, this rank sent: .*data-parallel reduce-scatter 2 \\({reductions['bytes'] / 2**20:.1f} MiB\\)"

@@ -77,7 +77,17 @@ def test_a_larger_cluster_trains_faster_and_dearer():
 
 
 def test_what_is_shown_as_the_fastest_of_a_schedule_was_replayed():
-    found = search(Request(GPT(64, 8192, 64, 1024, 50257, untied=True), load_gpu("v100-32"), 1024, 256, "fp16", tp=(8,), recompute=("none",)))
+    found = search(
+        Request(
+            GPT(64, 8192, 64, 1024, 50257, untied=True),
+            load_gpu("v100-32"),
+            1024,
+            256,
+            "fp16",
+            tp=(8,),
+            recompute=("none",),
+        )
+    )
     for schedule in ("1f1b", "interleaved", "breadth-first"):
         best = next(each for each in found.estimates if each.strategy.schedule == schedule)
         assert best.step.is_exact  # though the card is shared, of which the formula knows nothing

@@ -151,7 +151,9 @@ def test_messages_and_reductions_take_the_links_of_their_ranks():
     assert times.transfer[0] < times.transfer[1] == times.transfer[3] and times.hop[0] < times.hop[1]
     assert not any(times.shared_card)  # no replicas
     wide = durations(BIG, Strategy("breadth-first", 4, 4, 4, 4, 1, 8, 8), gpu, "bf16")
-    assert all(wide.shared_card) and not any(durations(BIG, Strategy("1f1b", 4, 2, 4, 1, 1, 8, 8), gpu, "bf16").shared_card)
+    assert all(wide.shared_card) and not any(
+        durations(BIG, Strategy("1f1b", 4, 2, 4, 1, 1, 8, 8), gpu, "bf16").shared_card
+    )
 
 
 def test_a_collective_is_a_ring():
@@ -231,6 +233,10 @@ def test_fp8_is_for_the_products_of_the_layers_alone():
     assert bf16.forward[0] - fp8.forward[0] == pytest.approx(saved)
     assert bf16.backward[0] - fp8.backward[0] == pytest.approx(2 * saved)
     assert bf16.forward[-1] - bf16.forward[0] == pytest.approx(fp8.forward[-1] - fp8.forward[0])  # the logits
-    assert fp8.gather == bf16.gather and fp8.transfer == bf16.transfer and fp8.reduction == params.reduction == bf16.reduction
+    assert (
+        fp8.gather == bf16.gather
+        and fp8.transfer == bf16.transfer
+        and fp8.reduction == params.reduction == bf16.reduction
+    )
     assert params.gather - params.hop[0] < 0.51 * bf16.gather
     assert gpu.has("fp8-params") and not load_gpu("a100-80").has("fp8") and not load_gpu("v100-32").has("fp8")

@@ -37,12 +37,18 @@ def test_the_two_directions_of_a_card_and_different_cards_do_not_meet():
 
 def test_the_busiest_of_its_places_decides():
     ring = (sending(0), receiving(0))
-    both = ends((0, Transfer("ring", 4, ring, 1)), (0, Transfer("out", 1, OUT, 2)), (0, Transfer("in", 1, (receiving(0),), 3)))
+    both = ends(
+        (0, Transfer("ring", 4, ring, 1)), (0, Transfer("out", 1, OUT, 2)), (0, Transfer("in", 1, (receiving(0),), 3))
+    )
     assert both == {"out": 2, "in": 2, "ring": 5}  # for 2 at half speed, not at a third
 
 
 def test_a_queue_goes_one_after_the_other():
-    assert ends((0, Transfer("a", 2, OUT, 1)), (1, Transfer("b", 2, OUT, 1)), (9, Transfer("c", 2, OUT, 1))) == {"a": 2, "b": 4, "c": 11}
+    assert ends((0, Transfer("a", 2, OUT, 1)), (1, Transfer("b", 2, OUT, 1)), (9, Transfer("c", 2, OUT, 1))) == {
+        "a": 2,
+        "b": 4,
+        "c": 11,
+    }
 
 
 def test_time_passes_in_pieces_as_at_once():
@@ -69,7 +75,9 @@ def test_a_message_during_a_reduction_takes_twice_its_time_and_prolongs_it_by_it
         "0F0 0SEND_F0 2RECV_F0 2F0 2SEND_F0 2RECV_B0 2B0 2REDUCE_GRAD 2SEND_B0 0RECV_B0 0B0 0REDUCE_GRAD",
         "1RECV_F0 1F0 1SEND_F0 3RECV_F0 3F0 3B0 3REDUCE_GRAD 3SEND_B0 1RECV_B0 1B0 1REDUCE_GRAD 1SEND_B0",
     )
-    alone, shared = (replay(plan, shape, Costs(1, 1, transfer=0.5, reduction=4, shared_card=each)) for each in (False, True))
+    alone, shared = (
+        replay(plan, shape, Costs(1, 1, transfer=0.5, reduction=4, shared_card=each)) for each in (False, True)
+    )
     times = [{str(span.action): span.start for rank in each.spans for span in rank} for each in (alone, shared)]
     # 3B0 ends at 6.5; its gradient leaves with the reduction of stage 3 under way: 1 rather than 0.5.
     assert times[0]["2B0"] == 7.0 and times[1]["2B0"] == 7.5
@@ -85,7 +93,10 @@ def test_a_message_during_a_reduction_takes_twice_its_time_and_prolongs_it_by_it
 @settings(deadline=None, max_examples=40)
 def test_a_shared_card_changes_nothing_for_messages_that_take_no_time(shape, hop, eager):
     plan = lower(breadth_first(shape, eager_backward=eager), shape)
-    assert replay(plan, shape, Costs(hop=hop, reduction=3, shared_card=True)).spans == replay(plan, shape, Costs(hop=hop, reduction=3)).spans
+    assert (
+        replay(plan, shape, Costs(hop=hop, reduction=3, shared_card=True)).spans
+        == replay(plan, shape, Costs(hop=hop, reduction=3)).spans
+    )
 
 
 @given(shapes, st.sampled_from([0.1, 0.4]), st.sampled_from([0.0, 3.0, 9.0]), st.integers(1, 3))
@@ -97,8 +108,16 @@ def test_sharing_ends_for_every_runtime_and_costs_no_more_than_all_messages(shap
     plans.append(([[each for each in rank if each.microbatch is not None] for rank in plans[0][0]], TORCH))
     for plan, waits in plans:
         more = () if waits is None else (waits,)
-        costs = {"hop": 0.2, "transfer": transfer, "gather": collective / 3, "reduction": collective, "buckets": buckets}
-        alone, shared = (replay(plan, shape, Costs(1, 2, **costs, shared_card=each), *more).step_time for each in (False, True))
+        costs = {
+            "hop": 0.2,
+            "transfer": transfer,
+            "gather": collective / 3,
+            "reduction": collective,
+            "buckets": buckets,
+        }
+        alone, shared = (
+            replay(plan, shape, Costs(1, 2, **costs, shared_card=each), *more).step_time for each in (False, True)
+        )
         messages = 2 * (shape.num_stages - 1) * shape.num_microbatches
         # Each message can be held up, and hold up a collective at either end, by its own time; where two share, one of them ends sooner.
         assert alone - messages * transfer - 1e-9 <= shared <= alone + 3 * messages * transfer + 1e-9

@@ -101,7 +101,7 @@ def outcome(kind, words):
                 run.launch(words, pretrain_gpt.main)
         except SystemExit as stop:
             what = f"exit {stop.code}"
-        except BaseException as error:  # noqa: BLE001  # the child ends here; its parent reads what is written
+        except BaseException as error:  # the child ends here; its parent reads what is written
             last = traceback.extract_tb(error.__traceback__)[-1].filename
             if last.startswith(PACKAGE) or kind == "run":
                 return "fault", traceback.format_exc(limit=-6)
@@ -142,7 +142,7 @@ def run_cases(results, first, count):
 
 
 if __name__ == "__main__":
-    import megatron.training.training  # noqa: F401
+    import megatron.training.training
 
     os.chdir(sys.argv[3])
     run_cases("results.jsonl", int(sys.argv[1]), int(sys.argv[2]))

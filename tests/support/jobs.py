@@ -18,11 +18,41 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 TIMEOUT_S = 240  # a job of 4 ranks takes about 5 s on 2 cores; this is for a hang
-MODEL = (
-    "--num-layers 8 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --lr 1e-2 --train-iters 3 "
-    "--attention-dropout 0 --hidden-dropout 0 --log-interval 1 --eval-iters 0 --eval-interval 1000 --split 1,0,0"
-).split()
+MODEL = [
+    "--num-layers",
+    "8",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "32",
+    "--max-position-embeddings",
+    "32",
+    "--micro-batch-size",
+    "1",
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "128",
+    "--lr",
+    "1e-2",
+    "--train-iters",
+    "3",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+    "--log-interval",
+    "1",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "1000",
+    "--split",
+    "1,0,0",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -37,7 +67,9 @@ gc.freeze()
 class Seen:
     """What is seen of a job beside its output."""
 
-    ended: dict[int, float] = field(default_factory=dict)  # rank -> time.time(), for ranks that have ended by themselves
+    ended: dict[int, float] = field(
+        default_factory=dict
+    )  # rank -> time.time(), for ranks that have ended by themselves
     left: dict[int, list[str]] = field(default_factory=dict)  # rank -> processes that outlived it by 10 s
 
 
@@ -67,7 +99,8 @@ def run_ranks(target, ranks: int, folder: Path, *args, seen: Seen | None = None)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes = [
-        _context.Process(target=_rank, args=(target, rank, ranks, store.port, str(logs[rank]), args)) for rank in range(ranks)
+        _context.Process(target=_rank, args=(target, rank, ranks, store.port, str(logs[rank]), args))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()

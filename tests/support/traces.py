@@ -14,6 +14,8 @@ def document(waits=True):
     second = [("1RECV_F0", ACTION, 0, 0), ("1F0", ACTION, 0, 30), ("1RECV_F0", P2P, 0, 12), ("1UNSHARD", DP, 20, 22),
               ("1B0", ACTION, 30, 58), ("1SEND_B0", ACTION, 58, 58)]  # fmt: skip
     trace = Trace(2, {"schedule": "breadth-first", "waits": waits})
-    ranks = [[Interval(name, kind, start * MS, end * MS) for name, kind, start, end in rank] for rank in (first, second)]
+    ranks = [
+        [Interval(name, kind, start * MS, end * MS) for name, kind, start, end in rank] for rank in (first, second)
+    ]
     trace.add(20, PipelineShape(2, 1, 1), ranks, clock_error_us=[0.0, 31.0])
     return trace.document()

@@ -139,7 +139,9 @@ def test_a_compute_action_begins_where_its_wait_for_a_message_ends_and_is_not_bu
     ]  # fmt: skip
     trace.add(7, PipelineShape(2, 1, 1), [intervals, []])
     compute = [event for event in trace.document()["traceEvents"] if event.get("cat") == "compute"]
-    assert [(event["ts"], event["dur"], event["args"]) for event in compute] == [(1.0, 7.0, {"step": 7, "busy_us": 5.5})]
+    assert [(event["ts"], event["dur"], event["args"]) for event in compute] == [
+        (1.0, 7.0, {"step": 7, "busy_us": 5.5})
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 3), (4, 2, 8), (3, 3, 2)])

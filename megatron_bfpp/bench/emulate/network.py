@@ -63,12 +63,15 @@ class Link:
     node_bandwidth: float = float("inf")
 
     def __post_init__(self) -> None:
-        if min(self.latency_s, self.node_latency_s) < 0 or min(self.bandwidth, self.node_bandwidth) <= 0 or not 0 <= self.jitter < 1:
+        if (
+            min(self.latency_s, self.node_latency_s) < 0
+            or min(self.bandwidth, self.node_bandwidth) <= 0
+            or not 0 <= self.jitter < 1
+        ):
             raise ValueError(
                 f"network {self.name}: latency {self.latency_s} s, bandwidth {self.bandwidth} bytes/s, jitter {self.jitter}; "
                 "they must be at least 0, above 0, and in [0, 1)"
             )
-
 
 
 class Way(NamedTuple):
@@ -168,7 +171,9 @@ class Network:
         """Replace isend and irecv for everybody: this plugin, Megatron and torch.distributed.pipelining look them up here."""
         real = dist.isend, dist.irecv
 
-        def isend(tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
+        def isend(
+            tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any
+        ) -> dist.Work:
             target = dist.get_global_rank(group or dist.group.WORLD, more["group_dst"]) if dst is None else dst
             way = self.way_to(target)
             mark = self._launch(target, way)
@@ -176,7 +181,9 @@ class Network:
             work = real[0](wire, dst, group=group, tag=tag, **more)
             return _Sent(self, work, wire, mark, way)
 
-        def irecv(tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> dist.Work:
+        def irecv(
+            tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any
+        ) -> dist.Work:
             posted = self.stream_s
             source = dist.get_global_rank(group or dist.group.WORLD, more["group_src"]) if src is None else src
             way = self.way_to(source)

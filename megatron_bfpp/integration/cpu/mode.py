@@ -262,6 +262,8 @@ def skip_compile_without_makefile() -> None:
             return
         datasets.__path__.extend(os.path.join(entry, "megatron", "core", "datasets") for entry in sys.path)
         if importlib.util.find_spec(name) is not None and int(os.environ.get("RANK", "0")) == 0:
-            print("megatron_bfpp: no pybind11 to compile the checkout's data-set helpers; using the wheel's", flush=True)
+            print(
+                "megatron_bfpp: no pybind11 to compile the checkout's data-set helpers; using the wheel's", flush=True
+            )
     if importlib.util.find_spec(name) is not None:
         utils.compile_helpers = lambda: None  # training/initialize.py imports the name when it calls it

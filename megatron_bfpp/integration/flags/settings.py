@@ -140,8 +140,7 @@ def trace_steps_of(args: Any) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(text).strip(), re.ASCII)
     if match is None:
         raise UserError(
-            f"--bfpp-trace-steps {text} names no steps.\n"
-            "  Use one number, or the first and the last: 20-22."
+            f"--bfpp-trace-steps {text} names no steps.\n  Use one number, or the first and the last: 20-22."
         )
     first, last = int(match[1]), int(match[2] or match[1])
     if not 1 <= first <= last:

@@ -61,7 +61,10 @@ class Traffic:
 
     def taken(self) -> dict[str, dict[str, int]]:
         """{"data-parallel all-gather": {"calls": 6, "bytes": 1048576}, ...}, and begin again."""
-        found = {f"{group} {kind}": {"calls": int(calls), "bytes": round(sent)} for (group, kind), (calls, sent) in sorted(self.counts.items())}
+        found = {
+            f"{group} {kind}": {"calls": int(calls), "bytes": round(sent)}
+            for (group, kind), (calls, sent) in sorted(self.counts.items())
+        }
         self.counts.clear()
         return found
 

@@ -18,7 +18,9 @@ def check_call(call: dict[str, Any]) -> None:
         raise CallError("model must be a list with the model chunks of this rank")
     if not isinstance(iterators, list) or len(iterators) != len(model):
         given = len(iterators) if isinstance(iterators, list) else f"a {type(iterators).__name__}"
-        raise CallError(f"data_iterator must be a list with one per model chunk: {len(model)} chunks, but {given} given")
+        raise CallError(
+            f"data_iterator must be a list with one per model chunk: {len(model)} chunks, but {given} given"
+        )
     if call["adjust_tensor_shapes_fn"] is not None:
         raise CallError("adjust_tensor_shapes_fn does not work with model chunks: Megatron has it for 1F1B only")
 

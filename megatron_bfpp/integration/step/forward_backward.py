@@ -41,7 +41,13 @@ class MegatronCompute:
     """
 
     def __init__(
-        self, call: dict[str, Any], config: Any, is_last_rank: bool, cp_size: int, device: torch.device, max_outstanding: int
+        self,
+        call: dict[str, Any],
+        config: Any,
+        is_last_rank: bool,
+        cp_size: int,
+        device: torch.device,
+        max_outstanding: int,
     ):
         self.store: list[Any] = []  # what the loss function reports, on the last stage
         self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
@@ -62,7 +68,9 @@ class MegatronCompute:
             self._model[chunk],
             input_tensor=received,
             checkpoint_activations_microbatch=self._checkpoints_all_layers(),
-            is_first_microbatch=schedules.check_first_val_step(self._first_val_step, self._forward_only, microbatch == 0),
+            is_first_microbatch=schedules.check_first_val_step(
+                self._first_val_step, self._forward_only, microbatch == 0
+            ),
             current_microbatch=microbatch,
             vp_stage=chunk,
             is_last_stage=self._is_last_rank and chunk == len(self._model) - 1,
@@ -172,7 +180,12 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **call:
 
 
 def _messages(
-    channels: ChannelGroups, shape: PipelineShape, sizes: tuple[int, ...], config: Any, device: torch.device, debug: bool
+    channels: ChannelGroups,
+    shape: PipelineShape,
+    sizes: tuple[int, ...],
+    config: Any,
+    device: torch.device,
+    debug: bool,
 ) -> Messages:
     return Messages(
         channels, shape, sizes, config.pipeline_dtype, device,
@@ -189,9 +202,13 @@ def _tensor_shape(call: dict[str, Any], config: Any, groups: ProcessGroupCollect
     return sequence, call["micro_batch_size"], config.hidden_size
 
 
-def _gates(config: Any, model: list[torch.nn.Module], evaluation: bool, is_sharded: bool) -> DataParallel | FullySharded:
+def _gates(
+    config: Any, model: list[torch.nn.Module], evaluation: bool, is_sharded: bool
+) -> DataParallel | FullySharded:
     """What gathers and reduces in one step."""
-    return fully_sharded.data_parallel(model, config) if is_sharded else replicas.data_parallel(config, model, evaluation)
+    return (
+        fully_sharded.data_parallel(model, config) if is_sharded else replicas.data_parallel(config, model, evaluation)
+    )
 
 
 def _reset_stash(config: Any, evaluation: bool) -> None:
@@ -229,9 +246,7 @@ def _announce_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _announce(
-    settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool = False
-) -> None:
+def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool = False) -> None:
     """One greppable line per shape, on the first rank: what runs, and the plan's hash to compare with other jobs."""
     if torch.distributed.get_rank() == 0:
         group = "" if settings.group_size is None else f", groups of {settings.group_size}"
