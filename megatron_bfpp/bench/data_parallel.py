@@ -131,7 +131,7 @@ def under_fsdp(chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectiv
     for layer in chunk.layers:
         _EmulatedGathers(layer, collectives, times.gather_s / times.buckets)
     # The runtime makes one for each model, in its first step.
-    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))
+    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))  # noqa: B010
     return wrapped
 
 

@@ -66,7 +66,7 @@ def enable_for_dry_run() -> None:
 
 
 def _apply_to_training(explicit: str | None, device: str) -> None:
-    import megatron.training.training  # binds by name what is replaced here
+    import megatron.training.training  # noqa: F401 - binds by name what is replaced here
 
     from .reliability import watch as reliability
 

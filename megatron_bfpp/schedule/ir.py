@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
 
-class Op(str, Enum):
+class Op(StrEnum):
     """What an action does, named as in torch.distributed.pipelining."""
 
     F = "F"  # forward of a microbatch through a stage
@@ -31,8 +31,6 @@ class Op(str, Enum):
     UNSHARD = "UNSHARD"  # launch the all-gather of a chunk's parameters
     RESHARD = "RESHARD"  # free the gathered parameters of a chunk; its shard stays
     REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
-
-    __str__ = str.__str__
 
 
 COMPUTE = frozenset({Op.F, Op.B})

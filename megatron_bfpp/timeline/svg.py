@@ -133,4 +133,4 @@ def _legend(y: int, chunks: int, unit: str, has_waits: bool) -> list[str]:
             parts.append(f"<text x='{x + 20}' y='{y + 10}' {_FONT} font-size='12' fill='#1c1c1c'>{name}</text>")
             x += 150 if kind == "p2p" else 210
     note = f"number: microbatch; grey: idle; time in {unit}"
-    return parts + [f"<text x='{x}' y='{y + 10}' {_FONT} font-size='12' fill='#555555'>{note}</text>"]
+    return [*parts, f"<text x='{x}' y='{y + 10}' {_FONT} font-size='12' fill='#555555'>{note}</text>"]

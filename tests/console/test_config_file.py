@@ -25,8 +25,20 @@ def test_values_become_words_in_the_order_of_the_file(tmp_path: Path) -> None:
     )
     assert load(path) == (
         {"OMP_NUM_THREADS": "1"},
-        ["--num-layers", "8", "--bf16", "--lr", "0.001", "--split", "99,1,0"]
-        + ["--data-path", "0.3", "first", "0.7", "second one"],
+        [
+            "--num-layers",
+            "8",
+            "--bf16",
+            "--lr",
+            "0.001",
+            "--split",
+            "99,1,0",
+            "--data-path",
+            "0.3",
+            "first",
+            "0.7",
+            "second one",
+        ],
     )
 
 
@@ -72,7 +84,7 @@ def test_a_mistake_is_named_with_the_path_in_at_most_three_lines(tmp_path: Path,
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.yaml: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read: No such file"):
         load(tmp_path / "nowhere.yaml")
 
 

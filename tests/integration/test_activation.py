@@ -56,7 +56,7 @@ assert get_forward_backward_func(pp_size=4, vp_size=2) is ours.__wrapped__
 def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
     from megatron_bfpp.integration.seams import Seam, SeamError
 
-    with pytest.raises(SeamError, match="schedules.get_fwd_bwd does not exist in this Megatron"):
+    with pytest.raises(SeamError, match=r"schedules\.get_fwd_bwd does not exist in this Megatron"):
         Seam("megatron.core.pipeline_parallel.schedules", "get_fwd_bwd", ()).current()
     with pytest.raises(SeamError, match="has no parameter beam"):
         Seam("megatron.core.pipeline_parallel.schedules", "forward_step", ("model", "beam")).current()

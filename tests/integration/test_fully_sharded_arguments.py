@@ -82,7 +82,7 @@ def test_1f1b_shards_without_pipeline_ranks_only(flag):
         if ranks == 1:
             fully_sharded.refuse_under_1f1b(args)
         else:
-            with pytest.raises(UserError, match="Use .*--pipeline-schedule breadth-first"):
+            with pytest.raises(UserError, match=r"Use .*--pipeline-schedule breadth-first"):
                 fully_sharded.refuse_under_1f1b(args)
 
 

@@ -94,7 +94,7 @@ def test_the_peak_of_live_activations_is_that_of_the_schedule(schedule, pp, chun
     if schedule in ("1f1b", "interleaved-grouped"):
         group = microbatches
     strategy = Strategy(schedule, pp, 1, 1, chunks, 1, microbatches, group)
-    if schedule not in BREADTH_FIRST + ("1f1b",) and microbatches < pp:
+    if schedule not in (*BREADTH_FIRST, "1f1b") and microbatches < pp:
         with pytest.raises(ValueError):
             strategy.order()
         return

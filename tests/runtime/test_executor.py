@@ -9,8 +9,8 @@ from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, for
 
 torch = pytest.importorskip("torch")
 
-from megatron_bfpp.runtime.data_parallel import DataParallel
-from megatron_bfpp.runtime.executor import Executor
+from megatron_bfpp.runtime.data_parallel import DataParallel  # noqa: E402
+from megatron_bfpp.runtime.executor import Executor  # noqa: E402
 
 SHAPES = [(2, 1, 3), (2, 2, 2), (2, 4, 5), (3, 2, 4), (4, 2, 8), (4, 3, 3), (4, 4, 1), (8, 2, 16)]
 

@@ -11,11 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_bfpp.integration.reliability import orphans
-from megatron_bfpp.runtime import headers
-from megatron_bfpp.runtime.activity import Activity, Status
-from megatron_bfpp.runtime.testimony import MOST_LINES, summary
-from megatron_bfpp.schedule import Action, Op, PipelineShape
+from megatron_bfpp.integration.reliability import orphans  # noqa: E402
+from megatron_bfpp.runtime import headers  # noqa: E402
+from megatron_bfpp.runtime.activity import Activity, Status  # noqa: E402
+from megatron_bfpp.runtime.testimony import MOST_LINES, summary  # noqa: E402
+from megatron_bfpp.schedule import Action, Op, PipelineShape  # noqa: E402
 
 
 def status(rank: int, **more) -> Status:

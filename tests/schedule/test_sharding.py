@@ -121,7 +121,7 @@ def damaged_plans(draw):
 def is_legal(plan, resident):
     """The rules said anew, from the history of every stage up to every step."""
     for actions in plan:
-        for step, action in enumerate(actions):
+        for step in range(len(actions)):
             history = {}
             for stage, op, _ in actions[: step + 1]:
                 history.setdefault(stage, []).append(op)
@@ -169,7 +169,7 @@ def test_a_plan_that_gives_chunks_up_is_checked_as_sharded_without_being_told():
     check(plan, shape)
     last = max(index for index, action in enumerate(plan[0]) if action == Action(0, Op.UNSHARD))
     del plan[0][last]
-    with pytest.raises(ScheduleError, match="pp_rank 0: .* 0B0 runs while its parameters are sharded"):
+    with pytest.raises(ScheduleError, match=r"pp_rank 0: .* 0B0 runs while its parameters are sharded"):
         check(plan, shape)
 
 

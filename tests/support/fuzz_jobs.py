@@ -142,7 +142,7 @@ def run_cases(results, first, count):
 
 
 if __name__ == "__main__":
-    import megatron.training.training
+    import megatron.training.training  # noqa: F401 - once, for all forked jobs
 
     os.chdir(sys.argv[3])
     run_cases("results.jsonl", int(sys.argv[1]), int(sys.argv[2]))

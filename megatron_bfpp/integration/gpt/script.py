@@ -44,7 +44,7 @@ def forward_step(data_iterator: Iterator[Any], model: Any, return_schedule_plan:
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     with stragglers:
-        if return_schedule_plan:  # --overlap-moe-expert-parallel-comm
+        if return_schedule_plan:  # noqa: SIM108 - --overlap-moe-expert-parallel-comm
             output = model.build_schedule_plan(*inputs, **targets)
         else:
             output = model(*inputs, **targets)

@@ -122,6 +122,6 @@ def _ending(previous: Hook, watchdog: Watchdog) -> Hook:
         named = type(error).__name__ + (f": {text.splitlines()[0]}" if text else "")
         watchdog.failed(f"lost a message: {text}" if isinstance(error, PeerLostError) else f"raised {named}")
         # Process groups whose other ends are gone can keep a process from ending.
-        faulthandler.dump_traceback_later(MOST_EXIT_S, exit=True, file=open(os.devnull, "w"))
+        faulthandler.dump_traceback_later(MOST_EXIT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
 
     return hook
