@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..console import progress
-from ..console.errors import UserError
+from ..console.errors import UserError, require
 from ..console.files import write_whole
 
 if TYPE_CHECKING:
@@ -148,8 +148,10 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
         raise UserError(
             "--as-configured is one strategy, of one global batch.\n  Leave out --global-batch, or --as-configured."
         )
-    if args.plot is not None and len(batches) < 2:
-        raise UserError("--plot draws time against batch size.\n  Give several batches: --global-batch 64-512.")
+    if args.plot is not None:
+        require("matplotlib", "--plot")
+        if len(batches) < 2:
+            raise UserError("--plot draws time against batch size.\n  Give several batches: --global-batch 64-512.")
     numbers = {name: number_list(f"--{name.replace('_', '-')}", getattr(args, name)) for name in _NUMBERS}
     names = {name: name_list(f"--{name}", getattr(args, name), words) for name, words in _CHOICES.items()}
     request = Request(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from ..console.errors import UserError
 from ..console.files import write_figure
 from .hardware import peak_of
 from .noise_scale import CLUSTERS, trade_off
@@ -27,12 +26,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 def plot(found: dict[int, Found], request: Request, path: str, critical_batch: float | None, title: str) -> None:
     """found: by global batch. The second panel needs a critical batch size, in sequences."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "--plot needs matplotlib.\n  pip install 'megatron-bfpp[report]', or leave --plot out."
-        ) from None
+    from matplotlib.figure import Figure
+
     seconds = _gpu_seconds(found, request)
     figure = Figure(figsize=(11.5 if critical_batch else 6.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 2 if critical_batch else 1, squeeze=False)[0]

@@ -160,3 +160,13 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys, flag):
     words = [*ON_64, "--chunks", "2", "--global-batch", "16,32", flag, str(tmp_path / "no" / "plan.png")]
     assert main(words) == 2
     assert f"{flag} {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_search(monkeypatch, capsys):
+    def searched(*_):
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("megatron_bfpp.planner.search.search", searched)
+    assert main([*ON_64, "--global-batch", "16-64", "--plot", "plan.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
