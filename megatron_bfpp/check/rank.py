@@ -179,18 +179,18 @@ def _job(args: Any, told: list[str], changed: list[str]) -> Job:
 
 def _plans(args: Any, job: Job) -> list[PlanLine]:
     """Of the training steps with the fewest and the most micro-batches, and of an evaluation step."""
-    from ..integration.flags.batches import microbatch_counts
+    from ..integration.flags.batches import evaluation_microbatches, microbatch_counts
 
     if job.pp == 1:
         return []
     counts = microbatch_counts(args)
-    per_microbatch = (getattr(args, "eval_micro_batch_size", None) or job.micro_batch) * job.dp
-    evaluation = max(1, (getattr(args, "eval_global_batch_size", None) or job.global_batch) // per_microbatch)
     steps = [("training", count) for count in sorted({counts[0], counts[-1]})]
     if job.schedule == "1f1b":
         return [_plan_of_megatron(job, count) for _, count in steps]
     settings = settings_of(args)
-    return [_plan(settings, job, what, count) for what, count in [*steps, ("evaluation", evaluation)]]
+    return [
+        _plan(settings, job, what, count) for what, count in [*steps, ("evaluation", evaluation_microbatches(args))]
+    ]
 
 
 def _plan(settings: Settings, job: Job, what: str, count: int) -> PlanLine:

@@ -11,7 +11,7 @@ _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def batch_sizes(args: Any) -> tuple[list[int], str]:
-    """Every global batch size of the job, smallest first, and the flag that makes it grow ("" if it does not)."""
+    """Return every global batch size of the job, smallest first, and the flag that makes it grow ("" if none does)."""
     last = args.global_batch_size or (args.micro_batch_size or 1) * data_parallel_size(args)
     steps = getattr(args, "step_batch_size_schedule", None)
     if steps is not None:
@@ -25,7 +25,7 @@ def batch_sizes(args: Any) -> tuple[list[int], str]:
 
 
 def data_parallel_size(args: Any) -> int:
-    """Replicas that share a global batch; also of arguments that Megatron has not validated yet."""
+    """Count the replicas that share a global batch; also from arguments that Megatron has not validated yet."""
     if getattr(args, "data_parallel_size", None) is not None:
         return args.data_parallel_size * getattr(args, "gtp_weight_remat_size", 1)
     model_parallel = (
@@ -35,9 +35,30 @@ def data_parallel_size(args: Any) -> int:
 
 
 def microbatch_counts(args: Any) -> list[int]:
-    """Micro-batches of a step, for every batch size of the job, smallest first."""
+    """Return the micro-batches of a training step for every batch size of the job, smallest first."""
     per_microbatch = (args.micro_batch_size or 1) * data_parallel_size(args)
     return sorted({max(1, size // per_microbatch) for size in batch_sizes(args)[0]})
+
+
+def evaluation_microbatches(args: Any) -> int:
+    """Return the micro-batches of an evaluation step; validated arguments."""
+    per_microbatch = (getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size) * data_parallel_size(args)
+    return max(1, (getattr(args, "eval_global_batch_size", None) or args.global_batch_size) // per_microbatch)
+
+
+def microbatches_now() -> int:
+    """Return the micro-batches of the training step that runs now, from Megatron's own counter."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return get_num_microbatches()  # type: ignore[no-any-return]
+
+
+def shape_of(args: Any, num_microbatches: int) -> PipelineShape | None:
+    """Return the shape of a step of so many micro-batches, None for a job without pipeline ranks; validated arguments."""
+    if args.pipeline_model_parallel_size < 2:
+        return None
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    return PipelineShape(args.pipeline_model_parallel_size, chunks, num_microbatches)
 
 
 def predicted_bubble(shape: PipelineShape) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ...schedule import PipelineShape, interleaved_1f1b, simulate
 from ...schedule.orders import one_f_one_b
 from .. import process
+from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import settings_of
 from ..process import this_device
 
@@ -43,15 +44,9 @@ def charts(args: Any, found: dict[str, Any]) -> dict[str, float]:
     return {f"bfpp/{name}": max(value) if isinstance(value, list) else value for name, value in chosen.items()}
 
 
-def global_batch_size(args: Any) -> int:
-    """Sequences in the step that runs now; grows with --rampup-batch-size."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    return args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
-
-
 def tokens_per_step(args: Any) -> int:
-    return global_batch_size(args) * args.seq_length
+    """Return the tokens of the step that runs now, over all replicas."""
+    return args.micro_batch_size * args.data_parallel_size * microbatches_now() * args.seq_length
 
 
 def peak_memory() -> tuple[int, int]:
@@ -70,20 +65,12 @@ def peak_memory() -> tuple[int, int]:
     return kib * 1024, rank
 
 
-def shape_of(args: Any) -> PipelineShape | None:
-    """Of the step that runs now; None without a pipeline."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    if args.pipeline_model_parallel_size < 2:
-        return None
-    return PipelineShape(
-        args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1, get_num_microbatches()
-    )
-
-
 def predicted_bubble(args: Any) -> float | None:
-    """Of the step that runs now, with equal stages and backwards of two forwards; None without a pipeline."""
-    shape, settings = shape_of(args), settings_of(args)
+    """Return the bubble of the step that runs now, a fraction; None without a pipeline.
+
+    Stages are taken as equal, and a backward as two forwards.
+    """
+    shape, settings = shape_of(args, microbatches_now()), settings_of(args)
     if shape is None:
         return None
     if settings.schedule == "1f1b":

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from ...console.errors import UserError
 from ...console.files import append_line, write_whole
 from ...console.version import __version__
+from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import settings_of
 from ..seams import Seam
 from . import metrics
@@ -128,7 +129,8 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
     """run.json. args: Megatron's, validated."""
     from megatron.training.training import num_floating_point_operations
 
-    settings, shape = settings_of(args), metrics.shape_of(args)
+    settings, microbatches = settings_of(args), microbatches_now()
+    shape = shape_of(args, microbatches)
     plan = None
     if shape is not None:
         is_ours = settings.schedule != "1f1b"
@@ -138,7 +140,7 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": os.environ.get("BFPP_RUN_NAME") or name,
-        "arm": os.environ.get("BFPP_ARM") or arm_of(args, shape.num_microbatches if shape else 1),
+        "arm": os.environ.get("BFPP_ARM") or arm_of(args, microbatches),
         "round": _round(),
         "pipeline_schedule": settings.schedule,
         "started": _now(),
@@ -154,13 +156,13 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
         "hosts": hosts,
         "shape": {
             "pp": args.pipeline_model_parallel_size, "chunks": args.virtual_pipeline_model_parallel_size or 1,
-            "microbatches": metrics.global_batch_size(args) // (args.micro_batch_size * args.data_parallel_size),
+            "microbatches": microbatches,
             "dp": args.data_parallel_size, "tp": args.tensor_model_parallel_size, "cp": args.context_parallel_size,
             "world_size": args.world_size,
         },
         "plan": plan,
         "tokens_per_step": metrics.tokens_per_step(args),
-        "flops_per_step": num_floating_point_operations(args, metrics.global_batch_size(args)),
+        "flops_per_step": num_floating_point_operations(args, metrics.tokens_per_step(args) // args.seq_length),
     }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import schedules
 from torch.nn import Module
 
@@ -35,6 +34,7 @@ from ...timeline.measured import Measured, steps_of
 from ...timeline.recorder import Recorder
 from ...timeline.trace import picture
 from .. import process
+from ..flags.batches import microbatches_now
 from ..process import noted, this_device
 from ..seams import Seam, changed
 
@@ -101,7 +101,7 @@ class Tracer:
         if not self._is_recorded:
             yield
             return
-        self._shape = PipelineShape(self._trace.pp_size, len(model), get_num_microbatches())
+        self._shape = PipelineShape(self._trace.pp_size, len(model), microbatches_now())
         self._offset, error = offset_to_first(self._group)
         self._error = error + self._recorder.begin()
         dist.barrier(self._group)  # the others have compared theirs too: no rank starts early only to wait

@@ -21,7 +21,7 @@ import torch
 
 from ...console.errors import UserError
 from ...console.version import __version__
-from ...schedule import PipelineShape
+from ..flags.batches import microbatch_counts, shape_of
 from ..flags.settings import settings_of
 from ..flags.stages import check_placement
 
@@ -106,10 +106,8 @@ def _plan(args: Any) -> dict[str, str]:
     if settings.schedule == "1f1b":
         return {}
     found = {"the placement": check_placement(args)}
-    batch = args.micro_batch_size * args.data_parallel_size
-    if args.global_batch_size and args.global_batch_size % batch == 0:
-        chunks = args.virtual_pipeline_model_parallel_size
-        shape = PipelineShape(args.pipeline_model_parallel_size, chunks, args.global_batch_size // batch)
+    shape = shape_of(args, microbatch_counts(args)[0])
+    if shape is not None:
         found["the plan"] = settings.plan_of(shape, is_sharded=getattr(args, "use_torch_fsdp2", False)).digest
     return found
 
