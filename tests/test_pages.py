@@ -10,7 +10,7 @@ from browser import Browser
 from megatron_bfpp.cli import main
 from megatron_bfpp.compare.text import COLUMNS
 from megatron_bfpp.schedule import PipelineShape, breadth_first, simulate
-from megatron_bfpp.timeline.svg import svg
+from megatron_bfpp.timeline.picture import picture
 
 PHONE = {"width": 390, "height": 844}
 ROWS = "[...document.querySelectorAll('tr')].map(row => [...row.children].map(cell => cell.textContent))"
@@ -28,7 +28,7 @@ def browser(tmp_path_factory):
 
 def timeline(microbatches: int) -> str:
     shape = PipelineShape(4, 2, microbatches)
-    return svg([("planned", simulate(breadth_first(shape), shape))])
+    return picture([("planned", simulate(breadth_first(shape), shape))]).svg()
 
 
 @pytest.fixture

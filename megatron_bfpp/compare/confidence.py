@@ -30,7 +30,7 @@ def ratio_interval(runs: dict[int | str, float], reference: dict[int | str, floa
     if len(runs) < 2 or len(reference) < 2:
         return Interval(None, None, f"none: {_count(min(len(runs), len(reference)))}")
     try:
-        from scipy import stats  # type: ignore[import-untyped]
+        from scipy import stats
     except ImportError:
         return Interval(None, None, "none: no scipy")
     rounds = [each for each in runs if isinstance(each, int) and each in reference]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from html import escape
 
-from ..timeline.svg import least_width
+from ..timeline.canvas import least_width
 from .numbers import Arm, Comparison
 from .runs import Run, number
 from .text import COLUMNS, cells, sections

@@ -1,4 +1,4 @@
-"""The steps of a trace.json (timeline/document.py) as timelines, and what each rank's time went to. Standard library only.
+"""Reads the steps of a trace.json (document.py) as timelines, with what the time of each rank was spent on.
 
 Of a step, which lasts from the first event of any rank to the last one:
     busy          computing

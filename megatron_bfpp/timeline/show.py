@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..console.errors import UserError
+from ..console.errors import UserError, require
 from ..console.files import write_whole
 from ..schedule import Op, PipelineShape, Schedule, ScheduleError, Timeline, check, formats, lower
 from ..schedule.collectives import Costs
@@ -21,8 +21,7 @@ from ..schedule.plan_file import read, shape_of, title
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page
-from .png import png
-from .svg import svg
+from .picture import picture
 
 MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
 
@@ -84,8 +83,17 @@ _TIMES = {
     "--reduction": "time that a reduction of a chunk's gradients takes",
 }
 
+_NOUNS = {
+    "--hop": "a message's latency",
+    "--transfer": "its transfer",
+    "--gather": "a gather of a chunk's parameters",
+    "--reduction": "a reduction of a chunk's gradients",
+}
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.png is not None:
+        require("matplotlib", "--png")
     # The bounds keep a slip of the keyboard from a grid of a billion columns.
     for flag, least in (("--backward-time", 0.01), *((flag, 0.0) for flag in _TIMES)):
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
@@ -168,6 +176,16 @@ def _costs(args: argparse.Namespace) -> Costs:
     return Costs(1.0, args.backward_time, args.hop, args.transfer, args.gather, args.reduction)
 
 
+def _note(args: argparse.Namespace) -> str:
+    """Say in the picture what was assumed."""
+    given = {flag: getattr(args, flag.removeprefix("--")) for flag in _TIMES}
+    times = [f"{_NOUNS[flag]} {value:g}" for flag, value in given.items() if value]
+    return (
+        ", ".join([f"Planned, not measured. In forwards of a chunk: a backward takes {args.backward_time:g}", *times])
+        + "."
+    )
+
+
 def _print(args: argparse.Namespace, shown: list[Shown]) -> None:
     width = None if args.wide or not sys.stdout.isatty() else shutil.get_terminal_size().columns
     for each in shown:
@@ -186,13 +204,13 @@ def _write(args: argparse.Namespace, shown: list[Shown]) -> None:
         write_whole(args.csv, formats.to_csv(shown[0].plan if args.plan else shown[0].order), "--csv")
         print(f"wrote {args.csv}")
     if args.svg is not None:
-        write_whole(args.svg, svg(timelines), "--svg")
+        write_whole(args.svg, picture(timelines, note=_note(args)).svg(), "--svg")
         print(f"wrote {args.svg}")
     if args.html is not None:
-        write_whole(args.html, page(timelines), "--html")
+        write_whole(args.html, page(timelines, _note(args)), "--html")
         print(f"wrote {args.html}")
     if args.png is not None:
-        png(timelines, args.png)
+        picture(timelines, note=_note(args)).png(args.png, "--png")
         print(f"wrote {args.png}")
     if args.trace is not None:
         from .planned import document

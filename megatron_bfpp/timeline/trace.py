@@ -13,14 +13,15 @@ from typing import Any
 from ..console.errors import UserError
 from ..console.files import write_whole
 from ..schedule import Op
+from . import picture as draw
 from .measured import Measured, damage_told, read, steps_of
-from .svg import svg
 
 
 def picture(measured: Measured, step: int) -> str:
     """SVG of the planned step above the measured one, on one time axis."""
     forward = measured.action_time(Op.F) or 1.0
-    return svg([("planned", measured.planned()), (f"measured, step {step}", measured)], unit="ms", forward=forward)
+    named = [("planned", measured.planned()), (f"measured, step {step}", measured)]
+    return draw.picture(named, unit="ms", forward=forward).svg()
 
 
 def table(measured: Measured) -> str:

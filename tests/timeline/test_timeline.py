@@ -9,6 +9,7 @@ from traces import document
 from megatron_bfpp.cli import main
 from megatron_bfpp.schedule import Op
 from megatron_bfpp.timeline.measured import steps_of
+from megatron_bfpp.timeline.picture import UNKNOWN
 
 
 def written(tmp_path, content):
@@ -45,17 +46,21 @@ def test_bfpp_trace_prints_a_row_per_rank_and_draws_both_on_one_axis(tmp_path, c
     boxes = [node for node in nodes if node.get("class") in ("F", "B")]
     assert len(boxes) == 8  # 4 planned, 4 measured
     backward = next(node for node in boxes[4:] if node[0].text.startswith("0B0"))
-    scale = (1280 - 84 - 20) / 100  # pixels per ms of the longer of the two
-    assert float(backward.get("x")) == pytest.approx(84 + 60 * scale, abs=0.1)
+    scale = (900 - 76 - 14) / 100  # pixels per ms of the longer of the two
+    assert float(backward.get("x")) == pytest.approx(76 + 60 * scale, abs=0.1)
     waits = [node for node in nodes if (node.get("class") or "").startswith("wait-")]
     assert sorted(node.get("class") for node in waits) == ["wait-dp", "wait-dp", "wait-p2p", "wait-p2p"]
-    titles = [node.text for node in nodes if node.text and "bubble" in node.text]
-    assert titles[0].startswith("planned: PP 2 x 1 chunks") and titles[1].startswith("measured, step 20:")
+    words = [node.text for node in nodes if node.tag.endswith("}text")]
+    assert "planned: step 86 ms, bubble 50.0%" in words
+    assert "measured, step 20: step 100 ms, bubble 58.0%, 16.3% longer than planned" in words
+    assert words.count("PP 2 x 1 chunks, 1 micro-batches") == 2 and UNKNOWN not in words
 
 
 def test_unknown_waits_are_not_called_zero(tmp_path, capsys):
-    assert main(["trace", written(tmp_path, document(waits=False))]) == 0
+    picture = tmp_path / "timeline.svg"
+    assert main(["trace", written(tmp_path, document(waits=False)), "--svg", str(picture)]) == 0
     assert capsys.readouterr().out.count("unknown") == 2
+    assert picture.read_text().count(UNKNOWN) == 1, "the plan waits for nothing unknown, the measured step does"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""Draws timelines below each other on one time axis: what every rank computes, sends, receives, gathers and reduces."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from ..schedule import Op, Span, Timeline
+from ..schedule.names import SCHEDULES
+from ..schedule.plan_file import title as sizes
+from ..schedule.replay import Prediction
+from .canvas import WIDTH, Box, Drawing, Lines, Words, round_step, text_width
+from .measured import Measured
+
+Named = list[tuple[str, Timeline]]  # name, timeline
+
+_LEFT, _RIGHT, _TOP = 76, 14, 48  # pixels: the ranks' names, the margin, the titles of a panel
+_ROW, _LANE, _GAP = 21, 14, 7  # pixels: what a rank computes, its collectives, before the next rank
+_FIRST = {Op.F: (191, 217, 245), Op.B: (193, 230, 196)}  # colour of the first chunk
+_LAST = {Op.F: (24, 84, 160), Op.B: (24, 110, 62)}  # of the last one
+_COLLECTIVES = {Op.REDUCE_GRAD: ("reduction", "#7048e8", "#ffffff"), Op.UNSHARD: ("gather", "#d0bfff", "#1f2328")}
+
+
+def picture(timelines: Named, unit: str = "forward units", forward: float = 1.0, note: str = "") -> Drawing:
+    """Draw named timelines. A name of names.SCHEDULES brings its colour and what it stands for.
+
+    unit, forward: of all times, and how long a forward is in it; wide schedules get at least 3 pixels per forward.
+    note: a line at the foot, such as what messages cost.
+    """
+    end = max(timeline.step_time for _, timeline in timelines)
+    scale = max((WIDTH - _LEFT - _RIGHT) / end, 3.0 / forward)
+    lines = [_headline(name, each, timelines[0], unit) for name, each in timelines]
+    drawing = Drawing("; ".join(lines), round(_LEFT + end * scale + _RIGHT))
+    for place, ((name, timeline), headline) in enumerate(zip(timelines, lines, strict=True)):
+        panel = _Panel(drawing, timeline, scale)
+        panel.titles(name, headline)
+        panel.ranks()
+        if place and timeline.step_time < timelines[0][1].step_time:
+            panel.until(timelines[0][1].step_time)
+    _axis(drawing, scale, end)
+    _legend(drawing, timelines, unit)
+    for line in textwrap.wrap(note, int((WIDTH - _LEFT) / text_width("m", 12))):
+        drawing.shapes.append(Words(_LEFT, drawing.height + 12, line, kind="soft"))
+        drawing.height += 18
+    drawing.height += 6
+    return drawing
+
+
+def _headline(name: str, timeline: Timeline, first: tuple[str, Timeline], unit: str) -> str:
+    words = f"{name}: step {timeline.step_time:.6g} {unit}, bubble {timeline.bubble_fraction:.1%}"
+    if timeline is first[1]:
+        return words
+    change = timeline.step_time / first[1].step_time - 1
+    if abs(change) < 0.0005:
+        return f"{words}, as long as {first[0]}"
+    return f"{words}, {abs(change):.1%} {'shorter' if change < 0 else 'longer'} than {first[0]}"
+
+
+def shade(op: Op, chunk: int, chunks: int) -> tuple[str, bool]:
+    """Return the colour of a chunk, and whether it wants white text on it."""
+    part = chunk / max(1, chunks - 1)
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(_FIRST[op], _LAST[op], strict=True))
+    return f"#{red:02x}{green:02x}{blue:02x}", 0.3 * red + 0.6 * green + 0.1 * blue < 140
+
+
+class _Panel:
+    """One timeline, drawn at the foot of a drawing."""
+
+    def __init__(self, drawing: Drawing, timeline: Timeline, scale: float):
+        self.drawing, self.timeline, self.scale, self.shape = drawing, timeline, scale, timeline.shape
+        self.top = drawing.height + _TOP
+        self.has_lane = isinstance(timeline, Prediction) and any(_collectives(timeline))
+        self.pitch = _ROW + _GAP + (_LANE if self.has_lane else 0)
+        self.add = drawing.shapes.append
+        drawing.height = self.top + self.shape.pp_size * self.pitch
+
+    def x(self, time: float) -> float:
+        return _LEFT + time * self.scale
+
+    def y(self, pp_rank: int) -> float:
+        return self.top + pp_rank * self.pitch
+
+    def titles(self, name: str, headline: str) -> None:
+        known = SCHEDULES.get(name)
+        about = f"{known.about}; {sizes(self.shape)}" if known else sizes(self.shape)
+        if known:
+            self.add(Box(_LEFT, self.top - 38, 5, 30, "schedule", known.color))
+        x = _LEFT + (12 if known else 0)
+        self.add(Words(x, self.top - 26, headline, 14, is_bold=True))
+        self.add(Words(x, self.top - 9, about, kind="soft"))
+        if isinstance(self.timeline, Measured) and self.timeline.exposed_p2p is None:
+            after = x + text_width(about, 12) + 20
+            self.add(Words(after, self.top - 9, UNKNOWN, kind="warning"))
+
+    def ranks(self) -> None:
+        if isinstance(self.timeline, Prediction):
+            self._messages(self.timeline)  # first: they pass behind the rows
+            for each in _collectives(self.timeline):
+                self._collective(*each)
+        for pp_rank in range(self.shape.pp_size):
+            y = self.y(pp_rank)
+            self.add(Words(_LEFT - 8, y + 15, f"pp_rank {pp_rank}", anchor="end"))
+            self.add(Box(_LEFT, y, self.timeline.step_time * self.scale, _ROW, "idle"))
+        for pp_rank, spans in enumerate(self.timeline.spans):
+            for span in spans:
+                self._compute(span, self.y(pp_rank))
+        if isinstance(self.timeline, Measured):
+            self._waits(self.timeline)
+
+    def until(self, first_s: float) -> None:
+        """Mark where the step of the first panel ends."""
+        x = self.x(first_s)
+        self.add(Lines([(x, self.top - 4, x, self.drawing.height - _GAP + 4)], "soft", 1.2, "4 3"))
+
+    def _messages(self, predicted: Prediction) -> None:
+        """Draw a line from each send to its arrival, if messages take time."""
+        if not takes_time(predicted):
+            return
+        lines = []
+        for each in predicted.messages:
+            source, target = self.shape.rank_of(each.send.stage), self.shape.rank_of(each.receive.stage)
+            ends = (_ROW, 0) if target > source else (0, _ROW)
+            lines.append((self.x(each.sent), self.y(source) + ends[0], self.x(each.arrived), self.y(target) + ends[1]))
+        self.add(Lines(lines, "message", max(0.3, min(0.8, 0.08 * self.scale))))
+
+    def _collective(self, pp_rank: int, op: Op, chunk: int, start: float, end: float) -> None:
+        name, color, ink = _COLLECTIVES[op]
+        x, y, wide = self.x(start), self.y(pp_rank) + _ROW + 1, (end - start) * self.scale
+        self.add(
+            Box(x, y, max(wide - 0.8, 0.8), _LANE - 1, name, color, f"{name}, chunk {chunk}: {start:.6g} to {end:.6g}")
+        )
+        for label in (f"{name}, chunk {chunk}", name, name[0].upper()):
+            if text_width(label, 10) + 4 <= wide:
+                self.add(Words(x + wide / 2, y + 10, label, 10, color=ink, anchor="middle"))
+                return
+
+    def _compute(self, span: Span, y: float) -> None:
+        stage, op, microbatch = span.action
+        chunk = self.shape.chunk_of(stage)
+        color, is_dark = shade(op, chunk, self.shape.num_chunks)
+        x, wide = self.x(span.start), (span.end - span.start) * self.scale
+        about = f"{span.action} (chunk {chunk}): {span.start:.6g} to {span.end:.6g}"
+        self.add(Box(x, y, max(wide - 0.8, 0.8), _ROW, op.value, color, about))
+        if wide >= text_width(str(microbatch), 10.5) + 2:
+            ink = "#ffffff" if is_dark else "#1f2328"
+            self.add(Words(x + wide / 2 - 0.4, y + 14.5, str(microbatch), 10.5, color=ink, anchor="middle"))
+
+    def _waits(self, measured: Measured) -> None:
+        """A bar along the foot of the row, which leaves the action that waits to be seen."""
+        for pp_rank, waits in enumerate(measured.waits):
+            for wait in waits:
+                wide = (wait.end - wait.start) * self.scale
+                if wide >= 0.3:
+                    about = f"waits for {wait.name}: {wait.end - wait.start:.6g}"
+                    self.add(
+                        Box(self.x(wait.start), self.y(pp_rank) + _ROW - 5, wide, 5, f"wait-{wait.kind}", "", about)
+                    )
+
+
+UNKNOWN = "waits for messages are unknown: Megatron's own loop does not show them"
+
+
+def takes_time(predicted: Prediction) -> bool:
+    """Return whether any message is later than its send and its receive."""
+    return any(each.arrived > max(each.sent, each.posted) for each in predicted.messages)
+
+
+def _collectives(predicted: Prediction) -> Iterator[tuple[int, Op, int, float, float]]:
+    """Yield pp_rank, UNSHARD or REDUCE_GRAD, chunk, start and end of each that takes time. A rank runs one at a time."""
+    for pp_rank, log in enumerate(predicted.collectives):
+        free = 0.0
+        for action, collective in log:
+            if collective.duration and collective.end is not None:
+                start = max(free, collective.launched)
+                yield pp_rank, action.op, predicted.shape.chunk_of(action.stage), start, collective.end
+                free = collective.end
+
+
+def _axis(drawing: Drawing, scale: float, end: float) -> None:
+    """Ticks at least 60 pixels apart, at round numbers."""
+    y, step = drawing.height, round_step(60 / scale)
+    for count in range(int(end / step) + 1):
+        x = _LEFT + count * step * scale
+        drawing.shapes.append(Box(x - 0.5, y, 1, 4, "soft"))
+        drawing.shapes.append(Words(x, y + 16, f"{count * step:g}", 11, "soft", anchor="middle"))
+    drawing.height += 30
+
+
+def _legend(drawing: Drawing, timelines: Named, unit: str) -> None:
+    """Swatches with their names, in as many lines as their width needs; only of what is drawn."""
+    x, y = float(_LEFT), drawing.height
+
+    def entry(swatches: list[Box | Lines], wide: float, name: str) -> None:
+        nonlocal x, y
+        whole = wide + 6 + text_width(name, 12) + 16
+        if x > _LEFT and x + whole > WIDTH:
+            x, y = _LEFT, y + 19
+        for each in swatches:
+            if isinstance(each, Box):
+                drawing.shapes.append(each._replace(x=each.x + x, y=each.y + y))
+            else:
+                drawing.shapes.append(
+                    each._replace(points=[(x1 + x, y1 + y, x2 + x, y2 + y) for x1, y1, x2, y2 in each.points])
+                )
+        drawing.shapes.append(Words(x + wide + 6, y + 10, name))
+        x += whole
+
+    chunks = max(each.shape.num_chunks for _, each in timelines)
+    shown = sorted({0, *(chunk * (chunks - 1) // 3 for chunk in range(4)), chunks - 1})
+    for op, name in ((Op.F, "forward"), (Op.B, "backward")):
+        swatches: list[Box | Lines] = [
+            Box(15 * place, 0, 14, 12, "key", shade(op, chunk, chunks)[0]) for place, chunk in enumerate(shown)
+        ]
+        entry(swatches, 15 * len(shown), f"{name}, first chunk to last" if chunks > 1 else name)
+    predicted = [each for _, each in timelines if isinstance(each, Prediction)]
+    if any(map(takes_time, predicted)):
+        entry([Lines([(0, 1, 16, 11)], "message", 1.2)], 16, "message")
+    drawn = {op for each in predicted for _, op, *_ in _collectives(each)}
+    for op, (name, color, _) in _COLLECTIVES.items():
+        if op in drawn:
+            of = "gradients" if op is Op.REDUCE_GRAD else "parameters"
+            entry([Box(0, 0, 16, 12, "key", color)], 16, f"{name} of a chunk's {of}")
+    kinds = {wait.kind for _, each in timelines if isinstance(each, Measured) for rank in each.waits for wait in rank}
+    for kind, name in (("p2p", "waits for a message"), ("dp", "waits for a gather or reduction")):
+        if kind in kinds:
+            entry([Box(0, 4, 16, 5, f"wait-{kind}")], 16, name)
+    entry([Box(0, 0, 16, 12, "idle")], 16, "idle")
+    entry([], -6, f"number: micro-batch; time in {unit}")
+    drawing.height = y + 20
