@@ -87,7 +87,7 @@ class Drawing:
         shapes = "\n".join(map(_svg, self.shapes))
         return (
             f"<svg xmlns='http://www.w3.org/2000/svg' class='bfpp' role='img' {size}>\n"
-            f"<title>{escape(self.title)}</title>\n<style>\n{_STYLE}</style>\n"
+            f"<title>{escape(self.title, quote=False)}</title>\n<style>\n{_STYLE}</style>\n"
             f"<rect class='paper' width='100%' height='100%'/>\n{shapes}\n</svg>\n"
         )
 
@@ -142,9 +142,9 @@ def _svg(shape: Box | Lines | Words) -> str:
         anchor = f" text-anchor='{shape.anchor}'" if shape.anchor != "start" else ""
         kind = "" if color else f" class='{shape.kind}'"
         place = f"x='{shape.x:.1f}' y='{shape.y:.1f}' font-size='{shape.size:g}'"
-        return f"<text{kind} {place}{anchor}{bold}{color}>{escape(shape.text)}</text>"
+        return f"<text{kind} {place}{anchor}{bold}{color}>{escape(shape.text, quote=False)}</text>"
     place = f"x='{shape.x:.1f}' y='{shape.y:.1f}' width='{shape.width:.1f}' height='{shape.height:.1f}'"
-    about = f"<title>{escape(shape.about)}</title></rect>" if shape.about else "</rect>"
+    about = f"<title>{escape(shape.about, quote=False)}</title></rect>" if shape.about else "</rect>"
     return f"<rect class='{shape.kind}' {place}{color}>{about}"
 
 
