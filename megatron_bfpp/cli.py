@@ -4,6 +4,7 @@ run schedules on an emulated network.
     bfpp show --pp 4 --chunks 2 --microbatches 8 --svg breadth_first.svg
     bfpp show plan.csv --trace plan.json
     bfpp compare ab/*.* --html report.html
+    bfpp ab --config configs/quickstart.yaml --output-path ab --dry-run
     bfpp check plan.csv
     bfpp check --config configs/gpt_52b_64_v100.yaml --gpu v100-32
     bfpp plan configs/gpt_52b.yaml --gpu h100-80 --gpus 64 --global-batch 64
@@ -20,6 +21,7 @@ import argparse
 import sys
 from typing import NoReturn
 
+from .ab import command as ab
 from .bench import command as bench
 from .check import command as dry_run
 from .compare import command as compare
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
     commands = bfpp.add_subparsers(
-        dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,doctor}"
+        dest="command", required=True, metavar="{show,check,plan,bench,trace,compare,ab,doctor}"
     )
 
     show.add_command(commands)
@@ -83,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     dry_run.add_arguments(prove)
     prove.set_defaults(run=_check)
     compare.add_command(commands)
+    ab.add_command(commands)
     plan.add_command(commands)
     bench.add_command(commands)
     trace.add_command(commands)

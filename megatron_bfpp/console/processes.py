@@ -72,11 +72,12 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Start a command in a session of its own; `log` gets its output, also that on standard error."""
-        with open(log, "ab") as output:
-            self.add(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                      env=environment, start_new_session=True))  # fmt: skip
+    def start(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str] | None = None) -> None:
+        """Start a command in a session of its own; append its output to `log`, None for that of this process."""
+        with open(log, "ab") if log else contextlib.nullcontext() as output:
+            errors = subprocess.STDOUT if log else None
+            self.add(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
+                                      start_new_session=True))  # fmt: skip
 
     def add(self, process: Process) -> None:
         """Watch and end a process that was started elsewhere."""
@@ -175,6 +176,13 @@ def marked(mark: str) -> dict[int, str]:
             if f"\0{mark}\0" in environment:
                 found[int(path.parent.name)] = environment
     return dict(sorted(found.items()))
+
+
+def end_marked(mark: str) -> None:
+    """Kill the processes whose environment has the entry `mark`."""
+    for pid in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

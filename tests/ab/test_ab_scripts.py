@@ -1,4 +1,4 @@
-"""The A/B scripts, with a trainer that only writes the files of a run, and without SLURM: its commands are stand-ins."""
+"""The A/B, with a trainer that only writes the files of a run, and stand-ins for the commands of SLURM."""
 
 import json
 import os
@@ -63,8 +63,9 @@ def stubs(tmp_path):
 def environment(stubs, **settings):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_", "BFPP_"))}
     return kept | {
-        "PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": str(stubs / "python"), "STUBS": str(stubs), "DATA_PATH": "text",
-        "TESTS": str(ROOT / "tests" / "support"), "OUTPUT_PATH": str(stubs.parent / "out"), "STEPS": "8", **settings,
+        "PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": str(stubs / "python"), "STUBS": str(stubs),
+        "DATA_PATH": "text", "TESTS": str(ROOT / "tests" / "support"), "STEPS": "8",
+        "OUTPUT_PATH": str(stubs.parent / "out"), **settings,
     }  # fmt: skip
 
 
@@ -85,7 +86,10 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
     out = stubs.parent / "out"
     assert done.returncode == 1, done.stderr
     order = [(arm, round_) for arm, round_, *_ in calls(stubs)]
-    assert order == [("1f1b", 1), ("breadth-first", 1), ("interleaved-grouped", 1), ("breadth-first", 2), ("interleaved-grouped", 2), ("1f1b", 2)]  # fmt: skip
+    assert order == [
+        ("1f1b", 1), ("breadth-first", 1), ("interleaved-grouped", 1),
+        ("breadth-first", 2), ("interleaved-grouped", 2), ("1f1b", 2),
+    ]  # fmt: skip
     end = json.loads((out / "breadth-first.1" / "end.json").read_text())
     assert end["status"] == "failed" and end["reason"].endswith('Tried to allocate "2 GiB" \\ more (exit code 1)')
     report = json.loads((out / "report.json").read_text())
@@ -98,14 +102,18 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
 
 def test_arms_differ_in_the_schedule_alone(stubs):
     done = run(
-        "ab_local.sh", stubs, ARMS="1f1b interleaved-grouped breadth-first breadth-first-sharded", ROUNDS="1", GBS="12"
+        "ab_local.sh",
+        stubs,
+        ROUNDS="1",
+        GBS="12",
+        ARMS="interleaved interleaved-grouped breadth-first breadth-first-sharded",
     )
     assert done.returncode == 0, done.stderr
     words = {arm: given for arm, _, given, _ in calls(stubs)}
     common = set.intersection(*map(set, words.values()))
     assert {"--num-virtual-stages-per-pipeline-rank", "--global-batch-size", "12"} <= common
     more = {arm: [word for word in given if word not in common and "/out/" not in word] for arm, given in words.items()}
-    assert more["1f1b"] == ["1f1b"]
+    assert more["interleaved"] == ["1f1b"]
     assert more["interleaved-grouped"] == ["1f1b", "--microbatch-group-size-per-virtual-pipeline-stage"]
     assert words["interleaved-grouped"][words["interleaved-grouped"].index(more["interleaved-grouped"][1]) + 1] == "12"
     assert more["breadth-first"] == ["breadth-first"]
@@ -117,6 +125,23 @@ def test_arms_differ_in_the_schedule_alone(stubs):
     assert {arm: limit for arm, *_, limit in calls(stubs)} == dict.fromkeys(words, "1") | {
         "breadth-first-sharded": None
     }
+
+
+def test_1f1b_has_no_chunks_and_the_other_arms_have_the_same(stubs):
+    settings = {"ARMS": "1f1b interleaved", "ROUNDS": "1", "VP": "2", "EXTRA_ARGS": "--log-throughput"}
+    assert run("ab_local.sh", stubs, **settings).returncode == 0
+    (_, _, plain, _), (_, _, chunks, _) = calls(stubs)
+    flag = "--num-virtual-stages-per-pipeline-rank"
+    assert flag not in plain and chunks[chunks.index(flag) + 1] == "2"
+    assert "2" not in plain and {"--log-throughput", "--pipeline-schedule", "1f1b"} <= {*plain} & {*chunks}
+
+
+def test_flags_and_environment_variables_are_the_same_settings(stubs):
+    done = run("ab_local.sh", stubs, "--arms", "interleaved", "--rounds", "1", "--gbs", "16", ROUNDS="5", MBS="2")
+    assert done.returncode == 0, done.stderr
+    ((_, _, words, _),) = calls(stubs)
+    assert words[words.index("--micro-batch-size", words.index("--micro-batch-size") + 1) + 1] == "2"
+    assert words[-1 - words[::-1].index("--global-batch-size") + 1] == "16"
 
 
 def test_full_sharding_leaves_out_the_distributed_optimizer_of_the_configuration(stubs):
@@ -164,6 +189,7 @@ def test_under_slurm_each_run_is_one_srun_with_a_task_per_node(stubs):
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_SUBMIT_DIR": str(ROOT),
+        "BFPP_PYTHON": sys.executable,  # outside the container
     }
     # SLURM runs a copy.
     spooled = stubs / "slurm_script"
@@ -235,9 +261,7 @@ def test_without_an_allocation_the_slurm_script_says_so(stubs):
     assert done.returncode == 2 and "there is no allocation" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["ab_common.sh", "slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"]
-)
+@pytest.mark.parametrize("name", ["slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"])
 def test_the_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
 

@@ -18,8 +18,8 @@ TIMEOUT_S = 600  # for what takes a minute on an idle machine with 2 cores
 def settings_of(text, folder):
     """What the quickstart's GPT needs on a CPU. All else is the scripts' default."""
     return {
-        "CONFIG": "configs/quickstart.yaml", "DATA_PATH": text, "OUTPUT_PATH": str(folder / "out"), "GPUS_PER_NODE": "2",
-        "DEVICE": "cpu", "PYTHON": sys.executable,
+        "CONFIG": "configs/quickstart.yaml", "DATA_PATH": text, "OUTPUT_PATH": str(folder / "out"),
+        "GPUS_PER_NODE": "2", "DEVICE": "cpu", "PYTHON": sys.executable,
     }  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""The words of a job: CONFIG with what the settings change of it, the flags of an arm, and the trainer's own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from ..console.errors import UserError
+from ..schedule.names import SCHEDULES
+from .launchers import Launcher
+from .settings import Settings
+
+ARMS = tuple(word for word, schedule in SCHEDULES.items() if schedule.flags)
+_LAYOUT = "--pipeline-model-parallel-layout"
+_CHUNKS = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
+_FSDP2 = "--use-torch-fsdp2"
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+# Megatron refuses the first two with FSDP2 (docs/fully_sharded.md), and the third without model chunks.
+_NOT_SHARDED = ("--use-distributed-optimizer", "--overlap-param-gather", "--overlap-param-gather-with-optimizer-step")
+_NOT_WITHOUT_CHUNKS = ("--overlap-param-gather-with-optimizer-step",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all arms have in common. environment: of the ranks. microbatches: of a step."""
+
+    flags: list[str]
+    environment: dict[str, str]
+    microbatches: int
+
+    @classmethod
+    def read(cls, settings: Settings, launcher: Launcher, with_chunks: bool = True) -> Self:
+        """Read CONFIG and apply the settings. UserError for sizes that do not divide.
+
+        with_chunks: fix the chunks. Every arm must have the same on the same ranks, or the placements are compared and
+        not the schedules.
+        """
+        from ..console.config_file import load  # needs PyYAML, which other words of bfpp do without
+
+        environment, flags = load(settings.config)
+        for flag, given in (
+            ("--tensor-model-parallel-size", settings.tp), ("--pipeline-model-parallel-size", settings.pp),
+            ("--micro-batch-size", settings.mbs), ("--global-batch-size", settings.gbs),
+        ):  # fmt: skip
+            flags += [flag, str(given)] if given else []
+        job = cls(flags, environment, _microbatches(flags, launcher))
+        return replace(job, flags=[*flags, *_chunks(flags, settings)]) if with_chunks else job
+
+    def arm(self, word: str) -> Self:
+        """Return the job with the flags of a schedule."""
+        schedule = SCHEDULES[word]
+        flags = self.flags
+        if _FSDP2 in schedule.flags:
+            flags = [flag for flag in flags if flag not in _NOT_SHARDED]
+        if not schedule.chunks:
+            if _LAYOUT in flags:
+                raise UserError(f"ARMS: {word} has one chunk per rank, and CONFIG's {_LAYOUT} others; leave one out")
+            flags = [flag for flag in _without_values(flags, _CHUNKS) if flag not in _NOT_WITHOUT_CHUNKS]
+        return replace(self, flags=[*flags, *schedule.flags_for(self.microbatches)])
+
+    def words(self, settings: Settings, launcher: Launcher, flags: list[str], marks: Mapping[str, str]) -> list[str]:
+        """Return the whole command of a run. flags: its own; marks: more variables of its ranks."""
+        trainer = ["-m", "megatron_bfpp.pretrain_gpt", "--device", settings.device]
+        if settings.megatron_path:
+            trainer = ["-m", "megatron_bfpp.run", *trainer[2:], f"{settings.megatron_path}/pretrain_gpt.py"]
+        flags = [*self.flags, *flags, *shlex.split(settings.extra_args)]
+        values = {_CONNECTIONS: os.environ.get(_CONNECTIONS, "1"), **self.environment, **marks}
+        unset = [f"--unset={_CONNECTIONS}"] if _FSDP2 in flags else []
+        kept = [f"{name}={value}" for name, value in values.items() if not (unset and name == _CONNECTIONS)]
+        return launcher.job([*unset, *kept], [*trainer, *flags])
+
+
+def logging_flags(settings: Settings, name: str, folder: Path) -> list[str]:
+    """Return the flags that log a run: to TensorBoard always, since Megatron logs to W&B only with it."""
+    flags = ["--tensorboard-dir", str(folder / "tensorboard")]
+    if settings.wandb_project:
+        flags += ["--wandb-project", settings.wandb_project, "--wandb-exp-name", name]
+        flags += ["--wandb-save-dir", str(settings.output / "wandb")]
+    return flags
+
+
+def _microbatches(flags: list[str], launcher: Launcher) -> int:
+    """Return the micro-batches of a step. UserError where ranks or batch do not divide."""
+    pp, tp, cp = (
+        int(_value(flags, f"--{name}-parallel-size", "1")) for name in ("pipeline-model", "tensor-model", "context")
+    )
+    mbs, gbs = int(_value(flags, "--micro-batch-size", "1")), int(_value(flags, "--global-batch-size", "0"))
+    world, replica = launcher.nodes * launcher.ranks_per_node, pp * tp * cp
+    if pp < 2:
+        raise UserError("there are no pipeline ranks, and so no schedule to compare: set PP to 2 or more")
+    if world % replica:
+        raise UserError(
+            f"{launcher.nodes} nodes x {launcher.ranks_per_node} GPUS_PER_NODE = {world} ranks are no multiple of the "
+            f"{replica} of a replica\n  (PP {pp} x TP {tp} x CP {cp})"
+        )
+    replicas = world // replica
+    if gbs < 1 or gbs % (mbs * replicas):
+        raise UserError(f"GBS={gbs} is no multiple of MBS {mbs} x {replicas} replicas: set GBS or MBS")
+    return gbs // (mbs * replicas)
+
+
+def _chunks(flags: list[str], settings: Settings) -> list[str]:
+    """Return the flags that give every arm the same chunks; none where CONFIG does. UserError where no number fits."""
+    if settings.vp:
+        return [_CHUNKS[0], str(settings.vp)]
+    if any(_value(flags, flag, "") for flag in (*_CHUNKS, _LAYOUT)):
+        return []
+    layers, pp = int(_value(flags, "--num-layers", "0")), int(_value(flags, "--pipeline-model-parallel-size", "1"))
+    if layers % pp or layers < 2 * pp:
+        raise UserError(
+            f"VP is not set, and {layers} layers do not give each of {pp} pipeline ranks 2 or more:\n"
+            "  set VP, the model chunks per rank, for all arms"
+        )
+    return [_CHUNKS[0], str(layers // pp)]
+
+
+def _value(flags: list[str], name: str, default: str) -> str:
+    """Return the last value of a flag."""
+    places = [place for place, flag in enumerate(flags[:-1]) if flag == name]
+    return flags[places[-1] + 1] if places else default
+
+
+def _without_values(flags: list[str], names: tuple[str, ...]) -> list[str]:
+    """Return the flags less those of `names` and their values."""
+    return [flag for before, flag in zip(["", *flags], flags) if flag not in names and before not in names]
