@@ -13,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleLoopedBFS
 
 from ..integration.flags.settings import Settings
+from ..integration.seams import changed
 from ..integration.step import forward_backward
 from ..schedule import Action, PipelineShape, Schedule
 from . import data_parallel
@@ -91,7 +92,7 @@ class Arms:
                  num_microbatches=self.shape.num_microbatches, seq_length=1, micro_batch_size=1)  # fmt: skip
 
     def _grouped(self, interleaved: Callable[..., Any], group: int) -> None:
-        with forward_backward.changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
+        with changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
             self._run(interleaved)
 
     def _not_interleaved(self) -> Step:
@@ -105,7 +106,13 @@ class Arms:
         model = [data_parallel.under_fsdp(chunk, self.replicas, self.collectives) for chunk in chunks]
         for chunk in model:
             chunk.config.finalize_model_grads_func = data_parallel.finish
-        return lambda: self._run(forward_backward.run, Settings("breadth-first"), model=model)
+        collectives = self.collectives
+
+        def step() -> None:
+            with data_parallel.emulated_reductions(self.replicas, collectives):
+                self._run(forward_backward.run, Settings("breadth-first"), model=model)
+
+        return step
 
     def _torch(self, arm: str, kind: Any) -> Step:
         shape, group = self.shape, parallel_state.get_pipeline_model_parallel_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.core.distributed import (
 )
 from torch.distributed.pipelining import PipelineStage
 
+from ..integration.seams import changed
 from ..runtime import fully_sharded
 from .emulate.collectives import Collective, Collectives
 from .emulate.stages import EmulatedChunk, Layer
@@ -124,15 +126,20 @@ class ReplicatedStage(PipelineStage):
 
 
 def under_fsdp(chunk: EmulatedChunk, times: ReplicaTimes, collectives: Collectives) -> TorchFullyShardedDataParallel:
-    """A chunk in Megatron's wrapper for FSDP2, each layer a unit."""
+    """Wrap a chunk in Megatron's wrapper for FSDP2, each layer a unit. Its steps run within `emulated_reductions`."""
     wrapped = TorchFullyShardedDataParallel(
         chunk.config, DistributedDataParallelConfig(), chunk, sub_modules_to_wrap={Layer}
     )
     for layer in chunk.layers:
         _EmulatedGathers(layer, collectives, times.gather_s / times.buckets)
-    # The runtime makes one for each model, in its first step.
-    setattr(fully_sharded, "Reductions", partial(_EmulatedReductions, collectives, times.reduction_s / times.buckets))  # noqa: B010
     return wrapped
+
+
+def emulated_reductions(times: ReplicaTimes, collectives: Collectives) -> AbstractContextManager[None]:
+    """Give the models whose first step the runtime runs within this context reductions that take time."""
+    return changed(
+        fully_sharded, Reductions=partial(EmulatedReductions, collectives, times.reduction_s / times.buckets)
+    )
 
 
 class _EmulatedGathers:
@@ -153,23 +160,37 @@ class _EmulatedGathers:
             self._gather = None
 
 
-class _EmulatedReductions(fully_sharded.Reductions):
-    """The reduce-scatters of a rank, in time. As on a GPU, a backward waits where the gradients of more than a chunk would wait."""
+class EmulatedReductions(fully_sharded.Reductions):
+    """The reduce-scatters of a rank, in time: the compute stream waits for them where the runtime waits.
 
-    def __init__(self, collectives: Collectives, reduction_s: float, at_most: int):
-        super().__init__(at_most)
-        self._collectives, self._reduction_s, self._most = collectives, reduction_s, at_most
+    As on a GPU that is after the backwards of the next chunk, so that the gradients of at most one chunk wait for their
+    reduction beside those being added up.
+    """
+
+    def __init__(self, collectives: Collectives, reduction_s: float, context: Any):
+        super().__init__(context)
+        self._collectives, self._reduction_s = collectives, reduction_s
         self._under_way: deque[Collective] = deque()
+        self._of_earlier_chunks = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if len(self._under_way) == self._most:
-            self._collectives.wait(self._under_way.popleft())
         super().__call__(*args, **kwargs)
         self._under_way.append(self._collectives.launch(self._reduction_s))
 
+    def begin(self) -> None:
+        super().begin()
+        self._of_earlier_chunks = len(self._under_way)
+
+    def finish_earlier(self) -> None:
+        super().finish_earlier()
+        self._wait_for(self._of_earlier_chunks)
+
     def finish(self) -> None:
         super().finish()
-        while self._under_way:
+        self._wait_for(len(self._under_way))
+
+    def _wait_for(self, count: int) -> None:
+        for _ in range(min(count, len(self._under_way))):
             self._collectives.wait(self._under_way.popleft())
 
 

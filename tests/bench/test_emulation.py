@@ -46,6 +46,55 @@ def test_collectives(tmp_path):
     run_job(begins_with_the_last_rank_and_after_the_one_before, 2, tmp_path)
 
 
+def waits_for_a_reduction_after_the_next_chunk():
+    """PP 2 x 3 chunks, two replicas: the sharded arm's collectives of gradients, in the order of launches and waits."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_bfpp.bench.arms import Arms
+    from megatron_bfpp.bench.data_parallel import ReplicaTimes
+    from megatron_bfpp.bench.emulate.network import NUMBERS_PER_CARD, Link, Network
+    from megatron_bfpp.bench.emulate.stages import StageTimes
+    from megatron_bfpp.integration.cpu.mode import enable_cpu
+    from megatron_bfpp.runtime import fully_sharded
+    from megatron_bfpp.schedule import PipelineShape
+
+    enable_cpu()
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(1, 2, 3)
+    runtimes_own = fully_sharded.Reductions
+    cards = multiprocessing.get_context("spawn").Array("d", NUMBERS_PER_CARD * 4)
+    network = Network(Link(), 1.0, cards, replicas=2)
+    arms = Arms(PipelineShape(2, 3, 2), StageTimes(0.001, 0.001), network, ReplicaTimes(2, reduction_s=0.5))
+    seen, numbers = [], {}
+    launch, wait = arms.collectives.launch, arms.collectives.wait
+
+    def noted_launch(duration_s):
+        collective = launch(duration_s)
+        if duration_s:  # gathers take no time here
+            numbers[collective] = len(numbers)
+            seen.append(f"launch {numbers[collective]}")
+        return collective
+
+    def noted_wait(collective):
+        before_s = network.stream_s
+        wait(collective)
+        if collective in numbers:
+            seen.append(f"wait {numbers[collective]}")
+            assert network.stream_s == max(before_s, collective.end_s)
+
+    arms.collectives.launch, arms.collectives.wait = noted_launch, noted_wait
+    with network.installed():
+        arms.steps["breadth-first-sharded"]()
+    assert seen == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"], seen
+    assert fully_sharded.Reductions is runtimes_own
+
+
+def test_a_sharded_chunks_reduction_is_waited_for_after_the_next_chunk_and_nothing_stays_replaced(tmp_path):
+    pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+    run_job(waits_for_a_reduction_after_the_next_chunk, 4, tmp_path)
+
+
 def _second_message(cards, start_s, told):
     """In a process of its own: a message of rank 1 to rank 0, while a reduction of both is under way."""
     ticket = cards.ticket(1, 0)
