@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, NamedTuple
@@ -81,6 +82,32 @@ class Drawing:
     width: float = WIDTH
     height: float = 0.0
     shapes: list[Box | Lines | Words] = field(default_factory=list)
+
+    def legend(self, entries: list[tuple[str, list[Box | Lines]]], left: float) -> None:
+        """Add swatches with their names at the foot, in as many lines as they need. Swatches count from (0, 0)."""
+        x = left
+        for name, swatches in entries:
+            wide = sum(each.width + 1 if isinstance(each, Box) else 16 for each in swatches)
+            gap = 6 if swatches else 0
+            whole = wide + gap + text_width(name, 12) + 16
+            if x > left and x + whole > WIDTH:
+                x, self.height = left, self.height + 19
+            for each in swatches:
+                if isinstance(each, Box):
+                    self.shapes.append(each._replace(x=x + each.x, y=self.height + each.y))
+                else:
+                    ends = [(x1 + x, y1 + self.height, x2 + x, y2 + self.height) for x1, y1, x2, y2 in each.points]
+                    self.shapes.append(each._replace(points=ends))
+            self.shapes.append(Words(x + wide + gap, self.height + 10, name))
+            x += whole
+        self.height += 20
+
+    def note(self, text: str, left: float) -> None:
+        """Add a paragraph at the foot."""
+        for line in textwrap.wrap(text, int((WIDTH - left) / text_width("m", 12))):
+            self.shapes.append(Words(left, self.height + 12, line, kind="soft"))
+            self.height += 18
+        self.height += 6
 
     def svg(self) -> str:
         size = f"width='{self.width:.0f}' height='{self.height:.0f}' viewBox='0 0 {self.width:.0f} {self.height:.0f}'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 
 from ..schedule import Op, Span, Timeline
@@ -39,10 +38,7 @@ def picture(timelines: Named, unit: str = "forward units", forward: float = 1.0,
             panel.until(timelines[0][1].step_time)
     _axis(drawing, scale, end)
     _legend(drawing, timelines, unit)
-    for line in textwrap.wrap(note, int((WIDTH - _LEFT) / text_width("m", 12))):
-        drawing.shapes.append(Words(_LEFT, drawing.height + 12, line, kind="soft"))
-        drawing.height += 18
-    drawing.height += 6
+    drawing.note(note, _LEFT)
     return drawing
 
 
@@ -166,7 +162,7 @@ def takes_time(predicted: Prediction) -> bool:
 
 
 def _collectives(predicted: Prediction) -> Iterator[tuple[int, Op, int, float, float]]:
-    """Yield pp_rank, UNSHARD or REDUCE_GRAD, chunk, start and end of each that takes time. A rank runs one at a time."""
+    """Yield pp_rank, op, chunk, start and end of each collective that takes time. A rank runs one at a time."""
     for pp_rank, log in enumerate(predicted.collectives):
         free = 0.0
         for action, collective in log:
@@ -187,43 +183,25 @@ def _axis(drawing: Drawing, scale: float, end: float) -> None:
 
 
 def _legend(drawing: Drawing, timelines: Named, unit: str) -> None:
-    """Swatches with their names, in as many lines as their width needs; only of what is drawn."""
-    x, y = float(_LEFT), drawing.height
-
-    def entry(swatches: list[Box | Lines], wide: float, name: str) -> None:
-        nonlocal x, y
-        whole = wide + 6 + text_width(name, 12) + 16
-        if x > _LEFT and x + whole > WIDTH:
-            x, y = _LEFT, y + 19
-        for each in swatches:
-            if isinstance(each, Box):
-                drawing.shapes.append(each._replace(x=each.x + x, y=each.y + y))
-            else:
-                drawing.shapes.append(
-                    each._replace(points=[(x1 + x, y1 + y, x2 + x, y2 + y) for x1, y1, x2, y2 in each.points])
-                )
-        drawing.shapes.append(Words(x + wide + 6, y + 10, name))
-        x += whole
-
+    """Name what is drawn, and only that."""
     chunks = max(each.shape.num_chunks for _, each in timelines)
     shown = sorted({0, *(chunk * (chunks - 1) // 3 for chunk in range(4)), chunks - 1})
+    entries: list[tuple[str, list[Box | Lines]]] = []
     for op, name in ((Op.F, "forward"), (Op.B, "backward")):
-        swatches: list[Box | Lines] = [
-            Box(15 * place, 0, 14, 12, "key", shade(op, chunk, chunks)[0]) for place, chunk in enumerate(shown)
-        ]
-        entry(swatches, 15 * len(shown), f"{name}, first chunk to last" if chunks > 1 else name)
+        colors = [shade(op, chunk, chunks)[0] for chunk in shown]
+        boxes: list[Box | Lines] = [Box(15 * place, 0, 14, 12, "key", color) for place, color in enumerate(colors)]
+        entries.append((f"{name}, first chunk to last" if chunks > 1 else name, boxes))
     predicted = [each for _, each in timelines if isinstance(each, Prediction)]
     if any(map(takes_time, predicted)):
-        entry([Lines([(0, 1, 16, 11)], "message", 1.2)], 16, "message")
+        entries.append(("message", [Lines([(0, 1, 16, 11)], "message", 1.2)]))
     drawn = {op for each in predicted for _, op, *_ in _collectives(each)}
     for op, (name, color, _) in _COLLECTIVES.items():
         if op in drawn:
             of = "gradients" if op is Op.REDUCE_GRAD else "parameters"
-            entry([Box(0, 0, 16, 12, "key", color)], 16, f"{name} of a chunk's {of}")
+            entries.append((f"{name} of a chunk's {of}", [Box(0, 0, 16, 12, "key", color)]))
     kinds = {wait.kind for _, each in timelines if isinstance(each, Measured) for rank in each.waits for wait in rank}
     for kind, name in (("p2p", "waits for a message"), ("dp", "waits for a gather or reduction")):
         if kind in kinds:
-            entry([Box(0, 4, 16, 5, f"wait-{kind}")], 16, name)
-    entry([Box(0, 0, 16, 12, "idle")], 16, "idle")
-    entry([], -6, f"number: micro-batch; time in {unit}")
-    drawing.height = y + 20
+            entries.append((name, [Box(0, 4, 16, 5, f"wait-{kind}")]))
+    entries += [("idle", [Box(0, 0, 16, 12, "idle")]), (f"number: micro-batch; time in {unit}", [])]
+    drawing.legend(entries, _LEFT)
