@@ -72,11 +72,13 @@ def communicator(key: Channel, pp_size: int) -> Communicator:
 def add_send_recv(order: Schedule, shape: PipelineShape, timeline: Timeline | None = None) -> Schedule:
     """Launch every send right after its result; post every receive before the action that runs as it is sent.
 
-    The receive stands before the last action that the receiver starts before the sender ends, in a simulation with
+    A receive stands before the last action that the receiver starts before the sender ends, in a simulation with
     backwards twice as long as forwards. That is one action ahead of need or earlier: a message can arrive while
-    the receiver computes, and a sender never waits for a receiver that is merely ahead (rank 0 gets the first
-    microbatches of the next chunk while it still runs this one). The positions follow one clock, so plans cannot
-    deadlock whatever the real durations are: every wait points back in time.
+    the receiver computes, and on that clock no sender waits for a receiver that is merely ahead (rank 0 gets the first
+    microbatches of the next chunk while it still runs this one). With other durations a send can wait, in time that
+    its rank idles anyway: backwards of 1 to 3 forwards leave the step time as it is. Receives placed for shorter
+    backwards too would gain nothing and hold more buffers. All positions follow one clock, so plans cannot deadlock
+    whatever the real durations are: every wait points back in time.
     """
     timeline = timeline or simulate(order, shape)
     sends = [[_send_after(span.action, shape) for span in spans] for spans in timeline.spans]
