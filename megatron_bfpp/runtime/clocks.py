@@ -18,7 +18,7 @@ ROUND_TRIPS = 12  # the shortest counts: one that nothing has delayed
 
 
 class HostClock:
-    """time.perf_counter_ns."""
+    """Marks times with time.perf_counter_ns."""
 
     mark = staticmethod(time.perf_counter_ns)
 
@@ -30,7 +30,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events on the current stream, after a first one whose time on the host is known."""
+    """Marks times with events on the current stream, after a first one whose time on the host is known."""
 
     def __init__(self) -> None:
         self._events: list[Any] = []  # made once, used again by every step
@@ -50,7 +50,7 @@ class CudaClock:
 
     def mark(self) -> Any:
         if self._used == len(self._events):
-            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         event = self._events[self._used]
         self._used += 1
         event.record()
@@ -66,7 +66,7 @@ def clock_of(device: torch.device) -> HostClock | CudaClock:
 
 
 def offset_to_first(group: dist.ProcessGroup) -> tuple[int, int]:
-    """Collective over a gloo group: what to add to this rank's perf_counter_ns for the first rank's, and its error.
+    """Return what to add to this rank's perf_counter_ns to get the first rank's, and the error; collective, over gloo.
 
     A rank sends at t0, the first answers between t1 and t2, the answer is there at t3. The offset is
     ((t1 - t0) + (t2 - t3)) / 2, of the shortest round trip; it is wrong by no more than half the time that message and

@@ -1,7 +1,7 @@
-"""When data-parallel communication may run, chunk by chunk, for replicated and ZeRO-1 parameters.
+"""Launches data-parallel communication chunk by chunk, for replicated and ZeRO-1 parameters.
 
-The callbacks are those that Megatron's DistributedDataParallel offers and that its training loop puts into the config
-(no_sync_func, grad_sync_func, param_sync_func). This module knows only when to call them.
+The callbacks are those of Megatron's DistributedDataParallel, which its training loop puts into the config
+(no_sync_func, grad_sync_func, param_sync_func). This module decides only when to call them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ Sync = Callable[[Iterator[Parameter]], None]
 
 
 class DataParallel:
-    """A context around one step: within it, gradients are reduced only where the plan says so.
+    """A context around one step, in which gradients are reduced only where the plan has a REDUCE_GRAD.
 
     no_sync: one per chunk, a single one for all chunks, or None.
     grad_sync: per chunk, launches its reduction explicitly. None: leaving no_sync before the last backward lets
         Megatron's hooks launch it, bucket by bucket, while that backward runs.
     param_sync: per chunk, launches the gather of its parameters. None: whoever needs them gathers them.
     model: the chunks, whose parameters the two are called with.
-    in_backward: chunks whose reduction the hooks start during the last backward in any case; grad_sync launches the rest.
+    in_backward: chunks whose reduction the hooks start during the last backward in any case; grad_sync launches the
+    rest.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class DataParallel:
             self._open(chunk)
 
     def before_last_backward(self, chunk: int) -> None:
-        """The chunk's next backward is its last of the step."""
+        """Prepare the chunk's last backward of the step."""
         if self._grad_sync is None or chunk in self._in_backward:
             self._open(chunk)
 
     def reduce_grad(self, chunk: int) -> None:
-        """All backwards of the chunk are done: its reduction is launched now, if the hooks have not done so."""
+        """Launch the chunk's reduction after its last backward, unless the hooks have launched it."""
         self._unreduced.discard(chunk)
         self._open(chunk)
         if self._grad_sync is not None:
@@ -73,7 +74,7 @@ class DataParallel:
             self._param_sync[chunk](self._model[chunk].parameters())
 
     def reshard(self, chunk: int) -> None:
-        """Replicated parameters are not given up, and no plan for them says so."""
+        """Fail: replicated parameters are never given up, and no plan for them has a RESHARD."""
         raise AssertionError(f"RESHARD of chunk {chunk}, whose parameters are replicated")
 
     def _key(self, chunk: int) -> int:

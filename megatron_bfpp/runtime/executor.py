@@ -1,4 +1,4 @@
-"""Run the plan of one rank: for each action, its handler. What an action means is in the handlers, nowhere else."""
+"""Runs the plan of one rank: one handler per kind of action. The handlers alone define what an action does."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Tensor = torch.Tensor
 
 
 class Compute(Protocol):
-    """What the model's framework does in an action."""
+    """The model's framework: it computes the forwards and backwards."""
 
     def forward(self, chunk: int, microbatch: int, received: Tensor | None) -> Tensor:
-        """The output of a chunk, or the loss on the last stage. received: None on the first stage."""
+        """Return the output of a chunk, or the loss on the last stage. received: None on the first stage."""
 
     def backward(self, received: Tensor | None, output: Tensor, grad: Tensor | None) -> Tensor | None:
-        """The gradient of `received`. grad: of `output`; None on the last stage, whose output is the loss."""
+        """Return the gradient of `received`. grad: of `output`; None on the last stage, whose output is the loss."""
 
     def release(self, output: Tensor) -> None:
         """Free the data of a sent output; its graph stays."""
@@ -33,7 +33,7 @@ class Compute(Protocol):
 
 @dataclass
 class Executor:
-    """One step of one rank. One object per step."""
+    """Executes one step of one rank. Make one object per step."""
 
     shape: PipelineShape
     compute: Compute
@@ -41,7 +41,7 @@ class Executor:
     data_parallel: DataParallel | FullySharded
     forward_only: bool = False
     span: Callable[[Action], AbstractContextManager[object]] | None = None  # around every action; None costs nothing
-    activity: Activity = field(default_factory=Activity)  # what the watchdog reads
+    activity: Activity = field(default_factory=Activity)  # the watchdog reads it
     _inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # (stage, microbatch) ->
     _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _input_grads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -95,8 +95,8 @@ class Executor:
         grad = None
         if stage < self.shape.num_stages - 1:
             grad = self.messages.receive(Action(stage, Op.RECV_B, microbatch))
-            # The gradient's arrival shows that the output arrived, so this does not wait. Megatron's backward expects
-            # a freed output, and a short plan can come here within the send's window.
+            # The gradient could only be computed from the output, so the output has arrived and this does not wait.
+            # Megatron's backward expects a freed output, and a short plan can come here within the send's window.
             self.messages.finish_send(Action(stage, Op.SEND_F, microbatch))
         if microbatch == self.shape.num_microbatches - 1:
             self.data_parallel.before_last_backward(self.shape.chunk_of(stage))
@@ -104,7 +104,7 @@ class Executor:
         input_grad = self.compute.backward(self._inputs.pop(key), self._outputs.pop(key), grad)
         if stage > 0:
             if input_grad is None:
-                raise RuntimeError(f"{action} gave no gradient for its input, which the rank before waits for")
+                raise RuntimeError(f"{action} gave no gradient for its input, but the previous rank waits for one")
             self._input_grads[key] = input_grad
 
     def _send_forward(self, action: Action) -> None:

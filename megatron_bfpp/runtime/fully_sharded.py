@@ -1,22 +1,22 @@
-"""Fully sharded data parallelism (torch FSDP2) that a plan drives: it gathers and reduces where the plan says so.
+"""Drives fully sharded data parallelism (torch FSDP2) by a plan: it gathers and reduces where the plan says so.
 
-Left to itself FSDP2 gathers a module's parameters before every forward and every backward and reduces its gradients after
-every backward: once per micro-batch. Here a chunk is gathered by UNSHARD, stays so until RESHARD, adds up the gradients of
-its micro-batches unsharded, and reduces them within its last backward, module by module. FSDP2's own hooks then find
-gathered what they would gather. Each chunk is an FSDP root of its own.
+By itself FSDP2 gathers a module's parameters before every forward and backward and reduces its gradients after every
+backward: once per micro-batch. Here a chunk is gathered by UNSHARD, stays gathered until RESHARD, adds up the gradients
+of its micro-batches unsharded, and reduces them within its last backward, module by module. FSDP2's own hooks then find
+the parameters gathered. Each chunk is an FSDP root of its own.
 
-Not run on a GPU. What it relies on there, from FSDP2's source (torch 2.14):
-  - `unshard(async_op=True)` launches the all-gather behind what the compute stream held at its launch; the first forward or
-    backward of the module waits for it and copies out. The chunk's memory is taken from its launch on.
+Not run on a GPU. It relies there on the following, read in FSDP2's source (torch 2.14):
+  - `unshard(async_op=True)` launches the all-gather behind the compute stream's work at that moment; the first forward
+    or backward of the module waits for it and copies out. The chunk's memory is taken from the launch on.
   - A reduce-scatter runs on a stream of its own. FSDP2 keeps the input of one at a time, and the next module's backward
-    waits for it. `set_reduce_scatter_max_input_buffers` (torch 2.14) lifts that, over all chunks, which `share_comm_ctx` puts
-    on the same streams. Instead a chunk's reduction is waited for when that of the next chunk has been launched: it
-    has the next chunk's backwards to hide under, and the unreduced gradients of one chunk are kept beside those being
-    added up. Where torch lacks the two, modules wait for each other.
-  - FSDP2's root callback waits for all reductions after the last backward. It is held off, and called once at the end of
+    waits for it. `set_reduce_scatter_max_input_buffers` (torch 2.14) lifts that over all chunks, which `share_comm_ctx`
+    puts on the same streams. Instead this module waits for a chunk's reduction when the next chunk's is launched: the
+    reduction can hide under the next chunk's backwards, and one chunk of unreduced gradients stays in memory beside the
+    gradients being added up. Where torch lacks the two functions, modules wait for each other.
+  - FSDP2's root callback waits for all reductions after the last backward. It is held off and called once at the end of
     the step, so that no backward of the next chunk stands behind the reduction of this one.
-On a CPU a collective blocks. There `Reductions` launches it asynchronously, to be waited for at the end of the step; not
-with a `sum_dtype`, since FSDP2 casts its result at once.
+On a CPU a collective blocks. There `Reductions` launches it asynchronously and waits at the end of the step; not with a
+`sum_dtype`, since FSDP2 casts the result at once.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ Unit = Any
 class Reductions:
     """The reductions of a rank that are under way, in the order of their launch.
 
-    On a CPU it is FSDP2's reduce-scatter too. Results may then be read only after a wait, so nothing may be computed from
-    them before: no division after the sum, no cast to another type. Where they are added to an earlier gradient, `waits`
-    must be set.
+    On a CPU it also replaces FSDP2's reduce-scatter. Results may then be read only after a wait, so nothing may be
+    computed from them before: no division after the sum, no cast. Set `waits` where they are added to an earlier
+    gradient.
     """
 
     def __init__(self, context: Any):
-        """context: of FSDP2's communication, shared by the chunks; it holds the inputs of reductions, with their events."""
+        """context: FSDP2's communication context of all chunks; it holds the inputs of reductions with events."""
         self.waits = False
         self._context = context
         self._works: deque[dist.Work] = deque()  # on a CPU
@@ -68,11 +68,11 @@ class Reductions:
             self.finish()
 
     def begin(self) -> None:
-        """What is launched from now on belongs to another chunk."""
+        """Begin another chunk: reductions launched from here on belong to it."""
         self._earlier = len(self._works), len(self._inputs)
 
     def finish_earlier(self) -> None:
-        """Wait for what was launched before the last `begin`, and let its inputs go."""
+        """Wait for the reductions launched before the last `begin`, and free their inputs."""
         works, inputs = self._earlier
         for _ in range(min(works, len(self._works))):
             self._works.popleft().wait()
@@ -94,13 +94,13 @@ _prepared: WeakKeyDictionary[nn.Module, Reductions] = WeakKeyDictionary()  # fir
 
 
 class FullySharded:
-    """A context around one step, in which chunks are gathered, resharded and reduced when they are told to.
+    """A context around one step, in which chunks are gathered, resharded and reduced by its methods alone.
 
     model: the chunks of the rank, each an FSDP root (`fully_shard` was called on it last).
-    sum_dtype: in which gradients are added up over micro-batches and replicas; None for their own. The reduced gradient
-        is of the parameter's.
-    average: over the replicas; False for their sum.
-    Has the methods of `DataParallel`; for evaluation too, which gathers and reshards.
+    sum_dtype: the type in which gradients are added up over micro-batches and replicas; None for their own. The reduced
+        gradient has the parameter's type.
+    average: whether gradients are averaged over the replicas; False for their sum.
+    It has the methods of `DataParallel`, and serves evaluation too, which gathers and reshards.
     """
 
     def __init__(self, model: list[Unit], sum_dtype: torch.dtype | None = None, average: bool = True):
@@ -129,12 +129,12 @@ class FullySharded:
             chunk._get_fsdp_state()._root_post_backward_final_callback()
 
     def before_last_backward(self, chunk: int) -> None:
-        """The chunk's next backward is its last of the step: its modules reduce as it passes them."""
+        """Have the chunk's next backward, its last of the step, reduce module by module."""
         self._model[chunk].set_requires_gradient_sync(True)
         self._reductions.begin()
 
     def reduce_grad(self, chunk: int) -> None:
-        """All backwards of the chunk are done, and have launched its reduction: that of the chunk before must be over."""
+        """End the chunk's backwards, which have launched its reduction, and wait for the reduction before it."""
         self._model[chunk].set_requires_gradient_sync(False)
         self._reductions.finish_earlier()
 
@@ -149,7 +149,7 @@ class FullySharded:
             unit.reshard()
 
     def waits(self) -> Iterator[tuple[object, str, int, Op]]:
-        """The functions that wait for gathers and reductions: owner, name, chunk, and for which of the two."""
+        """Yield the functions that wait for gathers and reductions: owner, name, chunk, and UNSHARD or REDUCE_GRAD."""
         for chunk, units in enumerate(self._units):
             for unit in units:
                 for group in unit._get_fsdp_state()._fsdp_param_groups:
@@ -160,14 +160,14 @@ class FullySharded:
 
 
 def _units(chunk: Unit) -> Iterator[Unit]:
-    """The modules that FSDP2 gathers and reduces one by one: those with parameters of their own."""
+    """Yield the modules that FSDP2 gathers and reduces one by one: those with parameters of their own."""
     for module in chunk.modules():
         if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_groups:
             yield module
 
 
 def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool) -> Reductions:
-    """Set up, once for a model and before its first step, that FSDP2 does nothing of its own accord."""
+    """Keep FSDP2 from gathering and reducing by itself; once per model, before its first step."""
     if hasattr(fsdp, "share_comm_ctx"):
         fsdp.share_comm_ctx(model)
     reductions = Reductions(model[0]._get_fsdp_state()._comm_ctx)
@@ -188,6 +188,6 @@ def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype 
             elif group.device.type == "cpu" and hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(reductions)
     for chunk in model:
-        # Now, and not in the first forward: what chunks share is made anew by each, which must not happen under way.
+        # Now and not in the first forward: each chunk makes the shared state anew, which must not happen during a step.
         chunk._get_fsdp_state()._lazy_init()
     return reductions

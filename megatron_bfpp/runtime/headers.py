@@ -1,4 +1,4 @@
-"""What precedes a message under --bfpp-debug-p2p: who sent what, so that a wrong order is an error and not a hang.
+"""Headers that precede messages under --bfpp-debug-p2p, so that a wrong order is an error and not a hang.
 
 A header is 8 integers: stage, op and microbatch of the send, dtype, and the tensor's 3 sizes with their number.
 """
@@ -17,7 +17,7 @@ _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.in
 
 
 class Header(NamedTuple):
-    """The send that a message comes from, and the tensor that follows."""
+    """The send of a message and the tensor that follows."""
 
     send: Action
     dtype: torch.dtype | None  # None for one that is not listed here
@@ -28,7 +28,7 @@ class Header(NamedTuple):
 
 
 def write(send: Action, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The header of `tensor`, which has at most 3 dimensions."""
+    """Return the header of `tensor`, which has at most 3 dimensions."""
     sizes = list(tensor.shape)
     dtype = _DTYPES.index(tensor.dtype) if tensor.dtype in _DTYPES else -1
     numbers = [send.stage, _OPS.index(send.op), send.microbatch, dtype, len(sizes), *sizes, *[0] * (3 - len(sizes))]
@@ -36,7 +36,7 @@ def write(send: Action, tensor: torch.Tensor, device: torch.device) -> torch.Ten
 
 
 def read(header: torch.Tensor) -> Header:
-    """What `write` wrote. ValueError for what cannot be a header."""
+    """Read back what `write` wrote. ValueError if the numbers cannot be a header."""
     numbers = header.tolist()
     stage, op, microbatch, dtype, dimensions = numbers[:5]
     if not (0 <= op < len(_OPS) and -1 <= dtype < len(_DTYPES) and 0 <= dimensions <= 3):

@@ -1,21 +1,21 @@
-"""Point-to-point messages of one pipeline rank: receives posted ahead, sends asynchronous.
+"""Sends and receives the messages of one pipeline rank. Receives are posted ahead, sends are asynchronous.
 
 Decisions for GPUs, where this project cannot test, and their reasons:
-  - Plain isend/irecv on process groups, which is what Megatron's P2PCommunicator does with --overlap-p2p-communication
-    (its default). No batched calls: those make a send wait for an unrelated receive.
+  - Messages are plain isend/irecv on process groups, as in Megatron's P2PCommunicator with its default
+    --overlap-p2p-communication. Batched calls would make a send wait for an unrelated receive.
   - Every communicator carries one direction of one kind of message (activations forward, gradients backward) between
-    two ranks: the in-order streams that schedule/check.py proves. There is a process group for each kind and each colour
-    of the ring's edges (`schedule.lower.communicator`), 4 groups with an even number of ranks, 6 with an odd one. torch
-    then has such a communicator in both of its modes: initialized lazily (Megatron's way), a group makes a communicator
-    per pair of ranks; initialized eagerly (init_process_group with a device_id), all messages of a group share one and
-    are serialized, which would put a receive that was posted ahead in the way of every later send. It also keeps the
-    two neighbours apart that are one rank when there are 2 (Megatron uses the world's group for that).
-  - The groups are made, and their communicators used once, in one fixed order before the first step. A communicator that
-    is made lazily is a rendezvous of its own: isend does not return before the peer comes to its receive. In the order
-    of first use that has hung Megatron (Megatron-LM PR 5240).
+    two ranks: the in-order streams that schedule/check.py proves. There is a process group for each kind and each
+    colour of the ring's edges (`schedule.lower.communicator`), 4 groups with an even number of ranks, 6 with an odd
+    one. torch then has such a communicator in both of its modes. Initialized lazily (Megatron's way), a group makes a
+    communicator per pair of ranks. Initialized eagerly (init_process_group with a device_id), all messages of a group
+    share one and are serialized: a receive posted ahead would block every later send. With 2 ranks both neighbours are
+    one rank, and the colours keep their messages apart (Megatron uses the world's group for that).
+  - The groups are made, and their communicators used once, in one fixed order before the first step. A communicator
+    made lazily is a rendezvous of its own: isend does not return before the peer comes to its receive. Making them in
+    the order of first use has hung Megatron (Megatron-LM PR 5240).
   - A sent tensor is kept beside its handle and given up SEND_WINDOW compute actions later. Megatron since 0.18 waits
-    for a forward send before it frees the output (PR 4047), which puts the send in the way of the next forward;
-    before 0.18 it does not wait, and the receiver may read freed memory.
+    for a forward send before it frees the output (PR 4047), which delays the next forward; before 0.18 it does not
+    wait, and the receiver may read freed memory.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from .activity import Activity
 
 
 class PeerLostError(RuntimeError):
-    """A message could not be sent or received. Its cause is on the other side; this rank is not at fault."""
+    """A message could not be sent or received because of the other rank; this rank is not at fault."""
 
 
 class MessageMismatchError(RuntimeError):
-    """With --bfpp-debug-p2p: another message has arrived than the one that is waited for."""
+    """Under --bfpp-debug-p2p a message arrived that is not the one this rank waits for."""
 
 
 class Route(NamedTuple):
-    """Where the messages of one op of one stage go to or come from."""
+    """The group and the other end of the messages of one op of one stage."""
 
     group: dist.ProcessGroup
     peer: int  # global rank
@@ -62,9 +62,9 @@ class ChannelGroups:
         device: torch.device,
         timeout: timedelta | None = None,
         options: Any = None,
-        new_group: Callable[..., dist.ProcessGroup] = dist.new_group,
+        new_group: Callable[..., Any] = dist.new_group,
     ):
-        """Collective over `pp_group`. timeout, options: as new_group takes them; None for its defaults."""
+        """Make the groups, collectively over `pp_group`. timeout, options: of new_group, None for its defaults."""
         self.ranks = dist.get_process_group_ranks(pp_group)
         self.pp_rank = pp_group.rank()
         self._routes: dict[PipelineShape, dict[tuple[int, Op], Route]] = {}
@@ -74,7 +74,7 @@ class ChannelGroups:
         # By communicator, of whose channels no two have a rank in common: the pairs of ranks connect side by side.
         channels.sort(key=lambda each: communicator(each, size))
         self._groups = {
-            # Local synchronization: only the ranks of this pipeline take part, no matter what others do.
+            # Local synchronization: only the ranks of this pipeline take part, whatever other ranks do.
             key: new_group(
                 self.ranks, timeout=timeout, backend=dist.get_backend(pp_group), pg_options=options,
                 use_local_synchronization=True, group_desc="BFPP_{}_{}".format(*key),
@@ -85,7 +85,7 @@ class ChannelGroups:
             self._connect(each, device)
 
     def routes(self, shape: PipelineShape) -> dict[tuple[int, Op], Route]:
-        """The route of each kind of message of each stage of this rank, by (stage, op)."""
+        """Return the route of each kind of message of each stage of this rank, by (stage, op)."""
         if shape not in self._routes:
             self._routes[shape] = dict(self._find_routes(shape))
         return self._routes[shape]
@@ -111,26 +111,26 @@ class ChannelGroups:
 
 @dataclass(slots=True)
 class _Receive:
-    """A posted receive. Where headers precede the tensors, first of the header, then of the tensor."""
+    """A posted receive: of a tensor, or of the header that precedes it."""
 
     action: Action
-    handle: dist.Work
+    handle: dist.Work | None
     buffer: torch.Tensor
     is_header: bool = False
 
 
 class _Sent(NamedTuple):
-    """A launched send, and what to do with the tensor once it may be reused."""
+    """A launched send. release is called once its tensor may be reused."""
 
     action: Action
-    handles: list[dist.Work]
+    handles: list[dist.Work | None]
     tensors: list[torch.Tensor]
     release: Callable[[], None] | None
 
 
 @dataclass
 class Messages:
-    """The messages of one step of one rank. One object per step; `assert_finished` at its end."""
+    """The messages of one step of one rank. Make one object per step; call `assert_finished` last."""
 
     groups: ChannelGroups
     shape: PipelineShape
@@ -139,7 +139,7 @@ class Messages:
     device: torch.device
     variable_shapes: bool = False  # each tensor is preceded by its three sizes
     debug: bool = False  # each tensor is preceded by a header of headers.py, which is compared
-    activity: Activity = field(default_factory=Activity)  # what the watchdog reads
+    activity: Activity = field(default_factory=Activity)  # the watchdog reads it
     waiting: Callable[[Action], AbstractContextManager[object]] | None = None  # around every wait; None costs nothing
     _receives: dict[Action, _Receive] = field(default_factory=dict)
     _unread: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # headers, one at most per channel
@@ -156,15 +156,15 @@ class Messages:
         if not self._has_headers:
             self._receives[action] = self._irecv(action, route, self._empty(self.tensor_shape, action))
             return
-        # A channel is in order: the tensor that follows an earlier header must be asked for before the next header. That one
-        # may not be there yet, and nothing waits here: `receive`, which has to wait anyway, goes on with the channel.
+        # A channel is in order: the tensor of an earlier header must be received before the next header. That header
+        # may not have arrived, and nothing waits here; `receive`, which has to wait anyway, continues the channel.
         if route.group in self._unread:
             self._postponed.setdefault(route.group, deque()).append(action)
         else:
             self._post_header(action, route)
 
     def receive(self, action: Action) -> torch.Tensor:
-        """The tensor of an earlier `post_receive`, once it has arrived."""
+        """Wait for the tensor of an earlier `post_receive` and return it."""
         while self._has_headers and (action not in self._receives or self._receives[action].is_header):
             self._read_header(self._routes[action.stage, action.op])
         received = self._receives.pop(action)
@@ -172,9 +172,9 @@ class Messages:
         return received.buffer
 
     def send(self, action: Action, tensor: torch.Tensor, release: Callable[[], None] | None = None) -> None:
-        """Launch SEND_F or SEND_B. release is called once `tensor` may be reused."""
+        """Launch SEND_F or SEND_B. release is called once `tensor` may be reused, before the end of the step."""
         group, target = self._routes[action.stage, action.op]
-        tensors = [tensor.detach().contiguous()]
+        tensors = [tensor.contiguous()]
         if self.debug:
             tensors.insert(0, headers.write(action, tensor, self.device))
         elif self.variable_shapes:
@@ -186,7 +186,7 @@ class Messages:
         self._sent[-1].append(_Sent(action, handles, tensors, release))
 
     def before_compute(self) -> None:
-        """Give up what was sent SEND_WINDOW or more compute actions ago. To be called before each F and B."""
+        """Give up the tensors sent SEND_WINDOW or more compute actions ago. Call it before each F and B."""
         while len(self._sent) >= SEND_WINDOW and self._may_wait_for(self._sent[0]):
             self._finish(self._sent.popleft())
         self._sent.append([])
@@ -199,7 +199,7 @@ class Messages:
                 self._finish([each])
 
     def assert_finished(self) -> None:
-        """Wait for the last sends; nothing may be left over."""
+        """Wait for the last sends; AssertionError if a message was received and never used."""
         while self._sent:
             self._finish(self._sent.popleft())
         assert not self._receives, f"received but never used: {', '.join(map(str, self._receives))}"
@@ -211,7 +211,8 @@ class Messages:
             if each.release is not None:
                 each.release()
 
-    def _wait(self, handle: dist.Work, action: Action) -> None:
+    def _wait(self, handle: dist.Work | None, action: Action) -> None:
+        assert handle is not None, "this rank takes part in its own messages"
         self.activity.wait(action)
         try:
             if self.waiting is None:
@@ -227,7 +228,8 @@ class Messages:
 
     def _lost(self, action: Action, error: RuntimeError) -> NoReturn:
         verb = "sent to" if action.op in SENDS else "received from"
-        # gloo begins with its source line and ends with advice: "[.../pair.cc:561] Connection closed by peer [...]. This is ..."
+        # gloo begins with its source line and ends with advice: "[.../pair.cc:561] Connection closed by peer [...].
+        # This is ..."
         reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().splitlines()[0]).split(". This is")[0]
         raise PeerLostError(f"{action} could not be {verb} {self._other(action)}: {reason}") from error
 
@@ -238,10 +240,13 @@ class Messages:
         return f"pp_rank {pp_rank} (rank {self.groups.ranks[pp_rank]})"
 
     def _may_wait_for(self, sent: list[_Sent]) -> bool:
-        """With headers a tensor is asked for only when its header is read, by a peer that may have to wait for this
-        rank's next action before: waiting for such a send can deadlock, so it is given up when it has completed.
+        """Return whether waiting for these sends is safe.
+
+        With headers the peer posts a tensor's receive only when it has read the header, and before that it may wait for
+        this rank's next action. Waiting for such a send can deadlock: it is given up once it has completed.
         """
-        return not self._has_headers or all(handle.is_completed() for each in sent for handle in each.handles)
+        handles = (handle for each in sent for handle in each.handles)
+        return not self._has_headers or all(handle is None or handle.is_completed() for handle in handles)
 
     def _post_header(self, action: Action, route: Route) -> None:
         size = headers.SIZE if self.debug else 3
@@ -250,7 +255,7 @@ class Messages:
         self._receives[action] = self._unread[route.group] = header
 
     def _read_header(self, route: Route) -> None:
-        """Wait for the header that a channel has asked for last; then ask for its tensor, and for the next header."""
+        """Wait for the last header of a channel; then post the receives of its tensor and of the next header."""
         header = self._unread.pop(route.group)
         self._wait(header.handle, header.action)
         sizes = self._compared(header) if self.debug else tuple(header.buffer.tolist())
@@ -259,7 +264,7 @@ class Messages:
             self._post_header(self._postponed[route.group].popleft(), route)
 
     def _compared(self, received: _Receive) -> tuple[int, ...]:
-        """The sizes of the tensor that follows; MessageMismatchError unless it is the one that is waited for."""
+        """Return the sizes of the tensor that follows; MessageMismatchError unless it is the expected one."""
         expected = peer(received.action, self.shape)
         assert expected is not None, "a message has two ends"
         found = headers.read(received.buffer)
@@ -273,7 +278,7 @@ class Messages:
         return sizes
 
     def _empty(self, shape: tuple[int, ...], action: Action) -> torch.Tensor:
-        # A stage's input is a leaf of its graph: backward_step reads the gradient to send back from it.
+        # A stage's input is a leaf of its graph; backward_step reads from it the gradient to send back.
         return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=action.op is Op.RECV_F)
 
     def _irecv(self, action: Action, route: Route, buffer: torch.Tensor) -> _Receive:

@@ -1,4 +1,4 @@
-"""What all ranks said when a job ended, as text for the first rank's log."""
+"""Formats the reports of all ranks at the end of a job, for the first rank's log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ MOST_LINES = 64  # of a job with thousands of ranks
 
 
 def summary(why: str, said: dict[int, Status], world_size: int) -> str:
-    """why: the first alarm. said: by rank; who is missing has said nothing."""
+    """Return the text. why: the first alarm. said: the reports by rank; missing ranks have sent none."""
     silent = [rank for rank in range(world_size) if rank not in said]
     lines = [f"megatron_bfpp: all {world_size} ranks, as far as they speak; the job ends: {why}"]
     lines += [f"  rank {rank} says nothing: it is dead, stopped or cut off" for rank in silent[:MOST_LINES]]
-    # Who does not wait for another rank stands first: that is where it hangs.
+    # Ranks that wait for no other rank stand first: one of them is the cause.
     ordered = sorted(said.values(), key=lambda each: (each.waiting is not None, not each.ended, each.rank))
     shown = ordered[: max(0, MOST_LINES - len(silent))]
     lines += [f"  {each}" + (f"; {each.ended}" if each.ended else "") for each in shown]

@@ -1,12 +1,12 @@
-"""Ends a job whose step does not come to an end, and says of every rank where it was.
+"""Ends a job whose step does not end, and reports where every rank was.
 
-Each rank has two threads of its own. One looks at this rank's `Activity`: what has not ended within the time allowed is an
-alarm. The other looks whether some rank has raised an alarm, in the store through which the ranks met at their start; it
-needs neither NCCL nor gloo, whose operations are what hangs. On an alarm every rank says what it was doing, and ends; the
-first rank collects what the others say. A rank that says nothing is dead or stopped.
+Each rank has two threads. One watches this rank's `Activity`: an action that does not end within the time allowed is an
+alarm. The other looks for alarms of other ranks in the store through which the ranks met at their start; it needs
+neither NCCL nor gloo, whose operations may be what hangs. On an alarm every rank reports what it was doing and ends;
+the first rank collects the reports. A rank without a report is dead or stopped.
 
-Torchrun ends the ranks of a node by SIGTERM as soon as one of them has died, which is before they could say anything:
-that signal is an alarm of this rank alone, unless somebody else handles it (Megatron's --exit-signal-handler).
+Torchrun ends the ranks of a node by SIGTERM as soon as one of them has died, before they could report anything. That
+signal is an alarm of this rank alone, unless somebody else handles it (Megatron's --exit-signal-handler).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any
 from .activity import Activity, Status
 from .testimony import summary
 
-MOST_GRACE_S = 5.0  # how long the first rank waits for what the others say; a part of the time allowed if that is short
-RANKS_PER_S = 1024  # that ask the store in a second; a TCPStore answers 100 times as many
+MOST_GRACE_S = 5.0  # how long the first rank waits for the other reports; less if the time allowed is short
+RANKS_PER_S = 1024  # ranks that ask the store in a second; a TCPStore answers 100 times as many
 TERMINATED = 128 + signal.SIGTERM
 
 
 class Watchdog:
-    """Of one rank. `start`, then `failed` for an error that nobody catches; `stop` at the end of the process."""
+    """Watches one rank. Call `start`, `failed` for an error that nobody catches, and `stop` at the end."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class Watchdog:
         activity: Activity,
         on_end: Callable[[str], None] | None = None,
     ):
-        """store: where the ranks met, under a name of this job's; a connection of its own is made where torch can.
-        timeout_s: within it all ranks have ended, counted from the begin of what does not end.
-        on_end: called with the reason before this process ends by the watchdog.
+        """store: the store in which the ranks met, with a prefix of this job; torch makes it a connection of its own.
+        timeout_s: all ranks end within it, counted from the begin of the action that does not end.
+        on_end: called with the reason before the watchdog ends this process.
         """
         self._store = store.clone() if hasattr(store, "clone") else store
         self._rank, self._size, self._timeout_s = rank, world_size, timeout_s
@@ -53,9 +53,9 @@ class Watchdog:
         self._host = socket.gethostname()
         self._grace_s = min(MOST_GRACE_S, timeout_s / 5)
         self._tick_s = max(min(1.0, timeout_s / 40), world_size / RANKS_PER_S)
-        # What is left of the time is for the alarm to be seen, and for all to speak.
+        # The rest of the time is for the ranks to see the alarm and to report.
         self._limit_s = max(timeout_s / 2, timeout_s - 2 * self._tick_s - 1.5 * self._grace_s)
-        self._alarm: str | None = None  # why the job ends
+        self._alarm: str | None = None  # the reason why the job ends
         self._reporting, self._reported = threading.Lock(), threading.Event()
         self._stopping = threading.Event()
         self._wake: tuple[int, int] | None = None
@@ -63,7 +63,7 @@ class Watchdog:
         self._has_sigterm = False
 
     def start(self) -> None:
-        """To be called in the main thread, which is where Python takes signals."""
+        """Start the threads. Call it in the main thread, where Python takes signals."""
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wake = read, write
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -72,7 +72,7 @@ class Watchdog:
             threading.Thread(target=target, name=f"megatron_bfpp{target.__name__}", daemon=True).start()
 
     def stop(self) -> None:
-        """In the main thread. From here on SIGTERM ends the process as it did before."""
+        """Stop the threads and restore SIGTERM. Call it in the main thread."""
         self._stopping.set()
         self._nudge()
         if self._has_sigterm:
@@ -80,14 +80,14 @@ class Watchdog:
             _leave_sigterm_alone()
 
     def failed(self, reason: str) -> None:
-        """In the main thread: this rank ends with an error that nobody catches. All others end too."""
+        """End all ranks because this one ends with an error that nobody catches. Call it in the main thread."""
         self._within(self._grace_s, lambda: self._raise_alarm(f"rank {self._rank} {reason}"))
         if not self._report(reason):
-            self._reported.wait(3 * self._grace_s)  # the other thread is at it, and ends the process
+            self._reported.wait(3 * self._grace_s)  # the other thread is reporting, and ends the process
 
     def _take_sigterm(self, write: int) -> None:
-        # Python's handlers run between two bytecodes of the main thread, which may stand in a wait for ever. The byte is
-        # written by the C handler.
+        # Python's handlers run between two bytecodes of the main thread, which may wait for ever. The C handler writes
+        # the byte at once.
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         if previous != -1:  # somebody else listens to signals already
             signal.set_wakeup_fd(previous)
@@ -107,7 +107,7 @@ class Watchdog:
             if self._alarm is not None:
                 self._take_along(self._alarm, 1)
             elif signal.SIGTERM in signals:
-                self._within(self._grace_s, self._look)  # it may be that of the launcher, for what another rank did
+                self._within(self._grace_s, self._look)  # the launcher may have sent it because another rank failed
                 self._take_along(self._alarm or "SIGTERM", TERMINATED)
             else:
                 self._check_time()
@@ -138,7 +138,7 @@ class Watchdog:
             try:
                 self._look()
             except RuntimeError:  # torch.distributed.DistStoreError, DistNetworkError
-                # Its host has ended, as at the end of every job; or has died, and then this rank's own time runs out.
+                # The store's host has ended, as at the end of every job, or has died: then this rank's time runs out.
                 return
             if self._alarm is not None:
                 self._nudge()
@@ -149,7 +149,7 @@ class Watchdog:
             self._alarm = self._store.get("alarm").decode()
 
     def _raise_alarm(self, why: str) -> None:
-        """The first alarm counts."""
+        """Raise the alarm, unless another rank was first."""
         self._alarm = self._store.compare_set("alarm", "", why).decode()
 
     def _take_along(self, why: str, code: int) -> None:
@@ -159,7 +159,7 @@ class Watchdog:
             self._reported.wait(3 * self._grace_s)
 
     def _report(self, ended: str, why: str = "") -> bool:
-        """Say what this rank was doing, once; False if that is done or under way already. ended: why by itself."""
+        """Report what this rank was doing, once; False if a report is made already. ended: its own reason to end."""
         if not self._reporting.acquire(blocking=False):
             return False
         status = self._activity.status(self._rank, self._host, ended)
@@ -174,7 +174,7 @@ class Watchdog:
         return True
 
     def _gather(self, why: str) -> None:
-        """The first rank prints what all have said; the second if the first one says nothing."""
+        """Print all reports on the first rank, or on the second if the first has none."""
         found: dict[int, Status] = {}
 
         def read() -> None:
@@ -193,7 +193,7 @@ class Watchdog:
             print(summary(why, dict(found), self._size), file=sys.stderr, flush=True)
 
     def _within(self, seconds: float, action: Callable[[], None]) -> None:
-        """Do something with the store, which may not answer: its host may be what has stopped."""
+        """Run an action on the store for at most so long: the store's host may have stopped."""
 
         def attempt() -> None:
             try:
@@ -212,12 +212,12 @@ class Watchdog:
         if self._wake is not None:
             try:
                 os.write(self._wake[1], b"\0")
-            except BlockingIOError:  # it is full, which wakes as well
+            except BlockingIOError:  # a full pipe wakes the thread as well
                 return
 
     def _exit(self, code: int) -> None:
-        """The main thread stands in a wait that nothing ends: only the whole process can."""
-        for child in multiprocessing.active_children():  # of data loaders and checkpoints; nobody else would end them
+        """End the process; the main thread is in a wait that nothing else ends."""
+        for child in multiprocessing.active_children():  # data loaders and checkpoint writers, which nobody else ends
             child.kill()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -225,11 +225,11 @@ class Watchdog:
 
 
 def _noted(*_: object) -> None:
-    """The byte in the pipe is what counts."""
+    """Do nothing: the byte in the pipe wakes the thread."""
 
 
 def _leave_sigterm_alone() -> None:
-    """Also in a forked child, which has neither the threads nor the reason, and shares the pipe."""
+    """Restore SIGTERM, also in a forked child, which has no threads and shares the pipe."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

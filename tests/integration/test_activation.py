@@ -78,13 +78,33 @@ def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
 def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
     import torch
 
-    from megatron_bfpp.integration.step.call import check_call
+    from megatron_bfpp.integration.step.call import StepCall
 
-    call = {"model": [torch.nn.Linear(1, 1)] * 2, "adjust_tensor_shapes_fn": None}
+    call = {
+        "forward_step_func": None, "model": [torch.nn.Linear(1, 1)] * 2, "num_microbatches": 2, "seq_length": 1,
+        "micro_batch_size": 1,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="2 chunks, but 1 given"):
-        check_call({**call, "data_iterator": [None]})
+        StepCall(**call, data_iterator=[None])
     with pytest.raises(ValueError, match="2 chunks, but a NoneType given"):
-        check_call({**call, "data_iterator": None})
+        StepCall(**call, data_iterator=None)
+    with pytest.raises(RuntimeError, match="adjust_tensor_shapes_fn"):
+        StepCall(**call, data_iterator=[None] * 2, adjust_tensor_shapes_fn=lambda: None)
+
+
+def test_a_call_has_the_parameters_and_defaults_of_megatrons_schedule():
+    import inspect
+    from dataclasses import MISSING, fields
+
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_bfpp.integration.step.call import StepCall
+
+    theirs = inspect.signature(inspect.unwrap(schedules.forward_backward_pipelining_with_interleaving)).parameters
+    ours = {
+        each.name: inspect.Parameter.empty if each.default is MISSING else each.default for each in fields(StepCall)
+    }
+    assert {name: each.default for name, each in theirs.items()} == {name: ours[name] for name in theirs}
 
 
 def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys):
@@ -142,7 +162,7 @@ def test_megatrons_loop_gets_its_config_back_also_when_a_step_raises(monkeypatch
     with pytest.raises(RuntimeError, match="no memory"):
         forward_backward.run_megatron(
             Settings("breadth-first", "late", engine="megatron"), original, model=[chunk] * 2, data_iterator=[None] * 2,
-            num_microbatches=12, forward_only=False,
+            forward_step_func=None, num_microbatches=12, seq_length=1, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
     assert seen == [(12, False)]
     assert vars(config) == before and schedules.get_pp_rank_microbatches is warmup

@@ -1,8 +1,7 @@
-"""--use-torch-fsdp2 with pipeline ranks: what Megatron's chunks lack.
+"""Adds what Megatron's chunks lack for --use-torch-fsdp2 with pipeline ranks.
 
-Megatron's own parts serve as they are: the wrapper that shards (TorchFullyShardedDataParallel), clipping, norms, optimizers
-and checkpoints know sharded tensors. What they miss is added to the chunks by `data_parallel`, and by the seams of
-fully_sharded_seams.py.
+Megatron's own parts serve as they are: the wrapper that shards (TorchFullyShardedDataParallel), clipping, norms,
+optimizers and checkpoints handle sharded tensors. `data_parallel` and the seams of fully_sharded_seams.py add the rest.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from ...runtime.fully_sharded import FullySharded
 
 
 def is_sharded(model: list[torch.nn.Module]) -> bool:
-    """Whether Megatron has wrapped the chunks with FSDP2."""
+    """Return whether Megatron has wrapped the chunks with FSDP2."""
     from megatron.core.distributed import TorchFullyShardedDataParallel
 
     return isinstance(model[0], TorchFullyShardedDataParallel)
 
 
 def data_parallel(model: list[Any], config: Any) -> FullySharded:
-    """The runtime's FullySharded over Megatron's wrappers of the chunks.
+    """Return the runtime's FullySharded over Megatron's wrappers of the chunks.
 
-    Gradients of bf16 are added up over micro-batches and replicas in fp32, as Megatron's DDP does under --bf16. Its FSDP2
-    wrapper does not ask for that.
+    bf16 gradients are added up over micro-batches and replicas in fp32, as Megatron's DDP does under --bf16. Megatron's
+    FSDP2 wrapper does not ask for that.
     """
     for chunk in model:
         # The step ends with all gradients reduced. Megatron's wrapper does not take finalize's argument before 0.19.
@@ -41,7 +40,7 @@ def data_parallel(model: list[Any], config: Any) -> FullySharded:
 
 
 def _scale_gradients(chunk: torch.nn.Module, factor: Any) -> None:
-    """With a loss per token Megatron divides summed gradients by the number of tokens; its wrapper leaves that out."""
+    """Multiply the summed gradients, which Megatron's wrapper leaves out: a loss per token divides by the tokens."""
     for parameter in chunk.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)

@@ -1,4 +1,4 @@
-"""Three places of Megatron that stand in the way of --use-torch-fsdp2 with pipeline ranks, or of resuming with it."""
+"""Changes the three places of Megatron that block --use-torch-fsdp2 with pipeline ranks, or resuming with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LOAD_CHECKPOINT = Seam(
 
 @contextmanager
 def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
-    """Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
+    """Run Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
 
-    The assertion is taken out of the function's code for the time of a call, rather than to hide the flag or the number of
-    ranks from it: other checks depend on both.
+    The assertion is removed from the function's code during the call. Hiding the flag or the number of ranks instead
+    would mislead other checks that depend on both.
     """
     function = inspect.unwrap(validate)
     code = function.__code__
@@ -81,10 +81,10 @@ def apply_to_checkpoints() -> None:
 
 
 def by_local_tensor(original: Callable[..., dict[int, int]]) -> Callable[..., dict[int, int]]:
-    """The number of every parameter of an optimizer, by the identity of what the model's sharded state holds of it.
+    """Replace get_optim_param_to_id_map, which numbers an optimizer's parameters by the identity of their tensors.
 
-    Of a sharded parameter that is the local tensor. Megatron asks it for `to_local()`, which since torch 2.14 makes a new
-    tensor of a parameter: none is found again, and the checkpoint cannot be saved.
+    For a sharded parameter that is the local tensor. Megatron calls `to_local()`, which since torch 2.14 makes a new
+    tensor from a parameter: none is found again, and the checkpoint cannot be saved.
     """
 
     def get_optim_param_to_id_map(optim_params_iter: Iterable[torch.nn.Parameter]) -> dict[int, int]:
@@ -94,10 +94,10 @@ def by_local_tensor(original: Callable[..., dict[int, int]]) -> Callable[..., di
 
 
 def with_steps(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's load_checkpoint, which restores of a sharded optimizer the tensors, in place, and nothing else.
+    """Replace load_checkpoint, which restores only the tensors of a sharded optimizer, in place.
 
-    Without its groups' values the optimizer would count its steps from 0: Adam would correct its moments for the bias
-    of a first step. They are restored here, from the very state that Megatron has read.
+    Without its groups' values the optimizer would count its steps from 0, and Adam would correct its moments for the
+    bias of a first step. They are restored here from the state that Megatron has read.
     """
 
     @wraps(original)
@@ -115,12 +115,12 @@ def with_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_values(optimizer: Any, state: dict[str, Any]) -> None:
-    """What a saved optimizer holds beside tensors: its groups' values, and the number of steps."""
-    saved = state.get("optimizer", state)  # that of bf16 has its fp32 parameters beside it
+    """Restore what a saved optimizer holds beside tensors: its groups' values, and the number of steps."""
+    saved = state.get("optimizer", state)  # a bf16 optimizer's state has its fp32 parameters beside it
     own = optimizer.optimizer.param_groups
     for group, found in zip(own, optimizer._filter_and_reorder_param_groups(own, saved["param_groups"]), strict=True):
         group.update({name: value for name, value in found.items() if name != "params"})
-    step = saved["state"].get("common_step")  # of an optimizer that counts per parameter, such as torch's
+    step = saved["state"].get("common_step")  # optimizers that count per parameter have it, such as torch's
     if step is not None:
         for values in optimizer.optimizer.state.values():
             values["step"] = step.clone() if torch.is_tensor(step) else step

@@ -1,4 +1,4 @@
-"""Which process groups a step uses: the caller's or Megatron's for what Megatron does, groups of our own for the messages."""
+"""Chooses the process groups of a step: the caller's or Megatron's for Megatron's part, our own for the messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeli
 def process_groups(
     p2p: P2PCommunicator | None, groups: ProcessGroupCollection | None
 ) -> tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]:
-    """The pipeline group and the collection that finalize_model_grads gets: the caller's, or Megatron's global ones."""
+    """Return the pipeline group, and the groups for finalize_model_grads: the caller's, or Megatron's global ones."""
     if (p2p is None) != (groups is None):
         raise ValueError("p2p_communicator and pg_collection must be given together, or neither")
     if p2p is not None and groups is not None:
@@ -44,13 +44,14 @@ def process_groups(
 def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
     if pp_group not in _channels:
         options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
-        # create_group: Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init changes.
+        # create_group adds to Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init
+        # changes.
         _channels[pp_group] = ChannelGroups(pp_group, device, _timeout(), options, parallel_state.create_group)
     return _channels[pp_group]
 
 
 def _nccl_options() -> Any:
-    """What --high-priority-stream-groups and --nccl-communicator-config-path ask of Megatron's own pipeline group."""
+    """Return the options of Megatron's group: --high-priority-stream-groups, --nccl-communicator-config-path."""
     args = megatron_args()
     if args is None:
         return None
@@ -64,6 +65,6 @@ def _nccl_options() -> Any:
 
 
 def _timeout() -> timedelta | None:
-    """--distributed-timeout-minutes, where there is a command line."""
+    """Return --distributed-timeout-minutes; None without a command line."""
     args = megatron_args()
     return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)

@@ -1,9 +1,11 @@
-"""Data parallelism of a breadth-first step. Replicated and ZeRO-1 parameters: what launches which of Megatron's reductions and gathers.
+"""Chooses what launches Megatron's reductions and gathers in a breadth-first step: replicated and ZeRO-1 parameters.
 
-The plan launches a chunk's reduction after its last backward and its gather under the chunk before. Two things are left to
-expose: the reduction of the first chunk, with which the step ends, and its gather, with which it starts. Megatron holds
-that chunk's gradients and parameters in buckets on the first pipeline rank, the last to end and the first to start. There
-  - Megatron's hooks launch the reduction bucket by bucket during the chunk's last backward, and the plan what they left;
+The plan launches a chunk's reduction after its last backward and its gather under the chunk before. Two remain exposed:
+the reduction of the first chunk, with which the step ends, and its gather, with which the step starts. Megatron holds
+that chunk's gradients and parameters in buckets on the first pipeline rank, the last to end and the first to start.
+There
+  - Megatron's hooks launch the reduction bucket by bucket during the chunk's last backward, and the plan launches the
+    rest;
   - the buckets are gathered in the order of the forward, which then starts with the first of them.
 """
 
@@ -22,9 +24,9 @@ Sync = Callable[[Iterator[Parameter]], None]
 
 
 def data_parallel(config: Any, model: list[Module], evaluation: bool) -> DataParallel:
-    """For one step, of what Megatron's training loop has put into the config and its wrappers into the chunks.
+    """Return the object that gathers and reduces in one step, from Megatron's config and its wrappers of the chunks.
 
-    A function of somebody else's in the config is called as Megatron's interleaved loop would: once per chunk, for all of it.
+    Functions in the config that are not Megatron's are called as its interleaved loop calls them: once per chunk.
     """
     if evaluation:  # no gradients to reduce, and Megatron gathers the parameters before it starts
         return DataParallel(None, None, None, [])
@@ -53,13 +55,13 @@ def _reduces_in_buckets(chunk: Module) -> bool:
 
 
 def _reduce_rest(chunk: Any, _: Iterator[Parameter]) -> None:
-    """Launch the reductions that the hooks did not: in the first step, and where a parameter had no gradient."""
+    """Launch the reductions that the hooks left out: in the first step, and where a parameter had no gradient."""
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if group.grad_reduce_handle is None:
             group.start_grad_sync()
         if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
-            # Megatron learns in this step how many gradients to wait for, and stops where one of them is missing. Without
-            # counts it goes on to learn in the next step.
+            # Megatron learns in this step how many gradients to wait for, and fails where one is missing. Without
+            # counts it learns them in the next step.
             group.per_param_grad_ready_counts = {}
 
 
@@ -76,16 +78,17 @@ def _gathers_in_buckets(chunk: Module) -> bool:
 
 
 def _gather_in_forward_order(chunk: Any, _: Iterator[Parameter]) -> None:
-    """Buckets are in the order of the backward, and start_param_sync of the chunk launches the last layers' first."""
+    """Gather the buckets in the order of the forward; the chunk's own start_param_sync begins with the last layers."""
     for group in [*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups)]:
         group.start_param_sync()
 
 
 def _unaligned_gathers(model: list[Module]) -> list[Sync] | None:
-    """Under --no-align-param-gather Megatron's hooks gather a chunk when its forward needs it, which hides nothing.
+    """Return a gather per chunk under --no-align-param-gather, where Megatron's hooks hide nothing; None elsewhere.
 
-    The hooks of the first chunk gather its buckets one ahead of the forward: that stays. The plan gathers the others. Megatron takes the
-    hooks away where a step needs no gathers, as the first one.
+    Those hooks gather a chunk when its forward needs it. On the first chunk they gather the buckets one ahead of the
+    forward, which stays; the plan gathers the other chunks. Megatron removes the hooks in steps without gathers, such
+    as the first one.
     """
     if not all(_overlaps_gathers(chunk) and chunk.remove_forward_pre_hook_handles for chunk in model):
         return None

@@ -1,0 +1,64 @@
+"""Megatron's forward and backward of one micro-batch, as the executor calls them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+
+from .call import StepCall
+
+
+class MegatronCompute:
+    """Megatron's forward_step and backward_step for one step of this rank. One object per step.
+
+    cp_size: context-parallel ranks. max_outstanding: the most forwards of this rank that await their backward.
+    """
+
+    def __init__(
+        self, call: StepCall, config: Any, is_last_rank: bool, cp_size: int, device: torch.device, max_outstanding: int
+    ):
+        self.store: list[Any] = []  # what the loss function reports, on the last stage
+        self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
+        self._call, self._config, self._max_outstanding = call, config, max_outstanding
+        self._last_chunk = len(call.model) - 1 if is_last_rank else None  # the chunk that ends with the loss
+        self._partial = config.num_microbatches_with_partial_activation_checkpoints
+        self._forwards = 0
+        self._forward_step = partial(
+            schedules.forward_step, call.forward_step_func, num_microbatches=call.num_microbatches,
+            forward_data_store=self.store, config=config, cp_group_size=cp_size,
+            collect_non_loss_data=call.collect_non_loss_data,
+        )  # fmt: skip
+
+    def forward(self, chunk: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+        """Return the output of a chunk, or the loss on the last stage."""
+        call = self._call
+        output: torch.Tensor
+        output, num_tokens = self._forward_step(
+            call.data_iterator[chunk], call.model[chunk], input_tensor=received,
+            checkpoint_activations_microbatch=self._checkpoints_all_layers(),
+            is_first_microbatch=schedules.check_first_val_step(
+                call.first_val_step, call.forward_only, microbatch == 0
+            ),
+            current_microbatch=microbatch, vp_stage=chunk, is_last_stage=chunk == self._last_chunk,
+        )  # fmt: skip
+        self.total_num_tokens += num_tokens
+        self._forwards += 1
+        return output
+
+    def backward(
+        self, received: torch.Tensor | None, output: torch.Tensor, grad: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return the gradient of `received`."""
+        input_grad: torch.Tensor | None = schedules.backward_step(received, output, grad, self._config)
+        return input_grad
+
+    def release(self, output: torch.Tensor) -> None:
+        """Free the data of a sent output; its graph stays."""
+        schedules.deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
+
+    def _checkpoints_all_layers(self) -> bool | None:
+        """Apply Megatron's window of partial checkpointing (arXiv 2205.05198, appendix C); None without it."""
+        return None if self._partial is None else self._forwards % self._max_outstanding >= self._partial
