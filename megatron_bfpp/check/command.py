@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import progress
+from ..console.config_file import cluster, load
 from ..console.errors import UserError
 from ..console.files import write_whole
+from .plan import check_plan
 
 if TYPE_CHECKING:
     from ..planner.hardware import GPU
@@ -28,32 +30,53 @@ TOLERANCE = 0.01  # of parameters between Megatron's model and the estimate's
 GPUS_PER_NODE = 8  # where no kind of GPU is named
 # Major compute capability, which Megatron's validation asks for.
 CAPABILITIES = {"v100": 7, "a100": 8, "h100": 9, "h200": 9}
-# In a configuration's comment: "on 64 V100", "for 16 GPUs", "--gpus 4096".
-_GPUS_IN_COMMENT = re.compile(r"--gpus (\d+)|\b(?:on|for) (\d+) (?:GPUs?|[A-Z]+\d+)\b")
 
 
-def add_arguments(check: argparse.ArgumentParser) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
+    what = "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; or -- and Megatron's flags"
+    check.add_argument("file", nargs="*", help=what)
+    given = "of the shape; default: what the file's stages and micro-batches say"
+    check.add_argument("--pp", type=int, help=f"pipeline ranks {given}")
+    check.add_argument("--chunks", type=int, help="model chunks per rank")
+    check.add_argument("--microbatches", type=int, help="micro-batches")
     job = check.add_argument_group("a job's configuration, tried without a GPU")
     job.add_argument("--config", metavar="YAML", help="a file of configs/; flags after -- replace its own")
-    job.add_argument("--gpus", type=int, metavar="N", help="world size; default: WORLD_SIZE, or the file's comment")
-    job.add_argument("--gpu", help="v100-32, a100-80, h100-80, h200, or a YAML profile: predicts time and memory")
+    job.add_argument("--gpus", type=int, metavar="N", help="world size; default: WORLD_SIZE, or the file's cluster")
+    job.add_argument(
+        "--gpu", help="v100-32, h100-80 ... or a YAML profile: predicts time and memory; default as --gpus"
+    )
     job.add_argument("--rank", metavar="R,...", help="only these pipeline ranks")
     job.add_argument("--reserve-gb", type=float, default=4.0, help="of a GPU, for CUDA, NCCL and fragments; default 4")
     job.add_argument("--json", metavar="PATH", help="write all that was found")
+    check.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, flags: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
+    files = [word for word in args.file[:1] if not word.startswith("--")]
+    if not files and (args.config is not None or args.file):
+        return _try_job(args, args.file)
+    if len(files) != len(args.file) or not files or args.config is not None:
+        raise UserError("one thing is checked at a time.\n"
+                        "  Give the FILE of a plan, or --config YAML, or -- and Megatron's flags.")  # fmt: skip
+    return check_plan(files[0], args.pp, args.chunks, args.microbatches)
+
+
+def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
     """flags: Megatron's, which follow those of the configuration."""
     from ..planner.hardware import load_gpu
 
     started = time.monotonic()
+    is_asked = args.gpu is not None
+    if args.config is not None and not is_asked:
+        args.gpu = cluster(args.config).gpu
     gpu = None if args.gpu is None else load_gpu(args.gpu)
     if gpu is not None and not 0 <= 1e9 * args.reserve_gb < gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
     question, source = _question(args, flags, gpu)
     pp_ranks = _pp_ranks(args.rank, question.words)
     ranks = _examined(question, pp_ranks)
-    answer = Answer(ranks, question, gpu, 1e9 * args.reserve_gb, *_placed(question, ranks[0], gpu))
+    answer = Answer(ranks, question, gpu, 1e9 * args.reserve_gb, *_placed(question, ranks[0], gpu, is_asked))
     from .table import report
 
     print(report(answer.as_dict(), source))
@@ -68,10 +91,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _question(args: argparse.Namespace, flags: list[str], gpu: GPU | None) -> tuple[Question, str]:
-    """Also where the world size comes from."""
+    """Return what the ranks are asked, and where the world size comes from."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron warns of every library that a CPU does without
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from ..console.config_file import load
     from .answers import Question
 
     environment, words = ({}, []) if args.config is None else load(args.config, expand=False)
@@ -98,13 +120,11 @@ def _world_size(args: argparse.Namespace, environment: dict[str, str]) -> tuple[
             if not variables["WORLD_SIZE"].isdigit():
                 raise UserError(f"{source} is {variables['WORLD_SIZE']!r}; it must be a number.")
             return int(variables["WORLD_SIZE"]), source
-    if args.config is not None:
-        lines = Path(args.config).read_text(encoding="utf-8").splitlines()
-        comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-        match = _GPUS_IN_COMMENT.search(comment)
-        if match is not None:
-            return int(match[1] or match[2]), f"the comment in {args.config}"
-    raise UserError("the number of GPUs is not known.\n  Add --gpus N, the world size of the job.")
+    if args.config is not None and (gpus := cluster(args.config).gpus) is not None:
+        return gpus, f"the cluster of {args.config}"
+    raise UserError(
+        "the number of GPUs is not known.\n  Add --gpus N, the world size of the job, or `cluster: {gpus: N}` to its file."
+    )
 
 
 def _pp_ranks(text: str | None, words: list[str]) -> list[int]:
@@ -143,15 +163,15 @@ def _examined(question: Question, pp_ranks: list[int]) -> list[Rank]:
 # What is answered
 
 
-def _placed(question: Question, rank: Rank, gpu: GPU | None) -> tuple[Placed | None, str]:
-    """The estimate's model, or why there is none. UserError where a prediction was asked for that cannot be."""
+def _placed(question: Question, rank: Rank, gpu: GPU | None, is_asked: bool) -> tuple[Placed | None, str]:
+    """The estimate's model, or why there is none. UserError where --gpu asked for a prediction that cannot be made."""
     from .placed import placed
 
     job = rank.job
     try:
         found = placed(question.words, question.world_size, job.chunks, job.stage_layers, job.resident_chunks)
     except UserError as error:
-        if gpu is not None:
+        if is_asked:
             raise UserError(f"nothing can be predicted for --gpu: {error}") from None
         return None, str(error).splitlines()[0]
     if gpu is not None and not gpu.has(found.precision):

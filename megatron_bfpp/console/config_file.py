@@ -1,55 +1,97 @@
 """Reads the files of configs/ into command-line flags.
 
-The format is the one of Megatron's own functional tests, two maps of which every line can be pasted on a command line:
+The two maps are those of Megatron's own functional tests; every line of them can be pasted on a command line:
     ENV_VARS:   {OMP_NUM_THREADS: 1}
     MODEL_ARGS: {--num-layers: 8, --bf16: true, --no-load-optim: false, --split: "99,1,0", --data-path: [a, b]}
+Two keys are ours:
+    base:       gpt_52b.yaml                  another such file, relative to this one. This file's entries replace its entries
+                                              of the same name; `--flag: false` takes a flag of the base away.
+    cluster:    {gpu: v100-32, gpus: 4096}    what `bfpp plan` and `bfpp check` plan for without --gpu and --gpus: a profile's
+                                              name (or the path of one, relative to this file) and the number of GPUs
+
+Written by hand: OmegaConf and Hydra would bring their own override syntax beside Megatron's flags, and report mistakes in a
+traceback.
 """
+
+from __future__ import annotations
 
 import os
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from .errors import UserError, shown
 
-__all__ = ["load"]
+__all__ = ["Cluster", "cluster", "load"]
 
-SECTIONS = ("ENV_VARS", "MODEL_ARGS")
-# Keys that Megatron's own files also have and that say how their tests are run, not what is trained.
-IGNORED_SECTIONS = ("TEST_TYPE", "METRICS")
+_MAPS = ("cluster", "ENV_VARS", "MODEL_ARGS")
+# Keys of Megatron's own files that describe how their tests are run and not what is trained.
+_IGNORED = ("TEST_TYPE", "METRICS")
+
+
+class Cluster(NamedTuple):
+    """The GPUs that a configuration is for; None for what its file does not name."""
+
+    gpu: str | None = None  # as --gpu takes it
+    gpus: int | None = None
 
 
 def load(path: str | os.PathLike[str], expand: bool = True) -> tuple[dict[str, str], list[str]]:
-    """The environment variables and the command-line flags of one file.
+    """Return the environment variables and the command-line flags of a file, those of its bases included.
 
     true is a bare flag, false leaves the flag out, a list gives several words, and ${VAR} is taken from the environment.
     expand: False leaves ${VAR} as it stands, for readers of the other flags.
     """
-    content = _read(Path(path))
-    unknown = [key for key in content if key not in SECTIONS + IGNORED_SECTIONS]
-    if unknown:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}. The file holds two maps: {' and '.join(SECTIONS)}.")
-    for section in SECTIONS:
-        if not isinstance(content.get(section) or {}, dict):
-            raise UserError(
-                f"{path}: {section} is a {_kind(content[section])}; it must be a map, one `key: value` a line."
-            )
-    environment = {}
-    for name, value in (content.get("ENV_VARS") or {}).items():
+    environment, words = {}, []
+    for name, (source, value) in _merged(Path(path), "ENV_VARS").items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise UserError(f"{path}: ENV_VARS: {name!r} is not the name of an environment variable.")
-        environment[name] = _word(path, f"ENV_VARS: {name}", value, expand)
-    flags = []
-    for flag, value in (content.get("MODEL_ARGS") or {}).items():
-        flags += _flag_words(path, flag, value, expand)
-    return environment, flags
+            raise UserError(f"{source}: ENV_VARS: {name!r} is not the name of an environment variable.")
+        environment[name] = _word(source, f"ENV_VARS: {name}", value, expand)
+    for flag, (source, value) in _merged(Path(path), "MODEL_ARGS").items():
+        words += _flag_words(source, flag, value, expand)
+    return environment, words
+
+
+def cluster(path: str | os.PathLike[str]) -> Cluster:
+    """Return the GPUs that a file, or else its base, names under `cluster`."""
+    found: dict[str, Any] = {}
+    for key, (source, value) in _merged(Path(path), "cluster").items():
+        if key not in Cluster._fields:
+            raise UserError(f"{source}: cluster: unknown key {key!r}. Known are {' and '.join(Cluster._fields)}.")
+        if key == "gpus" and (type(value) is not int or value < 1):
+            raise UserError(f"{source}: cluster: gpus is {value!r}; it must be a number of at least 1.")
+        if key == "gpu":
+            value = _word(source, "cluster: gpu", value, expand=False)
+            value = str(source.parent / value) if value.endswith((".yaml", ".yml")) else value
+        found[key] = value
+    return Cluster(**found)
+
+
+def _merged(path: Path, section: str) -> dict[Any, tuple[Path, Any]]:
+    """Return a map of a file merged over that of its bases: key -> the file that has the last word, and its value."""
+    chain = [(path, _read(path))]
+    while (base := chain[-1][1].get("base")) is not None:
+        source = chain[-1][0]
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{source}: base is a {_kind(base)}; it must be the path of another such file.")
+        path = source.parent / base
+        content = _read(path)
+        if any(path.resolve() == each.resolve() for each, _ in chain):
+            raise UserError(f"{source}: base {base} leads in a circle: {path.name} is based on {source.name} itself.")
+        chain.append((path, content))
+    return {
+        key: (source, value)
+        for source, content in reversed(chain)
+        for key, value in (content.get(section) or {}).items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return the content of one file, whose keys are known and whose sections are maps."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -61,30 +103,32 @@ def _read(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: {where}not YAML: {problem}.") from None
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-        OverflowError,
-    ) as error:  # a date or a number that cannot be, a nest too deep
+    # A date or a number that does not exist, nesting too deep, or a zero character in the path.
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path}: not YAML: {error}.") from None
+    known = f"{', '.join(('base', *_MAPS[:-1]))} and {_MAPS[-1]}"
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {_kind(content)}; it must hold two maps: {' and '.join(SECTIONS)}.")
+        raise UserError(f"{path}: holds a {_kind(content)}; it must hold a map of {known}.")
+    unknown = [key for key in content if key not in ("base", *_MAPS, *_IGNORED)]
+    if unknown:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}. Known are {known}.")
+    for section in _MAPS:
+        if not isinstance(content.get(section) or {}, dict):
+            kind = _kind(content[section])
+            raise UserError(f"{path}: {section} is a {kind}; it must be a map, one `key: value` a line.")
     return content
 
 
-def _flag_words(path: str | os.PathLike[str], flag: Any, value: Any, expand: bool) -> list[str]:
+def _flag_words(path: Path, flag: Any, value: Any, expand: bool) -> list[str]:
     if not isinstance(flag, str) or not re.fullmatch(r"--[A-Za-z0-9][\w-]*", flag):
         raise UserError(f"{path}: MODEL_ARGS: {flag!r} is not a flag; write it as on the command line, --like-this.")
-    if value is True:
-        return [flag]
-    if value is False:
-        return []
+    if isinstance(value, bool):
+        return [flag] if value else []
     values = value if isinstance(value, list) else [value]
     return [flag, *(_word(path, f"MODEL_ARGS: {flag}", item, expand) for item in values)]
 
 
-def _word(path: str | os.PathLike[str], key: str, value: Any, expand: bool) -> str:
+def _word(path: Path, key: str, value: Any, expand: bool) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{path}: {key} is a {_kind(value)}; it must be a number or a text.")
 
@@ -102,6 +146,7 @@ def _kind(value: Any) -> str:
 
 
 def main(argv: list[str]) -> int:
+    """Print the flags of a file, one shell-quoted word a line; `python -m megatron_bfpp.config_file` runs it."""
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print("usage: python -m megatron_bfpp.config_file PATH    prints the flags, shell-quoted, one a line")
         return 0 if argv in (["-h"], ["--help"]) else 2

@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..console import progress
+from ..console.config_file import Cluster, cluster, load
 from ..console.errors import UserError, require
 from ..console.files import write_whole
+from ..console.numbers import at_least, between, positive
 
 if TYPE_CHECKING:
     from .search import Found, Request
@@ -36,8 +38,8 @@ _NUMBERS = {
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser("plan", help="which way to divide a model over GPUs: predicted time and memory")
     plan.add_argument("model", nargs="+", help="a file of configs/, or -- and Megatron's flags")
-    plan.add_argument("--gpus", type=int, required=True, help="how many")
-    plan.add_argument("--gpu", required=True, help="v100-32, a100-80, h100-80, h200, or the path of a YAML profile")
+    plan.add_argument("--gpus", type=at_least(1), help="how many; default: the model file's cluster")
+    plan.add_argument("--gpu", help="v100-32, a100-80, h100-80, h200, or a YAML profile's path; default as --gpus")
     plan.add_argument(
         "--global-batch",
         metavar="N,...",
@@ -53,7 +55,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     waits = "Megatron's schedules wait for all messages and reductions, as before 2023"
     plan.add_argument("--no-overlap", action="store_true", help=waits)
     plan.add_argument(
-        "--reserve-gb", type=float, default=4.0, help="memory of a GPU for CUDA, NCCL and fragments; default 4"
+        "--reserve-gb",
+        type=between(0, 10**6),
+        default=4.0,
+        help="memory of a GPU for CUDA, NCCL and fragments; default 4",
     )
     plan.add_argument(
         "--hypothetical",
@@ -64,17 +69,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--as-configured", action="store_true", help="no search: the strategy that the model's flags name"
     )
     plan.add_argument(
-        "--calibrate", type=float, metavar="SECONDS", help="a measured step of the strategy that the flags name"
+        "--calibrate", type=positive, metavar="SECONDS", help="a measured step of the strategy that the flags name"
     )
-    plan.add_argument("--measured-gpus", type=int, metavar="N", help="on how many GPUs; default --gpus")
-    plan.add_argument("--top", type=int, default=10, help="how many to show; default 10")
+    plan.add_argument("--measured-gpus", type=at_least(1), metavar="N", help="on how many GPUs; default --gpus")
+    plan.add_argument("--top", type=at_least(1), default=10, help="how many to show; default 10")
     plan.add_argument("--rejected", action="store_true", help="say why strategies were rejected")
     plan.add_argument("--json", metavar="PATH", help="write the fastest, with their memory and flags")
     plan.add_argument(
         "--plot", metavar="PATH", help="write a picture: PNG, SVG or PDF by its ending; needs several batches"
     )
     plan.add_argument(
-        "--critical-batch-size", type=float, metavar="N", help="in sequences; draws cost against time too"
+        "--critical-batch-size", type=between(1, 10**9), metavar="N", help="in sequences; draws cost against time too"
     )
     plan.set_defaults(run=run)
 
@@ -128,14 +133,8 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
     from .search import Request, estimate
 
     flags = parse(model_words(args.model))
+    _complete_cluster(args)
     gpt, gpu = gpt_of(flags), load_gpu(args.gpu)
-    for flag, value in (
-        ("--gpus", args.gpus),
-        ("--top", args.top),
-        ("--critical-batch-size", args.critical_batch_size or 1),
-    ):
-        if not 1 <= value <= 10**9:
-            raise UserError(f"{flag} is {value:g}; it must be at least 1.")
     precision = args.precision or precision_of(flags) or gpu.precision
     if not gpu.has(precision):
         raise UserError(
@@ -173,8 +172,6 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
 
 def model_words(model: list[str]) -> list[str]:
     """Megatron's flags, from a file or as they are."""
-    from ..console.config_file import load
-
     if model[0].startswith("--"):
         return model
     if len(model) > 1:
@@ -182,6 +179,17 @@ def model_words(model: list[str]) -> list[str]:
             f"{shlex.join(model)} is more than one file.\n  Give one file of configs/, or -- and Megatron's flags."
         )
     return load(model[0], expand=False)[1]
+
+
+def _complete_cluster(args: argparse.Namespace) -> None:
+    """Take --gpu and --gpus from the model file's cluster where they are not given."""
+    named = Cluster() if args.model[0].startswith("--") else cluster(args.model[0])
+    args.gpu = named.gpu if args.gpu is None else args.gpu
+    args.gpus = named.gpus if args.gpus is None else args.gpus
+    missing = [flag for flag in ("--gpu", "--gpus") if getattr(args, flag[2:]) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given.\n"
+                        "  Add --gpu KIND and --gpus N, or `cluster: {gpu: KIND, gpus: N}` to the model's file.")  # fmt: skip
 
 
 def _configured(request: Request, flags: argparse.Namespace) -> Found:

@@ -18,6 +18,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
+from ..console.errors import UserError
+
 
 class Op(StrEnum):
     """What an action does, named as in torch.distributed.pipelining."""
@@ -84,7 +86,7 @@ class PipelineShape:
             ("num_microbatches", self.num_microbatches, 1),
         ):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+                raise UserError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
     @cached_property
     def num_stages(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from ..console.errors import UserError
 from .ir import Action, Op, PipelineShape, Schedule
 
 
@@ -29,7 +30,7 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
     """
     size = shape.num_microbatches if group is None else group
     if not 1 <= size <= shape.num_microbatches:
-        raise ValueError(f"group is {size}; it must lie between 1 and the {shape.num_microbatches} microbatches")
+        raise UserError(f"group is {size}; it must lie between 1 and the {shape.num_microbatches} microbatches")
     groups = _groups(shape, size)
     longest = max(map(len, groups))
 
@@ -50,14 +51,14 @@ def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule
         None for Megatron's default, the pipeline size.
 
     Source: megatron.core.pipeline_parallel.schedules, get_schedule_table and get_pp_rank_microbatches.
-    Raises ValueError for the shapes that Megatron refuses: a group outside [P, M], or a last group shorter than P.
+    Raises UserError for the shapes that Megatron refuses: a group outside [P, M], or a last group shorter than P.
     """
     size = shape.pp_size if group is None else group
     if not shape.pp_size <= size <= shape.num_microbatches:
-        raise ValueError(f"group is {size}; Megatron takes {shape.pp_size} (ranks) to {shape.num_microbatches} (M)")
+        raise UserError(f"group is {size}; Megatron takes {shape.pp_size} (ranks) to {shape.num_microbatches} (M)")
     rest = shape.num_microbatches % size
     if 0 < rest < shape.pp_size:
-        raise ValueError(f"the last group has {rest} microbatches; Megatron needs 0 or at least {shape.pp_size}")
+        raise UserError(f"the last group has {rest} microbatches; Megatron needs 0 or at least {shape.pp_size}")
     starts = range(0, shape.num_microbatches, size)
     groups = [range(start, min(start + size, shape.num_microbatches)) for start in starts]
     return [
@@ -72,7 +73,7 @@ def one_f_one_b(shape: PipelineShape) -> Schedule:
     Source: megatron.core.pipeline_parallel.schedules, forward_backward_pipelining_without_interleaving.
     """
     if shape.num_chunks != 1:
-        raise ValueError(f"1F1B has one model chunk per rank, not {shape.num_chunks}; see interleaved_1f1b")
+        raise UserError(f"1F1B has one model chunk per rank, not {shape.num_chunks}; see interleaved_1f1b")
     groups = [range(shape.num_microbatches)]
     return [_alternate(shape, rank, groups, shape.pp_size - rank - 1) for rank in range(shape.pp_size)]
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ..console.errors import UserError
 from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
 from .simulate import ScheduleError
 
@@ -35,7 +36,7 @@ def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> 
     per rank (V with resident_chunks 1 or 2: 2V-1, 2V-2), whatever M is: between forward and backward the last chunks stay.
     """
     if resident_chunks < 1:
-        raise ValueError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
+        raise UserError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
     return [_sharded(actions, resident_chunks) for actions in plan]
 
 

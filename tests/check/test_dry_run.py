@@ -211,22 +211,20 @@ def _yaml(words):
             yield f"  {word}: {'true' if following.startswith('--') else following}\n"
 
 
-@pytest.mark.parametrize(
-    ("comment", "gpus"),
-    [
-        ("# The model on 64 V100 of 32 GB, 8 nodes", 64),
-        ("# Heads of 128; for 16 GPUs or a multiple", 16),
-        ("# of 8192 tokens; for 64\n# GPUs of 80 GB", 64),
-        ("# For planning: on 4096 V100, as another file with 64 ranks", 4096),
-        ("#     bfpp plan model.yaml --gpu h100-80 --gpus 64", 64),
-    ],
-)
-def test_the_comment_of_a_configuration_names_its_gpus(tmp_path, comment, gpus):
+def test_the_cluster_of_a_configuration_names_its_gpus(tmp_path):
     path = tmp_path / "model.yaml"
-    path.write_text(f"{comment}\nMODEL_ARGS: {{}}\n")
-    assert _world_size(_arguments(config=str(path)), {})[0] == gpus
+    path.write_text("cluster: {gpu: v100-32, gpus: 64}\nMODEL_ARGS: {}\n")
+    assert _world_size(_arguments(config=str(path)), {})[0] == 64
     assert _world_size(_arguments(config=str(path)), {"WORLD_SIZE": "3"})[0] == 3
     assert _world_size(_arguments(config=str(path), gpus=5), {"WORLD_SIZE": "3"})[0] == 5
+
+
+def test_the_number_of_gpus_must_come_from_somewhere(tmp_path, capsys):
+    path = tmp_path / "model.yaml"
+    path.write_text("MODEL_ARGS: {--pipeline-model-parallel-size: 2}\n")
+    assert main(["check", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "--gpus N" in told and "cluster: {gpus: N}" in told
 
 
 def _arguments(**values):

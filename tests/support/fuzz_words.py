@@ -15,7 +15,7 @@ from megatron_bfpp.schedule.names import ORDERS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-PROFILES = sorted((ROOT / "megatron_bfpp/estimate/profiles").glob("*.yaml"))
+PROFILES = sorted((ROOT / "megatron_bfpp/planner/profiles").glob("*.yaml"))
 
 
 def flags(rng, sane, needed=(), part=0.3):
