@@ -69,7 +69,7 @@ def _tried(facts: dict[str, Any], lines: list[Line]) -> tuple[Line, dict[str, An
             name, FAIL, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"
         ), trial._asdict()
     losses = f"{trial.losses[0]:.6f} to {trial.losses[-1]:.6f}"
-    return Line(name, OK, f"{what}: breadth-first computes the bits of 1f1b (lm loss {losses})"), trial._asdict()
+    return Line(name, OK, f"{what}: breadth-first computes the bits of interleaved (lm loss {losses})"), trial._asdict()
 
 
 def _show_step(arm: str, steps: int) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..console.processes import package_on_path
+
 PROBE_S = 180.0  # an import of Megatron takes 8 s alone, and minutes from a network file system that is asked by all
 LIBRARIES = ("numpy", "PyYAML", "psutil", "einops", "wandb", "tensorboard", "matplotlib", "scipy", "rich")
 VARIABLES = (
@@ -56,9 +58,7 @@ def probe(name: str, module: str) -> dict[str, Any]:
     if importlib.util.find_spec(module) is None:
         return {}
     command = [sys.executable, "-W", "ignore", "-m", "megatron_bfpp.doctor.probe", name]
-    # Where this package is imported from, also when it is not installed.
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, "PYTHONPATH": package_on_path()}
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PROBE_S, env=environment)
     except subprocess.TimeoutExpired:

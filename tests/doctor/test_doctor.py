@@ -211,15 +211,15 @@ def test_the_equality_run_on_this_machine(tmp_path, capsys):
     content = json.loads(path.read_text())
     assert content["trial"]["is_equal"] and len(content["trial"]["losses"]) == doctor_trial.STEPS
     assert content["trial"]["losses"][-1] < content["trial"]["losses"][0] and not content["trial"]["log_folder"]
-    assert "breadth-first computes the bits of 1f1b" in " ".join(capsys.readouterr().out.split())
+    assert "breadth-first computes the bits of interleaved" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_arm_that_fails_is_told_with_its_last_words(monkeypatch):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
-    monkeypatch.setitem(doctor_trial.ARMS, "1f1b", ["--breadth-first-group-size", "0"])
+    monkeypatch.setitem(doctor_trial.ARMS, "interleaved", ["--breadth-first-group-size", "0"])
     trial = doctor_trial.run_trial("cpu", lambda arm, steps: None)
-    assert not trial.is_equal and "1f1b: rank" in trial.reason and "--breadth-first-group-size" in trial.reason
-    assert Path(trial.log_folder, "1f1b.rank0.log").is_file()
+    assert not trial.is_equal and "interleaved: rank" in trial.reason and "--breadth-first-group-size" in trial.reason
+    assert Path(trial.log_folder, "interleaved.rank0.log").is_file()
     for path in sorted(Path(trial.log_folder).rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     Path(trial.log_folder).rmdir()
