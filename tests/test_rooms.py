@@ -30,7 +30,8 @@ FLOORS = (
     {"pretrain_gpt", "data", "config_file", "cli"},
 )
 FLOORS_OF_INTEGRATION = (
-    {"seams", "process"},
+    {"seams"},
+    {"process"},
     {"flags", "cpu", "gpt"},
     {"step", "reliability"},
     {"observe"},

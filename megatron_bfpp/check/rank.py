@@ -44,10 +44,11 @@ def examine(
     os.environ.update(WORLD_SIZE=str(question.world_size), LOCAL_WORLD_SIZE=str(local), RANK="0", LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # nothing listens: the process groups are fake
     capability = SimpleNamespace(name="dry run", major=question.capability or NEWEST, minor=0, total_memory=0)
+    told: list[str] = []
     with megatron_speaks_plainly():
-        enable_for_dry_run()
+        enable_for_dry_run(lambda args, lines: told.extend(lines))
         torch.cuda.get_device_properties = lambda *_, **__: capability  # type: ignore[assignment]
-        job, args = _validated(question, pp_rank, refuse, defaults)
+        job, args = _validated(question, pp_rank, refuse, defaults, told)
         plans = _plans(args, job) if with_plans else []
         _initialize(args)
         return Rank(pp_rank, job, list(_chunks(args, pp_rank, job)), plans)
@@ -82,7 +83,11 @@ def megatron_speaks_plainly() -> Iterator[None]:
 
 
 def _validated(
-    question: Question, pp_rank: int, refuse: Callable[[Any, bool], None], defaults: dict[str, Any]
+    question: Question,
+    pp_rank: int,
+    refuse: Callable[[Any, bool], None],
+    defaults: dict[str, Any],
+    told: list[str],
 ) -> tuple[Job, Any]:
     from megatron.training import arguments
 
@@ -103,9 +108,7 @@ def _validated(
             setattr(args, name, value)
     changed = before_validation(args)
     _be_rank(args, pp_rank)
-    told: list[str] = []
-    with _listening(told):
-        arguments.validate_args(args, defaults)
+    arguments.validate_args(args, defaults)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % groups:  # which Megatron finds out in the first forward
         raise UserError(
@@ -126,22 +129,6 @@ def _be_rank(args: Any, pp_rank: int) -> None:
     args.rank = pp_rank * stride
     args.local_rank = args.rank % int(os.environ["LOCAL_WORLD_SIZE"])
     os.environ.update(RANK=str(args.rank), LOCAL_RANK=str(args.local_rank))
-
-
-@contextmanager
-def _listening(told: list[str]) -> Iterator[None]:
-    """Collect what the plugin tells about the command line, which it prints on rank 0 only."""
-    from ..integration import validation
-
-    def tell(args: Any, lines: list[str]) -> None:
-        told.extend(lines)
-
-    before = validation._tell
-    validation._tell = tell
-    try:
-        yield
-    finally:
-        validation._tell = before
 
 
 def _job(args: Any, told: list[str], changed: list[str]) -> Job:

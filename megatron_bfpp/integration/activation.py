@@ -1,4 +1,4 @@
-"""enable and disable: which seams are applied, and the dispatch at the schedule's seam."""
+"""enable() and disable(): the seams that they apply, and the dispatch at the schedule's seam."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 from ..console.errors import UserError
 from . import seams
 from .flags.settings import SCHEDULES, Settings, add_flags, settings_of
-from .observe import step_log
-from .reliability import orphans
+from .process import megatron_args
 from .seams import Seam
-from .validation import validating, validating_yaml
+from .validation import Tell, tell_on_first_rank, validating, validating_yaml
 
 SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
 
@@ -32,43 +32,46 @@ VALIDATE_YAML = Seam("megatron.training.yaml_arguments", "validate_yaml", ("args
 
 
 def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
-    """Apply the seams; the device in use, "cuda" or "cpu". Idempotent. See megatron_bfpp.enable."""
+    """Apply the seams and return the device in use, "cuda" or "cpu". Idempotent. See megatron_bfpp.enable."""
     if pipeline_schedule is not None and pipeline_schedule not in SCHEDULES:
         raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
     check_version()
-    from .cpu.mode import choose_device, enable_cpu, is_cpu_enabled, skip_compile_without_makefile
+    from .cpu import mode
 
-    device, reason = choose_device(device)
-    if device == "cpu" and not is_cpu_enabled():
+    device, reason = mode.choose_device(device)
+    if device == "cpu" and not mode.is_cpu_enabled():
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron_bfpp: running on CPU over gloo: {reason}", flush=True)
-        enable_cpu()
-    skip_compile_without_makefile()
+        mode.enable_cpu()
+    mode.skip_compile_without_makefile()
     if pipeline_schedule != "1f1b":
-        seams.apply(SCHEDULE, _dispatching(pipeline_schedule))
+        seams.apply(SCHEDULE, partial(_dispatching, pipeline_schedule))
     # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
     wanted = pipeline_schedule is None or "megatron.training" in sys.modules
     if wanted and importlib.util.find_spec("megatron.training") is not None:
-        _apply_to_training(pipeline_schedule, device)
+        _apply_to_training(pipeline_schedule, device, tell_on_first_rank)
     return device
 
 
-def enable_for_dry_run() -> None:
-    """Validate command lines as on a cluster with GPUs, and build models, on a machine that has none."""
+def enable_for_dry_run(tell: Tell) -> None:
+    """Validate command lines as on a cluster with GPUs, and build models, on a machine that has none.
+
+    tell: takes what the plugin would print about the command line on rank 0.
+    """
     check_version()
     if importlib.util.find_spec("megatron.training") is None:
         raise UserError("megatron.training is not installed.\n  pip install 'megatron-core>=0.17,<0.20'.")
-    from .cpu.mode import enable_cpu, skip_compile_without_makefile
+    from .cpu import mode
 
-    enable_cpu()
-    skip_compile_without_makefile()
-    _apply_to_training(None, "cuda")
+    mode.enable_cpu()
+    mode.skip_compile_without_makefile()
+    _apply_to_training(None, "cuda", tell)
 
 
-def _apply_to_training(explicit: str | None, device: str) -> None:
+def _apply_to_training(explicit: str | None, device: str, tell: Tell) -> None:
     import megatron.training.training  # noqa: F401 - binds by name what is replaced here
 
-    from .reliability import watch as reliability
+    from .reliability import orphans, watch
 
     def with_flags(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,34 +82,24 @@ def _apply_to_training(explicit: str | None, device: str) -> None:
         return wrapper
 
     def leave_alone() -> None:
-        seams.undo(SCHEDULE)
-        seams.undo(reliability.TRAIN_STEP)
-        seams.undo(reliability.RESULTS_QUEUE)
+        for seam in (SCHEDULE, watch.TRAIN_STEP, watch.RESULTS_QUEUE):
+            seams.undo(seam)
 
     seams.apply(ADD_ARGUMENTS, with_flags)
-    seams.apply(reliability.INITIALIZE, reliability.meeting)
-    seams.apply(reliability.TRAIN_STEP, reliability.stepping)
-    seams.apply(reliability.RESULTS_QUEUE, orphans.ending)
-    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone))
-    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone))
+    seams.apply(watch.INITIALIZE, watch.meeting)
+    seams.apply(watch.TRAIN_STEP, watch.stepping)
+    seams.apply(watch.RESULTS_QUEUE, orphans.ending)
+    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone, tell))
+    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone, tell))
 
 
 def disable() -> None:
-    """Undo every seam and the CPU mode."""
+    """Undo every change to Megatron and torch, the CPU mode and the watchdog included."""
     seams.undo_all()
-    step_log.TRAFFIC.remove()
-    if "megatron_bfpp.integration.reliability.watch" in sys.modules:
-        from .reliability import watch as reliability
-
-        reliability.stop()
-    if "megatron_bfpp.integration.cpu.mode" in sys.modules:
-        from .cpu.mode import disable_cpu
-
-        disable_cpu()
 
 
 def check_version() -> None:
-    """Refuse a Megatron outside the tested releases, in one sentence."""
+    """Raise UserError for a Megatron outside the tested releases."""
     if importlib.util.find_spec("megatron.core") is None:
         raise UserError(
             "megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout."
@@ -119,29 +112,26 @@ def check_version() -> None:
         raise UserError(f"megatron-core {version} is not supported: megatron_bfpp works with {first} to {last}.")
 
 
-def _dispatching(explicit: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward_backward_pipelining_with_interleaving(**call: Any) -> Any:
-            from .step import forward_backward
+def _dispatching(explicit: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the replacement of Megatron's interleaved schedule, which runs the chosen one."""
 
-            settings = _settings(explicit)
-            if settings.schedule == "1f1b":
-                return original(**call)
-            if settings.engine == "megatron":
-                return forward_backward.run_megatron(settings, original, **call)
-            return forward_backward.run(settings, **call)
+    @wraps(original)  # tools that look at the schedule see Megatron's signature
+    def dispatch(**call: Any) -> Any:
+        from .step import forward_backward
 
-        # Tools that look at the schedule see Megatron's signature.
-        forward_backward_pipelining_with_interleaving.__wrapped__ = original  # type: ignore[attr-defined]
-        return forward_backward_pipelining_with_interleaving
+        settings = _settings(explicit)
+        if settings.schedule == "1f1b":
+            return original(**call)
+        if settings.engine == "megatron":
+            return forward_backward.run_megatron(settings, original, **call)
+        return forward_backward.run(settings, **call)
 
-    return dispatching
+    return dispatch
 
 
 def _settings(explicit: str | None) -> Settings:
-    """enable()'s explicit choice, else the command line's. Looked up per call: it costs nothing beside a step."""
-    variables = sys.modules.get("megatron.training.global_vars")
-    args = None if variables is None else variables._GLOBAL_ARGS
+    """Return enable()'s explicit choice, else the command line's. Looking it up costs nothing beside a step."""
+    args = megatron_args()
     if args is None:
         return Settings(schedule=explicit or "1f1b")
     settings = settings_of(args)

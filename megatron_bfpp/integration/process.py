@@ -5,42 +5,71 @@ The step writes here and imports no observer; observe/ and reliability/ read her
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 
+from ..console.version import __version__
 from ..runtime.activity import Activity
 from ..runtime.fully_sharded import FullySharded
 from ..schedule import Action, PipelineShape
 from ..timeline.recorder import Recorder
+from .seams import changed
 
 ACTIVITY = Activity()  # of this process
 ON_END: list[Callable[[str], None]] = []  # called with the reason before the watchdog ends the process
 is_watched = False  # whether a watchdog runs, which sees the end of the optimizer
 
 
+def say(text: str) -> None:
+    """Print a line to the job's log, under the plugin's name and version."""
+    print(f"megatron_bfpp {__version__}: {text}", flush=True)
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Return the versions of what runs here, by package; None for what is not there."""
+    from megatron.core.package_info import __version__ as megatron_core  # that of a checkout need not be installed
+
+    try:
+        engine = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        engine = None
+    return {
+        "megatron-core": str(megatron_core),
+        "torch": torch.__version__,
+        "transformer-engine": engine,
+        "python": sys.version.split()[0],
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+    }
+
+
 def megatron_args() -> Any:
-    """Megatron's parsed command line; None without megatron.training, and before it is parsed."""
+    """Return Megatron's parsed command line; None without megatron.training, and before it is parsed."""
     variables = sys.modules.get("megatron.training.global_vars")
     return None if variables is None else variables._GLOBAL_ARGS
 
 
 def this_device() -> torch.device:
+    """Return the current CUDA device, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def begin_step(evaluation: bool, shape: PipelineShape, ranks: Sequence[int] = (), pp_rank: int | None = None) -> None:
-    """The schedule is called. ranks: global, by pp_rank; none where Megatron's loop sends the messages."""
+    """Note that the schedule is called. ranks: global, by pp_rank; none where Megatron's loop sends the messages."""
     args = megatron_args()
     step = "" if args is None else f"step {args.curr_iteration + 1}"  # as the log counts
     ACTIVITY.begin_step(f"evaluation after {step}" if evaluation else step, shape, ranks, pp_rank)
 
 
 def after_schedule(evaluation: bool) -> None:
-    """The schedule returns: what follows it in a step is the optimizer's, if there is a watchdog that sees its end."""
+    """Note that the schedule returns: the optimizer follows in a training step, if a watchdog sees its end."""
     if evaluation or not is_watched:
         ACTIVITY.end()
     else:
@@ -48,14 +77,14 @@ def after_schedule(evaluation: bool) -> None:
 
 
 class Recording:
-    """What this process records now, and what is known of the step that it recorded last."""
+    """The recorder of this process while it records, and what is known of the step that it recorded last."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None  # within a recorded step of a recorded rank
         self.measured: dict[str, Any] = {}  # after a recorded step, on every rank: for the logs
 
     def around(self, gates: object, shape: PipelineShape, pp_rank: int) -> AbstractContextManager[object]:
-        """Note what the gates of fully sharded chunks wait for; those of Megatron's replicas are noted by observe/tracing.py."""
+        """Note the waits of fully sharded chunks; observe/tracing.py notes those of Megatron's replicas."""
         if self.recorder is None or not isinstance(gates, FullySharded):
             return nullcontext()
         stack = ExitStack()
@@ -69,15 +98,12 @@ RECORDING = Recording()  # of this process
 
 @contextmanager
 def noted(owner: Any, name: str, action: Action, recorder: Recorder) -> Iterator[None]:
-    """For a while, calls of a method of this one object are noted as waits."""
+    """Note calls of a method of this one object as waits, for a while."""
     method = getattr(owner, name)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         with recorder.waiting_for_replicas(action):
             return method(*args, **kwargs)
 
-    setattr(owner, name, noting)
-    try:
+    with changed(owner, **{name: noting}):
         yield
-    finally:
-        delattr(owner, name)

@@ -1,13 +1,21 @@
-"""Seams: the functions of Megatron that this plugin replaces, as data. Checked before use, undoable, idempotent."""
+"""The one way in which this plugin changes Megatron and torch: checked before use, idempotent, undone in one place.
+
+Three kinds of change:
+  - `apply`: a function of Megatron that the plugin replaces wherever it is bound, until `undo`;
+  - `together`: attributes of any objects, replaced under one name, until `undo`;
+  - `changed`: attributes of one object, for the time of a `with` block.
+`undo_all` takes back everything that `apply` and `together` did.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 
@@ -24,7 +32,7 @@ class Seam:
     parameters: tuple[str, ...]
 
     def current(self) -> Callable[..., Any]:
-        """What is bound there now; SeamError unless it is a function with the parameters."""
+        """Return the function that is bound there now; SeamError unless it is one with these parameters."""
         function = getattr(importlib.import_module(self.module), self.name, None)
         if function is None:
             raise SeamError(f"{self.module}.{self.name} does not exist in this Megatron")
@@ -34,32 +42,64 @@ class Seam:
         return function  # type: ignore[no-any-return]
 
 
-_applied: dict[Seam, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # seam -> (original, replacement)
+_MISSING = object()
+_undo: dict[Hashable, Callable[[], object]] = {}  # seam or name -> how to undo it, in the order of their application
+
+
+def is_applied(key: Hashable) -> bool:
+    """Return whether this seam, or the changes of this name, are in effect."""
+    return key in _undo
 
 
 def apply(seam: Seam, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Bind replace(original) wherever the original is bound; nothing if the seam is applied already.
+    """Bind replace(original) wherever the original is bound; do nothing if the seam is applied already.
 
-    Modules that imported the name keep their own binding of it (`from ... import`), hence the search.
+    Modules that imported the function by name (`from ... import`) keep a binding of their own, hence the search.
     """
-    if seam in _applied:
-        return
-    original = seam.current()
-    replacement = replace(original)
-    _rebind(seam.name, original, replacement)
-    _applied[seam] = original, replacement
+    if seam not in _undo:
+        original = seam.current()
+        replacement = replace(original)
+        _rebind(seam.name, original, replacement)
+        _undo[seam] = partial(_rebind, seam.name, replacement, original)
 
 
-def undo(seam: Seam) -> None:
-    """Bind the original again wherever the replacement is bound; nothing if the seam is not applied."""
-    if seam in _applied:
-        original, replacement = _applied.pop(seam)
-        _rebind(seam.name, replacement, original)
+@contextmanager
+def together(key: Hashable) -> Iterator[ExitStack]:
+    """Collect changes under a name: undone at once if one of them fails, else by undo(key), the last one first.
+
+    The stack is for `put`, and for callbacks that undo other effects.
+    """
+    with ExitStack() as stack:
+        yield stack
+        _undo[key] = stack.pop_all().close
+
+
+def put(stack: ExitStack, owner: Any, name: str, value: object) -> None:
+    """Set owner.name to value until the stack is closed. An inherited attribute is then inherited again."""
+    previous = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    stack.callback(*((delattr, owner, name) if previous is _MISSING else (setattr, owner, name, previous)))
+
+
+@contextmanager
+def changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of `owner` for a while; they are restored also after an error."""
+    with ExitStack() as stack:
+        for name, value in values.items():
+            put(stack, owner, name, value)
+        yield
+
+
+def undo(key: Hashable) -> None:
+    """Undo a seam, or the changes of a name; do nothing if it is not applied."""
+    if key in _undo:
+        _undo.pop(key)()
 
 
 def undo_all() -> None:
-    for seam in reversed(list(_applied)):  # of two around one function the outer one first
-        undo(seam)
+    """Undo every seam and every change that was made together, the last one first."""
+    for key in reversed(list(_undo)):
+        undo(key)
 
 
 def _rebind(name: str, old: object, new: object) -> None:
@@ -67,16 +107,3 @@ def _rebind(name: str, old: object, new: object) -> None:
         # vars, not getattr: lazy modules import what they are asked for.
         if getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
-
-
-@contextmanager
-def changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of `owner` set for a while, and restored also after an error."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""Megatron's command line with the plugin's flags: what is refused, what is set, what is told. Before any model is built."""
+"""Megatron's command line with the plugin's flags: refused, completed and reported before any model is built."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from ..console.version import __version__
 from .flags import fully_sharded
 from .flags.arguments import refuse
 from .flags.batches import few_microbatches
 from .flags.placement import place
-from .flags.settings import Settings, add_flags, settings_of
+from .flags.settings import Settings, add_flags, is_sharded, settings_of
 from .flags.stages import check_placement
 from .observe.apply import observe
+from .process import say
 from .step import fully_sharded_seams
+
+Tell = Callable[[Any, list[str]], object]  # Megatron's arguments; lines about them
+
+
+def tell_on_first_rank(args: Any, lines: list[str]) -> None:
+    """Print the lines, on rank 0."""
+    if args.rank == 0:
+        for line in lines:
+            say(line)
 
 
 def validating(
-    validate: Callable[..., Any], explicit: str | None, device: str, on_1f1b: Callable[[], None]
+    validate: Callable[..., Any],
+    explicit: str | None,
+    device: str,
+    on_1f1b: Callable[[], None],
+    tell: Tell = tell_on_first_rank,
 ) -> Callable[..., Any]:
     """Wrap Megatron's validate_args.
 
-    explicit: what enable() was called with, before any flag. device: "cuda" or "cpu". on_1f1b: leave Megatron alone.
+    explicit: what enable() was called with, before any flag. device: "cuda" or "cpu". on_1f1b: leaves Megatron alone.
+    tell: takes the lines to print.
     """
 
     def wrapper(args: Any, *more: Any, **kwargs: Any) -> Any:
-        if explicit is not None:
-            args.pipeline_schedule = explicit
-        settings = settings_of(args)
-        lines = []
+        settings, lines = _chosen(args, explicit), []
         is_breadth_first = settings.schedule != "1f1b"
         if is_breadth_first:
             refuse(args, settings)
@@ -48,19 +59,19 @@ def validating(
             if settings.debug_p2p:
                 lines.append("WARNING: --bfpp-debug-p2p has no effect under 1f1b, whose messages Megatron sends")
         lines += observe(args)
-        is_sharded = is_breadth_first and getattr(args, "use_torch_fsdp2", False)
-        with fully_sharded_seams.pipeline_ranks_allowed(validate) if is_sharded else nullcontext():
+        shards = is_breadth_first and is_sharded(args)
+        with fully_sharded_seams.pipeline_ranks_allowed(validate) if shards else nullcontext():
             validated = validate(args, *more, **kwargs)
         if is_breadth_first:
-            lines += _validated(args, settings)
-        _tell(args, lines)
+            lines += _check_validated(args, settings)
+        tell(args, lines)
         return validated
 
     return wrapper
 
 
 def validating_yaml(
-    validate: Callable[..., Any], explicit: str | None, on_1f1b: Callable[[], None]
+    validate: Callable[..., Any], explicit: str | None, on_1f1b: Callable[[], None], tell: Tell = tell_on_first_rank
 ) -> Callable[..., Any]:
     """Wrap Megatron's validate_yaml: --yaml-cfg throws the command line away, the plugin's flags with it.
 
@@ -74,9 +85,7 @@ def validating_yaml(
         for name, value in vars(parser.parse_known_args()[0]).items():
             if not hasattr(args, name):
                 setattr(args, name, value)
-        if explicit is not None:
-            args.pipeline_schedule = explicit
-        settings = settings_of(args)
+        settings = _chosen(args, explicit)
         lines = observe(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule == "1f1b":
@@ -84,16 +93,22 @@ def validating_yaml(
             on_1f1b()
         else:
             refuse(validated, settings)
-            lines += _validated(validated, settings)
-        _tell(validated, lines)
+            lines += _check_validated(validated, settings)
+        tell(validated, lines)
         return validated
 
     return wrapper
 
 
-def _validated(args: Any, settings: Settings) -> list[str]:
-    """What is checked and told when Megatron has completed the arguments, and no model is built yet."""
-    if getattr(args, "use_torch_fsdp2", False):
+def _chosen(args: Any, explicit: str | None) -> Settings:
+    if explicit is not None:
+        args.pipeline_schedule = explicit
+    return settings_of(args)
+
+
+def _check_validated(args: Any, settings: Settings) -> list[str]:
+    """Check the arguments that Megatron has completed, before a model is built; return lines to print."""
+    if is_sharded(args):
         fully_sharded_seams.apply_to_checkpoints()
     lines = [check_placement(args), *few_microbatches(args)]
     fully_sharded.check_resident_chunks(args, settings)
@@ -103,9 +118,3 @@ def _validated(args: Any, settings: Settings) -> list[str]:
             "see --breadth-first-group-size"
         )
     return lines
-
-
-def _tell(args: Any, lines: list[str]) -> None:
-    if args.rank == 0:
-        for line in lines:
-            print(f"megatron_bfpp {__version__}: {line}", flush=True)

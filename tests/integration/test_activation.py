@@ -62,6 +62,37 @@ def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
         Seam("megatron.core.pipeline_parallel.schedules", "forward_step", ("model", "beam")).current()
 
 
+def test_changes_that_belong_together_are_undone_together_also_when_one_of_them_fails():
+    from types import SimpleNamespace
+
+    from megatron_bfpp.integration import seams
+
+    class Base:
+        size = 1
+
+    class Derived(Base):
+        pass
+
+    owner, told = SimpleNamespace(a=1), []
+    with pytest.raises(KeyError), seams.together("a test") as undo:
+        seams.put(undo, owner, "a", 2)
+        seams.put(undo, owner, "b", 3)
+        raise KeyError
+    assert vars(owner) == {"a": 1} and not seams.is_applied("a test")
+    with seams.together("a test") as undo:
+        undo.callback(told.append, "undone")
+        seams.put(undo, Derived, "size", 2)
+        seams.put(undo, Derived, "size", 3)
+    assert Derived.size == 3 and seams.is_applied("a test") and not told
+    seams.undo("a test")
+    seams.undo("a test")
+    assert told == ["undone"] and "size" not in vars(Derived) and Derived.size == 1
+    with pytest.raises(KeyError), seams.changed(Derived, size=4):
+        assert Derived.size == 4
+        raise KeyError
+    assert "size" not in vars(Derived)
+
+
 def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
     import megatron.core.package_info as info
 

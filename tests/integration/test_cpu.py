@@ -296,3 +296,6 @@ def test_the_helpers_are_not_compiled_where_there_is_no_makefile(monkeypatch):
     cpu.skip_compile_without_makefile()
     utils.compile_helpers()
     assert called == ["make"]
+    cpu.seams.undo(cpu.HELPERS)
+    utils.compile_helpers()
+    assert called == ["make", "make"]

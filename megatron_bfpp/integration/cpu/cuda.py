@@ -1,4 +1,4 @@
-"""What stands in for torch.cuda on a machine without a driver: one device per rank, one stream, a clock for events."""
+"""A stand-in for torch.cuda on a machine without a driver: one device per rank, one stream, a clock for events."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cuda_patches"]
+__all__ = ["communication_patches", "cuda_patches"]
 
 
 class _Stream(contextlib.nullcontext):  # type: ignore[type-arg]
@@ -47,12 +47,12 @@ class _Event:
 
 
 def _answer(value: Any) -> Callable[..., Any]:
-    """A function of its own: torch._dynamo asserts that no two names of torch.cuda share one."""
+    """Return a new function each time: torch._dynamo asserts that no two names of torch.cuda share one."""
     return lambda *args, **kwargs: value
 
 
 def cuda_patches(device_count: int) -> Iterator[tuple[Any, str, Any]]:
-    """(module, name, value) of what needs a driver. Memory counters are left alone: without a driver they answer 0."""
+    """Yield (module, name, value) of what needs a driver. Memory counters stay: without a driver they answer 0."""
     cuda, stream = torch.cuda, _Stream()
     yield cuda, "device_count", _answer(device_count)  # training/initialize.py sets up groups and seeds if > 0
     yield cuda, "current_device", _answer(0)  # p2p_communication, tensor_parallel, timers: `device=current_device()`
@@ -71,3 +71,20 @@ def cuda_patches(device_count: int) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "stream", _answer(stream)
     for name in ("range_push", "range_pop"):  # --profile; builds of torch without CUDA raise
         yield cuda.nvtx, name, _answer(None)
+
+
+def communication_patches() -> Iterator[tuple[Any, str, Any]]:
+    """Yield (module, name, value) of what gloo does not do as NCCL."""
+    barrier, isend = torch.distributed.barrier, torch.distributed.isend
+
+    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return barrier(*args, **kwargs)
+
+    def isend_keeping_the_data(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return isend(tensor.detach(), *args, **kwargs)
+
+    yield torch.distributed, "barrier", barrier_without_devices  # parallel_state passes device_ids
+    # 0.17 takes the storage from a tensor (deallocate_output_tensor) while gloo still sends it; later releases wait.
+    # A detached tensor keeps the storage. P2POp compares with the name of the second module.
+    for module in (torch.distributed, torch.distributed.distributed_c10d):
+        yield module, "isend", isend_keeping_the_data

@@ -127,6 +127,11 @@ def settings_of(args: Any) -> Settings:
     )
 
 
+def is_sharded(args: Any) -> bool:
+    """Return whether the job asks for fully sharded parameters, torch's FSDP2."""
+    return bool(getattr(args, "use_torch_fsdp2", False))
+
+
 def run_dir_of(args: Any) -> str | None:
     """The folder of the run's files: the flag, or the environment's."""
     return getattr(args, "bfpp_run_dir", None) or os.environ.get("BFPP_RUN_DIR") or None

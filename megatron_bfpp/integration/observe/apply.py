@@ -1,4 +1,4 @@
-"""Which of Megatron's functions are wrapped for the flags and variables that ask for logs, metrics and traces.
+"""Wrap the functions of Megatron that the flags and variables for logs, metrics and traces need.
 
 A job that asks for nothing has none of them wrapped.
 """
@@ -17,7 +17,10 @@ TRACE_FILE = "bfpp-trace.json"  # without a folder of the run
 
 
 def observe(args: Any) -> list[str]:
-    """Apply the seams; lines to tell. UserError for what cannot be traced. args: before Megatron completes them."""
+    """Apply the seams and return lines to print. UserError for what cannot be traced.
+
+    args: before Megatron completes them.
+    """
     steps, folder, path = trace_steps_of(args), run_dir_of(args), os.environ.get("BFPP_STEP_LOG") or None
     if steps is not None:
         _refuse_traces(args, steps)
@@ -33,7 +36,9 @@ def observe(args: Any) -> list[str]:
     run = None
     if folder is not None:
         run = run_files.Run(folder)
-        process.ON_END.append(run.end)
+        with seams.together(run) as undo:
+            process.ON_END.append(run.end)
+            undo.callback(process.ON_END.remove, run.end)
         for seam, replace in run_files.keeping(run, get_args).items():
             seams.apply(seam, replace)
     if counts:
@@ -48,28 +53,20 @@ def observe(args: Any) -> list[str]:
 
 
 def _refuse_traces(args: Any, steps: tuple[int, int]) -> None:
-    if args.pipeline_model_parallel_size < 2:
-        raise UserError(
-            f"--bfpp-trace-steps needs pipeline ranks, but --pipeline-model-parallel-size is "
-            f"{args.pipeline_model_parallel_size}.\n"
-            "  Use --pipeline-model-parallel-size 2 or more, or leave it out."
-        )
-    last = getattr(args, "train_iters", None)
-    if last and steps[0] > last:
-        raise UserError(
-            f"--bfpp-trace-steps begins with step {steps[0]}, but --train-iters is {last}.\n"
-            f"  Use steps from 1 to {last}."
-        )
-    if getattr(args, "overlap_moe_expert_parallel_comm", False):
-        raise UserError(
-            "--bfpp-trace-steps does not work with --overlap-moe-expert-parallel-comm: a forward and a backward run "
-            "as one there.\n"
-            "  Leave out one of them."
-        )
-    if getattr(args, "cuda_graph_impl", None) == "full_iteration" or "full_iteration" in str(
-        getattr(args, "cuda_graph_scope", "")
-    ):
-        raise UserError(
-            "--bfpp-trace-steps does not work with CUDA graphs of a whole step: nothing of it runs on the host.\n"
-            "  Use --cuda-graph-impl none for the traced run."
-        )
+    pp_size, last = args.pipeline_model_parallel_size, getattr(args, "train_iters", None)
+    graphs = getattr(args, "cuda_graph_impl", None), str(getattr(args, "cuda_graph_scope", ""))
+    if pp_size < 2:
+        why = f"needs pipeline ranks, but --pipeline-model-parallel-size is {pp_size}"
+        instead = "Use --pipeline-model-parallel-size 2 or more, or leave it out"
+    elif last and steps[0] > last:
+        why = f"begins with step {steps[0]}, but --train-iters is {last}"
+        instead = f"Use steps from 1 to {last}"
+    elif getattr(args, "overlap_moe_expert_parallel_comm", False):
+        why = "does not work with --overlap-moe-expert-parallel-comm: a forward and a backward run as one there"
+        instead = "Leave out one of them"
+    elif graphs[0] == "full_iteration" or "full_iteration" in graphs[1]:
+        why = "does not work with CUDA graphs of a whole step: nothing of it runs on the host"
+        instead = "Use --cuda-graph-impl none for the traced run"
+    else:
+        return
+    raise UserError(f"--bfpp-trace-steps {why}.\n  {instead}.")

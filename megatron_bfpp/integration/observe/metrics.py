@@ -13,7 +13,7 @@ from ...schedule import PipelineShape, interleaved_1f1b, simulate
 from ...schedule.orders import one_f_one_b
 from .. import process
 from ..flags.batches import microbatches_now, shape_of
-from ..flags.settings import settings_of
+from ..flags.settings import is_sharded, settings_of
 from ..process import this_device
 
 # In TensorBoard and W&B, under bfpp/. The others are lists, or stand in the files of a run only.
@@ -75,7 +75,7 @@ def predicted_bubble(args: Any) -> float | None:
         return None
     if settings.schedule == "1f1b":
         return _bubble_of_1f1b(shape, getattr(args, "microbatch_group_size_per_vp_stage", None))
-    return settings.plan_of(shape, is_sharded=getattr(args, "use_torch_fsdp2", False)).bubble_fraction
+    return settings.plan_of(shape, is_sharded=is_sharded(args)).bubble_fraction
 
 
 @lru_cache(maxsize=64)
