@@ -102,7 +102,8 @@ def check_version() -> None:
     """Raise UserError for a Megatron outside the tested releases."""
     if importlib.util.find_spec("megatron.core") is None:
         raise UserError(
-            "megatron.core is not installed.\n  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout."
+            "megatron.core is not installed.\n"
+            "  pip install 'megatron-core>=0.17,<0.20', or run from a Megatron-LM checkout."
         )
     from megatron.core.package_info import __version__ as version
 

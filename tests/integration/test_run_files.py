@@ -206,13 +206,13 @@ def test_charts_stand_beside_megatrons_own_in_both_writers(monkeypatch):
     monkeypatch.setattr(metrics, "predicted_bubble", lambda args: 0.125)
     args = SimpleNamespace(log_interval=1, tensorboard_log_interval=5)
     found = {"tokens_per_s_per_gpu": None, "peak_memory_rank": 3, "exposed_p2p_s": [1.0], "exposed_dp_s": [0.5, 0.75]}
-    step_log._tell(args, 5, metrics.charts(args, found), {})
+    step_log._chart(args, 5, metrics.charts(args, found), {})
     charts = {"bfpp/bubble_fraction_predicted": 0.125, "bfpp/exposed_dp_s": 0.75}
     assert told == [("tensorboard", name, value, 5) for name, value in charts.items()] + [("wandb", charts, 5)]
     told.clear()
-    step_log._tell(args, 6, {"bfpp/tokens_per_s_per_gpu": 1.0}, {})
+    step_log._chart(args, 6, {"bfpp/tokens_per_s_per_gpu": 1.0}, {})
     assert told == []
-    step_log._tell(args, 6, {"bfpp/bubble_fraction_measured": 0.5}, {})  # traced steps are few
+    step_log._chart(args, 6, {"bfpp/bubble_fraction_measured": 0.5}, {})  # traced steps are few
     assert len(told) == 2
 
 

@@ -1,4 +1,4 @@
-"""Which of Megatron's arguments a CPU needs different, and which it cannot serve. Standard library only.
+"""Megatron's arguments that a CPU needs different, and those that it cannot serve. Standard library only.
 
 Covers the names of megatron-core 0.17.1, 0.18.2 and 0.19.2; a name that a release lacks is passed over.
 """
@@ -84,7 +84,7 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def switch_off(args: argparse.Namespace) -> list[str]:
-    """Take out of validated arguments what `cpu_arguments` refuses, for a dry run that computes nothing; one line per flag."""
+    """Switch off in validated arguments what `cpu_arguments` refuses, for a dry run; return one line per flag."""
     lines = []
     for name, flag, _ in _REFUSALS:
         value = getattr(args, name, None)

@@ -1,4 +1,4 @@
-"""Parts of the model that Megatron has for CUDA only, or only from Apex and Transformer Engine: what a CPU uses instead.
+"""CPU versions of what Megatron has for CUDA only, or only from Apex and Transformer Engine: norms, attention, experts.
 
 Each is patched in the class or function itself, which serves every module that imported it by name.
 """
@@ -14,7 +14,7 @@ __all__ = ["module_patches"]
 
 
 def module_patches() -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, value) of every name that makes norms, attention and experts work on CPU tensors."""
+    """Yield (owner, name, value) of every name that makes norms, attention and experts work on CPU tensors."""
     from megatron.core.distributed import torch_fully_sharded_data_parallel as fsdp2
     from megatron.core.tensor_parallel import layers
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -31,7 +31,7 @@ def module_patches() -> Iterator[tuple[Any, str, Any]]:
 
 
 class _CpuMesh:
-    """DeviceMesh of the wrapper for FSDP2, which names CUDA."""
+    """The DeviceMesh of the wrapper for FSDP2, which names CUDA."""
 
     @staticmethod
     def from_group(group: Any, device_type: str, **kwargs: Any) -> DeviceMesh:
@@ -42,8 +42,9 @@ class _CpuMesh:
 
 
 def _marking_sequence_parallel(new: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's norms work on a part of the sequence as on the whole: what Megatron's wrapper misses is the mark by which
-    finalize_model_grads sums the gradients of such parameters over the tensor-parallel ranks.
+    """Mark the parameters of torch's norms: finalize_model_grads then sums their gradients over tensor ranks.
+
+    The norms themselves work on a part of the sequence as on the whole.
     """
 
     def norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -66,7 +67,7 @@ def _changed(config: Any, **values: Any) -> Any:
 
 
 def _without_context_parallelism(init: Callable[..., None]) -> Callable[..., None]:
-    """It asserts a context-parallel size of 1, and then makes no use of it."""
+    """Construct with a context-parallel size of 1, which it asserts, and then makes no use of."""
 
     def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, _changed(config, context_parallel_size=1), *args, **kwargs)
@@ -76,7 +77,7 @@ def _without_context_parallelism(init: Callable[..., None]) -> Callable[..., Non
 
 
 def _over_the_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Context parallelism by gathering: the queries of this rank against the keys and values of all ranks.
+    """Attend by gathering: the queries of this rank against the keys and values of all context-parallel ranks.
 
     query, key, value: [sequence / cp, micro-batch, heads, width]. Memory grows with the square of the whole sequence;
     Transformer Engine's ring does not have that, nor this simplicity.
@@ -92,9 +93,8 @@ def _over_the_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[.
         group = self.pg_collection.cp
         positions = zigzag_positions(query.size(0), group.rank(), size)
         key, value = (_gather_sequence(each, group) for each in (key, value))
-        if (
-            mask is None and self.attn_mask_type == AttnMaskType.causal
-        ):  # else it came with the batch, cut to the queries
+        # A mask that came with the batch is cut to the queries.
+        if mask is None and self.attn_mask_type == AttnMaskType.causal:
             mask = torch.arange(key.size(0)) > positions[:, None]  # True: not to be seen
             mask = mask[None, None]  # [1, 1, sequence / cp, sequence]
         return forward(self, query, key, value, mask, *args, **kwargs)
@@ -103,7 +103,7 @@ def _over_the_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[.
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:
-    """Which positions of the sequence a rank holds: chunks `rank` and `2 * size - 1 - rank` of 2 * size.
+    """Return the positions of the sequence that a rank holds: chunks `rank` and `2 * size - 1 - rank` of 2 * size.
 
     Megatron cuts so (core/utils.py, get_batch_on_this_cp_rank) to give each rank as much of the causal triangle.
     """
@@ -112,7 +112,7 @@ def zigzag_positions(length: int, rank: int, size: int) -> torch.Tensor:
 
 
 def _gather_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """[sequence / cp, ...] of every rank -> [sequence, ...] in the order of positions. The gradient is summed back."""
+    """Gather [sequence / cp, ...] to [sequence, ...] in the order of positions. The gradient is summed back."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     gathered = gather_from_sequence_parallel_region(part, group=group)  # rank after rank
@@ -124,13 +124,15 @@ def _gather_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """The dispatcher counts tokens on the device and wants the counts as numpy's; Megatron converts CUDA tensors only."""
+    """Convert the dispatcher's counts of tokens, which it wants as numpy's; Megatron converts CUDA tensors only."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _unless_alone(reduce: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Over a group of one rank the reduction returns its input, which autograd then takes for a view: experts with a
-    bias add to it in place, and torch refuses. Of Megatron's own linear layers, also on a GPU; here there are no others.
+    """Skip the reduction over a group of one rank: it returns its input, which autograd then takes for a view.
+
+    Experts with a bias add to it in place, and torch refuses. Megatron's own linear layers have the fault on a GPU too;
+    here there are no others.
     """
 
     def reduce_or_pass(input_: torch.Tensor, group: Any = None) -> torch.Tensor:

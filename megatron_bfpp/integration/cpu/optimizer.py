@@ -69,7 +69,7 @@ class CpuAdam(torch.optim.Optimizer):
 
 
 def optimizer_patches() -> Iterator[tuple[Any, str, Any]]:
-    """(module, name, value) of every name that makes Megatron's optimizers work on CPU tensors."""
+    """Yield (module, name, value) of every name that makes Megatron's optimizers work on CPU tensors."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as base

@@ -1,4 +1,4 @@
-"""What breadth-first refuses of Megatron's command line, before any model is built."""
+"""Refuse the parts of Megatron's command line that breadth-first cannot do, before any model is built."""
 
 from __future__ import annotations
 
@@ -35,11 +35,9 @@ _GRAPHS = {
 def refuse(args: Any, settings: Settings) -> None:
     """Raise UserError for what breadth-first cannot do, before anything is built."""
     if args.pipeline_model_parallel_size < 2:
-        raise UserError(
-            f"--pipeline-schedule breadth-first needs pipeline ranks, but --pipeline-model-parallel-size is "
-            f"{args.pipeline_model_parallel_size}.\n"
-            "  Use --pipeline-model-parallel-size 2 or more, or --pipeline-schedule 1f1b."
-        )
+        needs = f"needs pipeline ranks, but --pipeline-model-parallel-size is {args.pipeline_model_parallel_size}"
+        instead = "Use --pipeline-model-parallel-size 2 or more, or --pipeline-schedule 1f1b"
+        raise UserError(f"--pipeline-schedule breadth-first {needs}.\n  {instead}.")
     for name, flag, why, instead in _REFUSED:
         if getattr(args, name, None):
             _refuse(flag, why, instead)
@@ -49,14 +47,12 @@ def refuse(args: Any, settings: Settings) -> None:
     if args.pipeline_model_parallel_size == 2 and getattr(args, "overlap_p2p_comm", True) is False:
         why = "on 2 pipeline ranks Megatron takes chunks only with the overlap"
         _refuse("--no-overlap-p2p-communication", why, "use 3 or more pipeline ranks")
-    if settings.engine == "megatron" and settings.group_size is not None:
-        why = "Megatron's loop has one group here, all micro-batches"
-        _refuse(
-            "--breadth-first-group-size", f"{why} (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
-        )
-    if settings.engine == "megatron" and settings.debug_p2p:
-        why = "Megatron's loop sends its messages itself (--breadth-first-engine megatron)"
-        _refuse("--bfpp-debug-p2p", why, "use --breadth-first-engine plan")
+    if settings.engine == "megatron":
+        loop, instead = "Megatron's loop (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
+        if settings.group_size is not None:
+            _refuse("--breadth-first-group-size", f"{loop} has one group here, all micro-batches", instead)
+        if settings.debug_p2p:
+            _refuse("--bfpp-debug-p2p", f"{loop} sends its messages itself", instead)
     timeout_of(args)
     fully_sharded.refuse(args, settings)
     _check_warmup(args)
@@ -64,24 +60,18 @@ def refuse(args: Any, settings: Settings) -> None:
 
 
 def _refuse(flag: str, why: str, instead: str) -> None:
-    raise UserError(
-        f"{flag} does not work with --pipeline-schedule breadth-first: {why}.\n  Leave out {flag.split()[0]}, or {instead}."
-    )
+    wrong = f"{flag} does not work with --pipeline-schedule breadth-first: {why}"
+    raise UserError(f"{wrong}.\n  Leave out {flag.split()[0]}, or {instead}.")
 
 
 def _check_warmup(args: Any) -> None:
-    """A learning rate that is still warming up when it should have decayed; Megatron finds out after the model is built."""
-    if getattr(args, "skip_train", False):
-        return
-    for unit in ("iters", "samples"):
-        total = getattr(args, f"train_{unit}", None)
-        if total:
-            break
-    else:
+    """Refuse a learning rate that warms up longer than it decays; Megatron would find out after the model is built."""
+    unit = next((unit for unit in ("iters", "samples") if getattr(args, f"train_{unit}", None)), None)
+    if unit is None or getattr(args, "skip_train", False):
         return
     decay, flag = getattr(args, f"lr_decay_{unit}", None), f"--lr-decay-{unit}"
     if decay is None:
-        decay, flag = total, f"--train-{unit}"
+        decay, flag = getattr(args, f"train_{unit}"), f"--train-{unit}"
     fraction = getattr(args, "lr_warmup_fraction", None)
     if fraction is not None and fraction >= 1:
         raise UserError(f"--lr-warmup-fraction is {fraction}: no step is left to decay in.\n  Use a number below 1.")
@@ -94,7 +84,7 @@ def _check_warmup(args: Any) -> None:
 
 
 def _check_data(args: Any) -> None:
-    """Data files that are not there; Megatron would find out after the model is built."""
+    """Refuse data files that are not there; Megatron would find out after the model is built."""
     if getattr(args, "mock_data", False):
         return
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):

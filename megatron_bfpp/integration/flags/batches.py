@@ -1,4 +1,4 @@
-"""How many micro-batches the steps of a job have, from its arguments, and the warning where they are too few."""
+"""The micro-batches of a job's steps, from its arguments, and the warning where they are too few."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def microbatches_now() -> int:
 
 
 def shape_of(args: Any, num_microbatches: int) -> PipelineShape | None:
-    """Return the shape of a step of so many micro-batches, None for a job without pipeline ranks; validated arguments."""
+    """Return the shape of a step of so many micro-batches; None without pipeline ranks. Validated arguments."""
     if args.pipeline_model_parallel_size < 2:
         return None
     chunks = args.virtual_pipeline_model_parallel_size or 1
@@ -62,15 +62,18 @@ def shape_of(args: Any, num_microbatches: int) -> PipelineShape | None:
 
 
 def predicted_bubble(shape: PipelineShape) -> float:
-    """Of equal stages, without a network; a fraction of the step. What `simulate` gives, in closed form:
-    the choice tries up to seven shapes, of which the simulator takes seconds for the largest."""
+    """Return the bubble of equal stages without a network, a fraction of the step.
+
+    `simulate` gives the same. In closed form, because the choice of chunks tries up to seven shapes, for the largest of
+    which the simulator takes seconds.
+    """
     most = max(shape.num_microbatches, shape.pp_size)
     step = (shape.num_chunks - 1) * most + shape.num_microbatches + shape.pp_size - 1
     return 1 - shape.num_chunks * shape.num_microbatches / step
 
 
 def few_microbatches(args: Any) -> list[str]:
-    """The warning where steps have fewer micro-batches than there are pipeline ranks: valid, but slow. Validated arguments."""
+    """Return the warning where steps have fewer micro-batches than pipeline ranks: valid, but slow."""
     pp_size, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
     counts, (sizes, growing) = microbatch_counts(args), batch_sizes(args)
     few = counts[0]
@@ -93,7 +96,7 @@ def few_microbatches(args: Any) -> list[str]:
 
 
 def _sizes_of_steps(steps: str) -> list[int]:
-    """Of "0:768 250B:1536", from so many tokens on this size; numbers as Megatron reads them, 1.5K is 1500."""
+    """Return the sizes of "0:768 250B:1536" (TOKENS:BATCH); numbers as Megatron reads them, 1.5K is 1500."""
     sizes = set()
     for step in steps.replace(",", " ").split():
         number = step.partition(":")[2].strip().upper()

@@ -1,4 +1,4 @@
-"""--use-torch-fsdp2 with pipeline ranks: what is refused on the command line."""
+"""Refuse combinations of flags with --use-torch-fsdp2 and pipeline ranks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import inspect
 from typing import Any
 
 from ...console.errors import UserError
-from .settings import Settings
+from .settings import Settings, is_sharded
 
 _FLAG, _RESIDENT = "--use-torch-fsdp2", "--breadth-first-resident-chunks"
 
 
 def refuse_under_1f1b(args: Any) -> None:
-    """UserError for sharded parameters with pipeline ranks: Megatron would stop at an assertion, or in building the model."""
+    """Refuse sharded parameters with pipeline ranks: Megatron would stop at an assertion, or in building the model."""
     if getattr(args, "pipeline_model_parallel_size", 1) < 2:
         return
-    if getattr(args, "use_torch_fsdp2", False):
+    if is_sharded(args):
         raise UserError(
-            f"{_FLAG} does not work with pipeline ranks under --pipeline-schedule 1f1b: Megatron refuses it, and it would "
-            f"gather and reduce once per micro-batch.\n  Use --pipeline-schedule breadth-first, or leave out {_FLAG}."
+            f"{_FLAG} does not work with pipeline ranks under --pipeline-schedule 1f1b: Megatron refuses it, and it "
+            "would gather and reduce once per micro-batch.\n"
+            f"  Use --pipeline-schedule breadth-first, or leave out {_FLAG}."
         )
     if getattr(args, "use_megatron_fsdp", False):
         raise UserError(
@@ -28,8 +29,8 @@ def refuse_under_1f1b(args: Any) -> None:
 
 
 def refuse(args: Any, settings: Settings) -> None:
-    """UserError for what breadth-first cannot shard; the rest is Megatron's to refuse."""
-    if not getattr(args, "use_torch_fsdp2", False):
+    """Refuse what breadth-first cannot shard; the rest is Megatron's to refuse."""
+    if not is_sharded(args):
         if settings.resident_chunks is not None:
             raise UserError(
                 f"{_RESIDENT} is {settings.resident_chunks}, but without {_FLAG} all chunks are resident.\n"
@@ -43,26 +44,26 @@ def refuse(args: Any, settings: Settings) -> None:
         )
     if getattr(args, "ckpt_format", None) == "torch_dcp":
         raise UserError(
-            f"--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so that "
-            f"chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
+            "--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so "
+            f"that chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
         )
     keeps = getattr(args, "save", None) or getattr(args, "load", None)
     if keeps and getattr(args, "swiglu", False) and not _splits_gated_layers():
         raise UserError(
-            f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the halves of "
-            "the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
+            f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the "
+            "halves of the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
         )
 
 
 def _splits_gated_layers() -> bool:
-    """Whether checkpoints tell the two halves of a gated layer apart when a replica holds a part of one."""
+    """Return whether checkpoints tell the halves of a gated layer apart when a replica holds a part of one."""
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
     return "dp_group" in inspect.signature(apply_swiglu_sharded_factory).parameters
 
 
 def check_resident_chunks(args: Any, settings: Settings) -> None:
-    """UserError if more chunks may be resident than a rank has. Once Megatron has completed the arguments."""
+    """Refuse more resident chunks than a rank has. To be called when Megatron has completed the arguments."""
     chunks = args.virtual_pipeline_model_parallel_size
     if settings.resident_chunks is not None and settings.resident_chunks > chunks:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A layout of layers that cannot be shared out evenly, in Megatron's notation (--pipeline-model-parallel-layout)."""
+"""The layout of layers that cannot be shared out evenly, in Megatron's notation (--pipeline-model-parallel-layout)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from itertools import groupby
 
 
 def layers_of_stages(num_layers: int, pp_size: int, num_chunks: int, mtp_layers: int = 0) -> list[int]:
-    """Decoder layers of every stage in order, at least one each, as even as can be.
+    """Share the decoder layers out to the stages, in order, at least one each, as evenly as possible.
 
-    The embedding on the first stage, the loss and the MTP layers on the last one count as a layer each. Where some stages
-    must get one more than others, they share chunks: a chunk takes the time of its longest stage, whichever rank has it.
+    The embedding on the first stage, the loss and the MTP layers on the last one count as a layer each. Where some
+    stages must get one more than others, they share chunks: a chunk takes the time of its longest stage, whichever rank
+    has it.
     """
     stages = range(pp_size * num_chunks)
     if num_layers < len(stages):
@@ -29,12 +30,12 @@ def layers_of_stages(num_layers: int, pp_size: int, num_chunks: int, mtp_layers:
 
 
 def other_layers(num_stages: int, mtp_layers: int) -> list[int]:
-    """What every stage holds beside decoder layers, counted in layers."""
+    """Return the load of every stage beside its decoder layers, counted in layers."""
     return [1] + [0] * (num_stages - 2) + [1 + mtp_layers]
 
 
 def layout_of(layers: list[int], mtp_layers: int = 0) -> str:
-    """The layout that gives every stage its layers, written short: Et*3|(t*4|)*14t*3L."""
+    """Return the layout that gives every stage its layers, written short: Et*3|(t*4|)*14t*3L."""
     first, *middle, last = (_times("t", count) for count in layers)
     runs = [(stage, len(list(same))) for stage, same in groupby(middle)]
     stages = "".join(f"{stage}|" if count == 1 else f"({stage}|)*{count}" for stage, count in runs)

@@ -1,8 +1,8 @@
-"""Before Megatron reads the command line: how many model chunks each rank holds, and a layout where layers do not divide.
+"""Choose the model chunks of each rank before Megatron reads the command line; lay out layers that do not divide.
 
-Megatron's virtual pipeline stages are the paper's looping placement (stage = chunk * pp_size + pp_rank). Where the layers
-can be shared out evenly, only the number of chunks is to choose. Where they cannot, and the user has no other say in it,
-the stages get a layout in Megatron's own notation, with the embedding and the loss counted as a layer each.
+Megatron's virtual pipeline stages are the paper's looping placement (stage = chunk * pp_size + pp_rank). Where the
+layers can be shared out evenly, only the number of chunks is to choose. Where they cannot, and the user has not said
+otherwise, the stages get a layout in Megatron's own notation, with the embedding and the loss counted as a layer each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from ...schedule import PipelineShape
 from .batches import microbatch_counts, predicted_bubble
 from .layout import layers_of_stages, layout_of, other_layers
 
-# Few chunks mean few messages, many mean a small bubble: the first choice with less than this is taken.
-BUBBLE_GOAL = 0.05
+BUBBLE_GOAL = 0.05  # few chunks mean few messages, many a small bubble: the first choice with less than this is taken
 MOST_CHUNKS = 8
 
 CHUNKS, LAYERS, LAYOUT = FLAGS = (
@@ -23,29 +22,29 @@ CHUNKS, LAYERS, LAYOUT = FLAGS = (
     "--num-layers-per-virtual-pipeline-stage",
     "--pipeline-model-parallel-layout",
 )
-# Flags with which the user says how many layers the first and the last rank get. Megatron then wants the rest to divide.
+# Flags with which the user says how many layers the first and the last rank get. Megatron wants the rest to divide.
 SHARES = (
     "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers",
     "--account-for-embedding-in-pipeline-split",
     "--account-for-loss-in-pipeline-split",
 )
+NEEDS_2 = "--pipeline-schedule breadth-first needs at least 2 model chunks per rank"
 
 
 def place(args: Any) -> list[str]:
-    """Set what the command line leaves open, and say so, one line each; UserError where the layers cannot be placed."""
+    """Set what the command line leaves open and return a line about it; UserError if the layers cannot be placed."""
     if is_hybrid(args):
         return []
     flag, value = _named(args)
     if flag == LAYOUT:
         _check_layout(value, args.pipeline_model_parallel_size)
         return []
-    num_layers, pp_size = _num_layers(args), args.pipeline_model_parallel_size
+    num_layers = _num_layers(args)
     if num_layers is None:
         if flag is None:
-            raise UserError(
-                f"the number of layers is not on the command line: it cannot be divided into chunks.\n  Add {CHUNKS} 2 or more."
-            )
+            wrong = "the number of layers is not on the command line: it cannot be divided into chunks"
+            raise UserError(f"{wrong}.\n  Add {CHUNKS} 2 or more.")
         return []
     per_rank = _layers_per_rank(args, num_layers)
     if flag is None:
@@ -58,46 +57,41 @@ def place(args: Any) -> list[str]:
         return []
     shares = _given(args, SHARES)
     if shares:
-        raise UserError(_does_not_divide(num_layers, pp_size, per_rank, flag, value, shares))
+        pp_size = args.pipeline_model_parallel_size
+        raise UserError(_does_not_divide(num_layers, pp_size, per_rank, flag, value, " and ".join(shares)))
     return _lay_out(args, num_layers, flag, value)
 
 
 def is_hybrid(args: Any) -> bool:
-    """Whether the model mixes kinds of layers: its own pattern then says which stage gets which, Megatron's business."""
+    """Return whether the model mixes kinds of layers, which its own pattern then places."""
     return any(getattr(args, name, None) is not None for name in ("hybrid_layer_pattern", "hybrid_override_pattern"))
 
 
 def _named(args: Any) -> tuple[str | None, Any]:
-    """The one flag that says how the layers are split into chunks, and its value."""
-    named = _given(args, FLAGS)
+    """Return the one flag that splits the layers into chunks, and its value; None where the user gives none."""
+    named, shares, ends = _given(args, FLAGS), _given(args, SHARES), _given(args, SHARES[:2])
     if len(named) > 1:
-        raise UserError(
-            f"{' and '.join(named)} both say how the layers are split into chunks.\n  Give one of them: {', '.join(FLAGS)}."
-        )
-    shares = _given(args, SHARES)
+        both = f"{' and '.join(named)} both say how the layers are split into chunks"
+        raise UserError(f"{both}.\n  Give one of them: {', '.join(FLAGS)}.")
     if named == [LAYOUT] and shares:
         raise UserError(f"{LAYOUT} and {shares[0]} both say which layers go where.\n  Leave out {shares[0]}.")
-    if len(_given(args, SHARES[:2])) == 2 and args.pipeline_model_parallel_size == 2:
-        raise UserError(
-            f"{SHARES[0]} with {SHARES[1]} leaves no rank in between: Megatron cannot place chunks so on 2 pipeline ranks.\n"
-            f"  Leave out one of them: the other rank gets the rest."
-        )
+    if len(ends) == 2 and args.pipeline_model_parallel_size == 2:
+        between = "leaves no rank in between: Megatron cannot place chunks so on 2 pipeline ranks"
+        raise UserError(f"{' with '.join(ends)} {between}.\n  Leave out one of them: the other rank gets the rest.")
     if not named:
         return None, None
     flag, value = named[0], getattr(args, _name(named[0]))
     if flag == CHUNKS and value < 2:
-        raise UserError(
-            f"--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but {CHUNKS} is {value}.\n"
-            "  Use 2 or more, or leave the flag out: the plugin chooses."
-        )
-    if flag == LAYERS and (value < 1 or _given(args, SHARES[:2])):
-        wrong = f"is {value}" if value < 1 else f"does not go with {_given(args, SHARES[:2])[0]}"
+        instead = "Use 2 or more, or leave the flag out: the plugin chooses"
+        raise UserError(f"{NEEDS_2}, but {CHUNKS} is {value}.\n  {instead}.")
+    if flag == LAYERS and (value < 1 or ends):
+        wrong = f"is {value}" if value < 1 else f"does not go with {ends[0]}"
         raise UserError(f"{LAYERS} {wrong}.\n  Use {CHUNKS} 2 or more instead, or leave both out: the plugin chooses.")
     return flag, value
 
 
 def _check_layout(layout: Any, pp_size: int) -> None:
-    """Its letters and its number of stages; the layers are counted when Megatron knows how many there must be."""
+    """Check letters and number of stages; layers are counted when Megatron knows how many there must be."""
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     try:
@@ -119,7 +113,7 @@ def _given(args: Any, flags: tuple[str, ...]) -> list[str]:
 
 
 def _num_layers(args: Any) -> int | None:
-    """None where Megatron has yet to read it from a description of every single layer."""
+    """Return the number of layers; None where Megatron has yet to read it from a description of every layer."""
     files = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
     if any(getattr(args, name, None) is not None for name in files):
         return None
@@ -127,7 +121,7 @@ def _num_layers(args: Any) -> int | None:
 
 
 def _layers_per_rank(args: Any, num_layers: int) -> list[int]:
-    """Layers on each kind of pipeline rank, embedding and loss counted where Megatron counts them; [] if uneven."""
+    """Return the layers of each kind of pipeline rank, with what Megatron counts as a layer; [] if uneven."""
     first, last = (getattr(args, _name(flag), None) for flag in SHARES[:2])
     total = num_layers + len(_given(args, SHARES[2:]))
     middle_ranks = args.pipeline_model_parallel_size - (first is not None) - (last is not None)
@@ -143,7 +137,7 @@ def _even_choices(per_rank: list[int]) -> list[int]:
 
 
 def _choose(args: Any, choices: list[int]) -> tuple[int, str]:
-    """(chunks per rank, why)."""
+    """Return the chunks per rank, and why."""
     microbatches = microbatch_counts(args)[-1]
     for chunks in choices:
         bubble = predicted_bubble(PipelineShape(args.pipeline_model_parallel_size, chunks, microbatches))
@@ -154,14 +148,12 @@ def _choose(args: Any, choices: list[int]) -> tuple[int, str]:
 
 
 def _lay_out(args: Any, num_layers: int, flag: str | None, value: Any) -> list[str]:
-    """Set a layout in place of the flag that cannot be met evenly."""
+    """Set a layout in place of the flag that cannot be met evenly, and return a line about it."""
     pp_size, mtp_layers = args.pipeline_model_parallel_size, getattr(args, "mtp_num_layers", None) or 0
     fewest = value if flag == CHUNKS else 2
     if flag == LAYERS and num_layers <= pp_size * value:
-        raise UserError(
-            f"--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but {num_layers} layers on {pp_size} "
-            f"pipeline ranks with {LAYERS} {value} are 1.\n  Use a smaller number, or {CHUNKS} 2, or leave both out."
-        )
+        found = f"{num_layers} layers on {pp_size} pipeline ranks with {LAYERS} {value} are 1"
+        raise UserError(f"{NEEDS_2}, but {found}.\n  Use a smaller number, or {CHUNKS} 2, or leave both out.")
     if num_layers < pp_size * fewest:
         raise UserError(_too_few(num_layers, pp_size, fewest))
     if flag == CHUNKS:
@@ -180,7 +172,7 @@ def _lay_out(args: Any, num_layers: int, flag: str | None, value: Any) -> list[s
 
 
 def _chunks_of_at_most(most: int, num_layers: int, pp_size: int, mtp_layers: int) -> int:
-    """The fewest chunks per rank whose stages hold at most so many decoder layers."""
+    """Return the fewest chunks per rank whose stages hold at most so many decoder layers."""
     for chunks in range(max(2, -(-num_layers // (pp_size * most))), num_layers // pp_size + 1):
         if max(layers_of_stages(num_layers, pp_size, chunks, mtp_layers)) <= most:
             return chunks
@@ -191,7 +183,7 @@ def _chunks_of_at_most(most: int, num_layers: int, pp_size: int, mtp_layers: int
 
 
 def _choose_uneven(args: Any, num_layers: int, mtp_layers: int) -> int:
-    """As _choose, with the time counted that ranks wait for the longest stage of a chunk."""
+    """Choose chunks as _choose does, counting the time that ranks wait for the longest stage of a chunk."""
     pp_size, microbatches, idle = args.pipeline_model_parallel_size, microbatch_counts(args)[-1], {}
     for chunks in range(2, min(MOST_CHUNKS, num_layers // pp_size) + 1):
         layers = layers_of_stages(num_layers, pp_size, chunks, mtp_layers)
@@ -210,23 +202,19 @@ def _too_few(num_layers: int, pp_size: int, chunks: int) -> str:
         ways.append(f"--pipeline-model-parallel-size {num_layers // chunks} or less")
     if chunks > 2 and num_layers >= 2 * pp_size:
         ways.append(f"{CHUNKS} {num_layers // pp_size} or less")
-    return (
-        f"--pipeline-schedule breadth-first needs a layer in each of {pp_size} x {chunks} stages "
-        f"({pp_size} pipeline ranks, {chunks} chunks each), but --num-layers is {num_layers}.\n  Use {', or '.join(ways)}."
-    )
+    stages = f"{pp_size} x {chunks} stages ({pp_size} pipeline ranks, {chunks} chunks each)"
+    wrong = f"--pipeline-schedule breadth-first needs a layer in each of {stages}, but --num-layers is {num_layers}"
+    return f"{wrong}.\n  Use {', or '.join(ways)}."
 
 
 def _does_not_divide(
-    num_layers: int, pp_size: int, per_rank: list[int], flag: str | None, value: Any, shares: list[str]
+    num_layers: int, pp_size: int, per_rank: list[int], flag: str | None, value: Any, shares: str
 ) -> str:
     if not per_rank:
         what = f"{num_layers} layers cannot be shared out evenly to {pp_size} pipeline ranks"
     else:
-        what = (
-            f"{num_layers} layers on {pp_size} pipeline ranks leave {' or '.join(map(str, sorted(set(per_rank))))} per rank, "
-            f"which {f'{flag} {value} does not divide' if flag else f'no number of chunks from 2 to {MOST_CHUNKS} divides'}"
-        )
-    return (
-        f"{what}, with {' and '.join(shares)}.\n  Leave out {' and '.join(shares)}: the plugin then makes a layout,\n"
-        f"  or say which layers go where with {LAYOUT}."
-    )
+        left = " or ".join(map(str, sorted(set(per_rank))))
+        which = f"{flag} {value} does not divide" if flag else f"no number of chunks from 2 to {MOST_CHUNKS} divides"
+        what = f"{num_layers} layers on {pp_size} pipeline ranks leave {left} per rank, which {which}"
+    instead = f"Leave out {shares}: the plugin then makes a layout,\n  or say which layers go where with {LAYOUT}"
+    return f"{what}, with {shares}.\n  {instead}."

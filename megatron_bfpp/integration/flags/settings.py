@@ -1,4 +1,4 @@
-"""What the user chose: the flags, their defaults, and where the choice is looked up. No import of Megatron."""
+"""The choices of a job: the flags, their defaults, and their values on a command line. No import of Megatron."""
 
 from __future__ import annotations
 
@@ -15,9 +15,37 @@ from ...schedule.plan import Plan, plan_of
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
-PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog speaks before NCCL ends the process
+PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog reports before NCCL ends the process
 MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
+
+_FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("--breadth-first-backward", {"default": "eager", "metavar": "{eager,late}"},
+     "eager: backwards of the last chunk start as soon as they can; fewer live activations at the same step time. "
+     "late: after all forwards, the paper's plain order."),
+    ("--breadth-first-group-size", {"type": int, "metavar": "N"},
+     "Run the micro-batches in groups of N: less memory, less overlap. Default: all micro-batches of the step."),
+    ("--breadth-first-engine", {"default": "plan", "metavar": "{plan,megatron}"},
+     "plan: the plugin's executor of a checked plan. megatron: Megatron's own loop in breadth-first order."),
+    ("--breadth-first-resident-chunks", {"type": int, "metavar": "N"},
+     "With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
+     f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}."),
+    ("--bfpp-timeout-seconds", {"type": float, "metavar": "S"},
+     "Breadth-first: end the job on all ranks if an action of a step, or a wait in it, takes longer; each rank then "
+     "reports what it was doing. 0: never. Default: 0.8 of --distributed-timeout-minutes."),
+    ("--bfpp-debug-p2p", {"action": "store_true"},
+     "Breadth-first: send with each message which one it is; a receiver that waits for another one ends the job and "
+     "names both. Slower: a message is asked for only when its header is read."),
+    ("--bfpp-log-communication", {"action": "store_true"},
+     "Log the collectives and messages of each step with their bytes, under either schedule: one line per log "
+     "interval, and bfpp/... in TensorBoard and W&B."),
+    ("--bfpp-run-dir", {"metavar": "DIR"},
+     "Write the files of the run there, under either schedule: run.json, steps.jsonl, end.json, and a trace. "
+     "Default: the environment variable BFPP_RUN_DIR."),
+    ("--bfpp-trace-steps", {"metavar": "A-B"},
+     "Record when every forward, backward and message of these steps runs, on all pipeline ranks of the first "
+     "replica: a Chrome trace, in the run's folder or in ./bfpp-trace.json. One number for one step."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,81 +70,40 @@ class Settings:
         if self.group_size is not None and self.group_size < 1:
             raise UserError(
                 f"--breadth-first-group-size is {self.group_size}; it counts micro-batches.\n"
-                "  Use 1 or more (the number of pipeline ranks or more keeps the pipeline full), or leave it out for all."
+                "  Use 1 or more, for a full pipeline the number of pipeline ranks or more, or leave it out for all."
             )
         if self.resident_chunks is not None and self.resident_chunks < 1:
             raise UserError(
                 f"--breadth-first-resident-chunks is {self.resident_chunks}; a chunk runs only while it is gathered.\n"
-                f"  Use 1 or more ({RESIDENT_CHUNKS} hides the gathers, all chunks of a rank gathers each once per step)."
+                f"  Use {RESIDENT_CHUNKS}, which hides the gathers, or the number of chunks: one gather each per step."
             )
 
     def plan_of(self, shape: PipelineShape, evaluation: bool = False, is_sharded: bool = False) -> Plan:
-        """The checked plan that engine `plan` runs for a step of this shape."""
+        """Return the checked plan that engine `plan` runs for a step of this shape."""
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
         return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident)
 
     def resident_chunks_of(self, chunks: int) -> int:
-        """How many chunks of a rank may be gathered at one time, with fully sharded parameters."""
+        """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""
         return min(self.resident_chunks or RESIDENT_CHUNKS, chunks)
 
 
 def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Add the plugin's flags, once. Values are checked by Settings: argparse would answer with Megatron's whole usage."""
+    """Add the plugin's flags, once. Settings checks the values: argparse would answer with Megatron's whole usage."""
     if "--pipeline-schedule" in parser._option_string_actions:  # the parser of a patched fork, see patches/
         return
     group = parser.add_argument_group("breadth-first pipeline parallelism (megatron_bfpp)")
     group.add_argument(
         "--pipeline-schedule", default=default, metavar="{1f1b,breadth-first}",
-        help="1f1b is Megatron's own schedule, untouched. breadth-first runs all micro-batches of a model chunk "
-        "before the next chunk (Lamy-Poirier, arXiv 2211.05953).",
+        help="1f1b is Megatron's own schedule, untouched. breadth-first runs all micro-batches of a model chunk before "
+        "the next chunk (Lamy-Poirier, arXiv 2211.05953).",
     )  # fmt: skip
-    group.add_argument(
-        "--breadth-first-backward", default="eager", metavar="{eager,late}",
-        help="eager: backwards of the last chunk start as soon as they can; fewer live activations at the same step "
-        "time. late: after all forwards, the paper's plain order.",
-    )  # fmt: skip
-    group.add_argument(
-        "--breadth-first-group-size", type=int, default=None, metavar="N",
-        help="Run the micro-batches in groups of N: less memory, less overlap. Default: all micro-batches of the step.",
-    )  # fmt: skip
-    group.add_argument(
-        "--breadth-first-engine", default="plan", metavar="{plan,megatron}",
-        help="plan: the plugin's executor of a checked plan. megatron: Megatron's own loop in breadth-first order.",
-    )  # fmt: skip
-    group.add_argument(
-        "--breadth-first-resident-chunks", type=int, default=None, metavar="N",
-        help="With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
-        f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}.",
-    )  # fmt: skip
-    group.add_argument(
-        "--bfpp-timeout-seconds", type=float, default=None, metavar="S",
-        help="Breadth-first: a job of which an action of a step, or a wait in it, takes longer is ended on all ranks, and each says what it "
-        "was doing. 0: never. Default: 0.8 of --distributed-timeout-minutes.",
-    )  # fmt: skip
-    group.add_argument(
-        "--bfpp-debug-p2p", action="store_true",
-        help="Breadth-first: send with each message which one it is; a receiver that waits for another one ends the job and names both. "
-        "Slower: a message is asked for only when its header is read.",
-    )  # fmt: skip
-    group.add_argument(
-        "--bfpp-log-communication", action="store_true",
-        help="Log the collectives and messages of each step with their bytes, under either schedule: one line per log interval, and "
-        "bfpp/... in TensorBoard and W&B.",
-    )  # fmt: skip
-    group.add_argument(
-        "--bfpp-run-dir", default=None, metavar="DIR",
-        help="Write the files of the run there, under either schedule: run.json, steps.jsonl, end.json, and a trace. "
-        "Default: the environment variable BFPP_RUN_DIR.",
-    )  # fmt: skip
-    group.add_argument(
-        "--bfpp-trace-steps", default=None, metavar="A-B",
-        help="Record when every forward, backward and message of these steps runs, on all pipeline ranks of the first "
-        "replica: a Chrome trace, in the run's folder or in ./bfpp-trace.json. One number for one step.",
-    )  # fmt: skip
+    for flag, options, text in _FLAGS:
+        group.add_argument(flag, help=text, **options)
 
 
 def settings_of(args: Any) -> Settings:
-    """The choice on a parsed command line, or in a YAML file that holds some of the names."""
+    """Return the choice on a parsed command line, or in a YAML file that holds some of the names."""
     return Settings(
         schedule=getattr(args, "pipeline_schedule", None) or "1f1b",
         backward=getattr(args, "breadth_first_backward", None) or "eager",
@@ -133,20 +120,18 @@ def is_sharded(args: Any) -> bool:
 
 
 def run_dir_of(args: Any) -> str | None:
-    """The folder of the run's files: the flag, or the environment's."""
+    """Return the folder of the run's files: the flag's, or the environment's."""
     return getattr(args, "bfpp_run_dir", None) or os.environ.get("BFPP_RUN_DIR") or None
 
 
 def trace_steps_of(args: Any) -> tuple[int, int] | None:
-    """First and last of the steps to trace, counted from 1 as in the log; UserError if they cannot be."""
+    """Return first and last of the steps to trace, counted from 1 as in the log; UserError if they cannot be."""
     text = getattr(args, "bfpp_trace_steps", None)
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(text).strip(), re.ASCII)
     if match is None:
-        raise UserError(
-            f"--bfpp-trace-steps {text} names no steps.\n  Use one number, or the first and the last: 20-22."
-        )
+        raise UserError(f"--bfpp-trace-steps {text} names no steps.\n  Use one number, or first and last: 20-22.")
     first, last = int(match[1]), int(match[2] or match[1])
     if not 1 <= first <= last:
         raise UserError(f"--bfpp-trace-steps {text}: steps count from 1, first the smaller.\n  Use for example 20-22.")
@@ -159,12 +144,12 @@ def trace_steps_of(args: Any) -> tuple[int, int] | None:
 
 
 def timeout_minutes(args: Any) -> float:
-    """--distributed-timeout-minutes; Megatron's default where a YAML file leaves it out."""
+    """Return --distributed-timeout-minutes; Megatron's default where a YAML file leaves it out."""
     return getattr(args, "distributed_timeout_minutes", None) or 10
 
 
 def timeout_of(args: Any) -> float:
-    """Seconds that a step's action may take; 0 for no watchdog. UserError for what cannot be one."""
+    """Return the seconds that an action of a step may take; 0 for no watchdog. UserError for what cannot be one."""
     given = getattr(args, "bfpp_timeout_seconds", None)
     if given is None:
         limits = [60.0 * timeout_minutes(args), getattr(args, "distributed_timeout_seconds_after_init", None)]

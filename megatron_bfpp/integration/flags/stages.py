@@ -1,4 +1,4 @@
-"""After Megatron has read the command line: which stage gets which layers, by Megatron's own functions, checked and told."""
+"""Find the layers of every stage by Megatron's own functions, once it has read the command line, and check them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ...console.errors import UserError
-from .placement import LAYOUT, is_hybrid
+from ..seams import changed
+from .placement import CHUNKS, LAYOUT, NEEDS_2, is_hybrid
 
-MOST_RUNS = 20  # of stages with the same number of layers that the line names before it stops
+MOST_RUNS = 20  # runs of stages with the same number of layers that the line names before it stops
 
 
 class Stage(NamedTuple):
@@ -22,7 +23,7 @@ class Stage(NamedTuple):
 
 
 def check_placement(args: Any) -> str:
-    """The placement of validated arguments in one line; UserError where a layer would be missing or built twice."""
+    """Return the placement of validated arguments, a line; UserError where a layer would be missing or built twice."""
     _check_chunks(args)
     if is_hybrid(args):
         return f"placement of {args.num_layers} layers: as --hybrid-layer-pattern says"
@@ -32,9 +33,9 @@ def check_placement(args: Any) -> str:
 
 
 def stages_of(args: Any) -> list[Stage]:
-    """Every stage in order, asked of the functions that Megatron's models ask; UserError where they cannot answer.
+    """Return every stage in order, from the functions that Megatron's models ask; UserError where they cannot answer.
 
-    Of a model without chunks, as 1F1B has it, the stages are the pipeline ranks.
+    The stages of a model without chunks, as under 1F1B, are the pipeline ranks.
     """
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -63,7 +64,7 @@ def stages_of(args: Any) -> list[Stage]:
 
 
 def placement_line(layers: list[int], pp_size: int) -> str:
-    """Layers of every stage and of every rank; n*k is k in a row with n each."""
+    """Return a line with the layers of every stage and of every rank; n*k means k in a row with n each."""
     per_rank = [sum(layers[rank::pp_size]) for rank in range(pp_size)]
     return (
         f"placement of {sum(layers)} layers, {len(layers)} stages in order: {_runs(layers)}"
@@ -72,13 +73,13 @@ def placement_line(layers: list[int], pp_size: int) -> str:
 
 
 def _check_chunks(args: Any) -> None:
-    """With fewer than 2 chunks Megatron would run another schedule, in silence."""
+    """Refuse fewer than 2 chunks, with which Megatron would silently run another schedule."""
     chunks = getattr(args, "virtual_pipeline_model_parallel_size", None)
     if chunks is None or chunks < 2:
+        stages = 2 * args.pipeline_model_parallel_size
         raise UserError(
-            "--pipeline-schedule breadth-first needs at least 2 model chunks per rank, but the layers are split into "
-            f"{chunks or 1}.\n  Use --num-virtual-stages-per-pipeline-rank 2 or more, or a {LAYOUT} "
-            f"with {2 * args.pipeline_model_parallel_size} or more stages."
+            f"{NEEDS_2}, but the layers are split into {chunks or 1}.\n"
+            f"  Use {CHUNKS} 2 or more, or a {LAYOUT} with {stages} or more stages."
         )
 
 
@@ -105,7 +106,7 @@ def _check_count(args: Any, layers: list[int]) -> None:
 
 
 def _config_of(args: Any) -> SimpleNamespace:
-    """What Megatron's functions read of a TransformerConfig, under its names. No real one: its checks need the GPU's libraries.
+    """Return what Megatron's functions read of a TransformerConfig. A real one's checks need the GPU's libraries.
 
     In a YAML file the model stands under language_model, with the names of the configuration.
     """
@@ -119,13 +120,10 @@ def _config_of(args: Any) -> SimpleNamespace:
         )
         for end in ("first", "last")
     }
-    accounts = {
-        name: getattr(model, name, False)
-        for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-    }
     return SimpleNamespace(
         **ends,
-        **accounts,
+        account_for_embedding_in_pipeline_split=getattr(model, "account_for_embedding_in_pipeline_split", False),
+        account_for_loss_in_pipeline_split=getattr(model, "account_for_loss_in_pipeline_split", False),
         num_layers=args.num_layers,
         pipeline_model_parallel_size=pp_size,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
@@ -135,18 +133,12 @@ def _config_of(args: Any) -> SimpleNamespace:
 
 @contextmanager
 def _as_rank(pp_rank: int, chunks: int | None) -> Iterator[None]:
-    """Megatron's layouts ask its global state, which is not there yet, where they are."""
+    """Set the global state by which Megatron's layouts know where they are; it is not there yet."""
     from megatron.core import parallel_state
 
-    rank_before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK  # its getter would ask a process group
-    chunks_before = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    parallel_state.set_pipeline_model_parallel_rank(pp_rank)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks)
-    try:
+    state = {"_MPU_PIPELINE_MODEL_PARALLEL_RANK": pp_rank, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE": chunks}
+    with changed(parallel_state, **state):
         yield
-    finally:
-        parallel_state.set_pipeline_model_parallel_rank(rank_before)
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks_before)
 
 
 def _runs(counts: list[int]) -> str:

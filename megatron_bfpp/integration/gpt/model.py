@@ -15,6 +15,8 @@ from megatron.training.yaml_arguments import core_transformer_config_from_yaml
 
 __all__ = ["build_gpt"]
 
+_SAME_NAMES = ("fp16_lm_cross_entropy", "position_embedding_type", "rotary_percent", "rotary_base")
+
 
 def build_gpt(
     pre_process: bool = True,
@@ -23,7 +25,7 @@ def build_gpt(
     config: Any = None,
     pg_collection: Any = None,
 ) -> GPTModel:
-    """One model chunk, with the embedding if pre_process and the loss if post_process."""
+    """Build one model chunk, with the embedding if pre_process and the loss if post_process."""
     args = get_args()
     print_rank_0("building GPT model ...")
     if config is None and args.yaml_cfg is not None:
@@ -39,20 +41,17 @@ def build_gpt(
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
+        **{name: getattr(args, name) for name in _SAME_NAMES},
     )
 
 
 def _specs(args: Any, config: Any, vp_stage: int | None) -> tuple[Any, Any]:
-    """The layers of this chunk and its multi-token prediction block, which repeats the model's last layer."""
+    """Return the specs of this chunk's layers and of its multi-token prediction block, which repeats the last layer."""
     use_te = args.transformer_impl == "transformer_engine"
     choices = {"normalization": args.normalization, "qk_l2_norm": args.qk_l2_norm, "vp_stage": vp_stage}
     model_layers = get_gpt_decoder_layer_specs(config, use_te, **choices)

@@ -14,7 +14,7 @@ from ...console.errors import UserError
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}  # as in Megatron's own script
 
-# What Megatron's own script does beyond plain pretraining: flag -> the value that means it is not asked for.
+# Flags that ask Megatron's own script for more than plain pretraining, and the value that means they do not.
 # A flag that a release does not have is not asked for.
 OTHER_TASKS: dict[str, Any] = {
     "--sft": False,
@@ -26,7 +26,7 @@ OTHER_TASKS: dict[str, Any] = {
     "--perform-rl-step": False,
     "--use-legacy-models": False,
 }
-# From 0.19 on the trainer builds the model itself, these kinds included; before, the builders of integration/gpt/model.py do.
+# From 0.19 on the trainer builds the model itself, these kinds included; before, gpt/model.py does.
 OTHER_MODELS: dict[str, Any] = {
     "--experimental-attention-variant": None,
     "--heterogeneous-layers-config-path": None,
@@ -43,13 +43,16 @@ def train() -> None:
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.arguments import parse_args
 
-    release = _release_of(pretrain)
-    # Megatron 0.17 parses inside pretrain(), after the process groups; parsed here too, a refusal comes first everywhere.
-    refuse_other_tasks(parse_args(), with_model_kinds=release is not _pretrain_019)
+    # By the signature and not by the version: development builds between releases carry the next release's number.
+    parameters = inspect.signature(pretrain).parameters
+    takes_config = "cfg_container" in parameters  # from 0.18 on
+    builds_model = takes_config and parameters["model_provider"].default is not inspect.Parameter.empty  # from 0.19 on
+    # 0.17 parses inside pretrain(), after the process groups; parsed here too, a refusal comes first everywhere.
+    refuse_other_tasks(parse_args(), with_model_kinds=not builds_model)
 
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     wrapped, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    release(wrapped, store)
+    _pretrain(wrapped, store, takes_config, builds_model)
 
 
 def refuse_other_tasks(args: Namespace, with_model_kinds: bool) -> None:
@@ -64,70 +67,32 @@ def refuse_other_tasks(args: Namespace, with_model_kinds: bool) -> None:
             )
 
 
-def _release_of(pretrain: Callable[..., None]) -> Callable[..., None]:
-    # By the signature and not by the version: development builds between releases carry the next release's number.
-    parameters = inspect.signature(pretrain).parameters
-    if "cfg_container" not in parameters:
-        return _pretrain_017
-    return _pretrain_018 if parameters["model_provider"].default is inspect.Parameter.empty else _pretrain_019
+def _pretrain(pretrain: Callable[..., None], store: Any, takes_config: bool, builds_model: bool) -> None:
+    """Call Megatron's trainer.
 
-
-def _pretrain_017(pretrain: Callable[..., None], store: Any) -> None:
-    """0.17: pretrain() parses the command line."""
+    0.17 parses the command line itself. From 0.18 on the caller does, and passes a configuration. Until 0.18 the caller
+    builds the model; from 0.19 on the configuration says which, and the trainer builds it.
+    """
     from megatron.core.enums import ModelType
 
     from . import script
-    from .model import build_gpt
 
-    pretrain(
-        script.datasets,
-        build_gpt,
-        ModelType.encoder_or_decoder,
-        script.forward_step,
-        args_defaults=ARGS_DEFAULTS,
-        store=store,
-        get_embedding_ranks=script.embedding_ranks,
-    )
+    given: list[Any] = [script.datasets]
+    more: dict[str, Any] = {"store": store, "get_embedding_ranks": script.embedding_ranks}
+    if not builds_model:
+        from .model import build_gpt
 
+        given.append(build_gpt)
+    given += [ModelType.encoder_or_decoder, script.forward_step]
+    if takes_config:
+        from megatron.training import argument_utils
+        from megatron.training.arguments import parse_and_validate_args
 
-def _pretrain_018(pretrain: Callable[..., None], store: Any) -> None:
-    """0.18: the caller parses, pretrain() takes the configuration and still a model provider."""
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    from . import script
-    from .model import build_gpt
-
-    args = parse_and_validate_args(args_defaults=ARGS_DEFAULTS)
-    with warnings.catch_warnings():  # it recommends a configured model, which 0.18 has for hybrid models only
-        warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
-        configuration = pretrain_cfg_container_from_args(args)
-    pretrain(
-        configuration,
-        script.datasets,
-        build_gpt,
-        ModelType.encoder_or_decoder,
-        script.forward_step,
-        store=store,
-        get_embedding_ranks=script.embedding_ranks,
-    )
-
-
-def _pretrain_019(pretrain: Callable[..., None], store: Any) -> None:
-    """0.19: the configuration holds the model too, and the trainer builds it."""
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    from . import script
-
-    args = parse_and_validate_args(args_defaults=ARGS_DEFAULTS)
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        script.datasets,
-        ModelType.encoder_or_decoder,
-        script.forward_step,
-        store=store,
-        get_embedding_ranks=script.embedding_ranks,
-    )
+        args = parse_and_validate_args(args_defaults=ARGS_DEFAULTS)
+        models = [argument_utils.gpt_config_from_args(args)] if builds_model else []
+        with warnings.catch_warnings():  # 0.18 recommends a configured model, which it has for hybrid models only
+            warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
+            given.insert(0, argument_utils.pretrain_cfg_container_from_args(args, *models))
+    else:
+        more["args_defaults"] = ARGS_DEFAULTS
+    pretrain(*given, **more)

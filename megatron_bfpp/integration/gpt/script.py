@@ -1,7 +1,7 @@
-"""What Megatron's trainer asks of a GPT script: data sets, micro-batches, the loss, the forward step, the embedding ranks.
+"""The parts of a GPT script that Megatron's trainer asks for: data sets, forward step, loss, embedding ranks.
 
-The values are those of Megatron's own pretrain_gpt.py, bit for bit, on megatron-core 0.17, 0.18 and 0.19. Where a helper of
-Megatron moved between these releases, the one that is there is used.
+The values are those of Megatron's own pretrain_gpt.py, bit for bit, on megatron-core 0.17, 0.18 and 0.19. Where a
+helper of Megatron moved between these releases, the one that is there is used.
 """
 
 import inspect
@@ -27,15 +27,24 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 __all__ = ["datasets", "embedding_ranks", "forward_step", "loss_func", "micro_batch"]
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-# Only of packed sequences, which this entry point refuses; the helpers of 0.18 and 0.19 look for the keys.
+# Packed sequences only, which this entry point refuses; the helpers of 0.18 and 0.19 look for the keys.
 PACKED_FIELDS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
-SPIKY_LOSS_FACTOR = (
-    10.0  # --check-for-spiky-loss: a loss above this multiple of the largest so far, as in Megatron's script
+# Arguments that Megatron's functions take under the names of its flags.
+_BROADCAST_NAMES = (
+    *("create_attention_mask_in_dataloader", "micro_batch_size", "seq_length"),
+    "pipeline_model_parallel_size",
 )
+_DATASET_NAMES = (
+    *("split", "multiple_validation_sets", "full_validation", "num_dataset_builder_threads", "mmap_bin_files"),
+    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "object_storage_cache_path"),
+    *("mid_level_dataset_surplus", "allow_ambiguous_pad_tokens", "context_parallel_size", "data_parallel_size"),
+)
+# --check-for-spiky-loss: a loss above this multiple of the largest so far, as in Megatron's script.
+SPIKY_LOSS_FACTOR = 10.0
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-    """One micro-batch through one model chunk: its output, and the function that makes a loss of it."""
+    """Run one micro-batch through one model chunk; return its output and the function that makes a loss of it."""
     timers, stragglers = get_timers(), StragglerDetector()
     timers("batch-generator", log_level=2).start()
     with stragglers(bdata=True):
@@ -44,17 +53,15 @@ def forward_step(data_iterator: Iterator[Any], model: Any, return_schedule_plan:
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     with stragglers:
-        if return_schedule_plan:  # noqa: SIM108 - --overlap-moe-expert-parallel-comm
-            output = model.build_schedule_plan(*inputs, **targets)
-        else:
-            output = model(*inputs, **targets)
+        # --overlap-moe-expert-parallel-comm asks for a plan of the forward, and runs that.
+        output = (model.build_schedule_plan if return_schedule_plan else model)(*inputs, **targets)
     return output, partial(loss_func, batch["loss_mask"])
 
 
 def loss_func(
     loss_mask: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum of the unmasked losses of one micro-batch, the number of them, and both for the log.
+    """Return the sum of the unmasked losses of one micro-batch, their number, and both for the log.
 
     Args:
         loss_mask: [microbatch, seq / cp], 1 where the loss counts
@@ -80,7 +87,7 @@ def _check_loss(loss: torch.Tensor) -> None:
 
 
 def micro_batch(data_iterator: Iterator[Any], config: Any, vp_stage: int | None) -> dict[str, Any]:
-    """The next micro-batch as far as this model chunk needs it: FIELDS, None where a stage has no use for one."""
+    """Return the next micro-batch: FIELDS, None where this model chunk has no use for one."""
     with_mtp = _holds_mtp(config, vp_stage)
     if not (is_first_or_last_pipeline_stage(vp_stage) or with_mtp):
         return dict.fromkeys(FIELDS)
@@ -94,7 +101,7 @@ def micro_batch(data_iterator: Iterator[Any], config: Any, vp_stage: int | None)
 
 
 def _micro_batch_018(data_iterator: Iterator[Any], with_mtp: bool) -> dict[str, Any]:
-    """0.18 and 0.19: Megatron's helpers take everything as arguments."""
+    """Call the helpers of 0.18 and 0.19, which take everything as arguments."""
     args = get_args()
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -110,36 +117,27 @@ def _micro_batch_018(data_iterator: Iterator[Any], with_mtp: bool) -> dict[str, 
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
         mtp_on_this_rank=with_mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        **{name: getattr(args, name) for name in _BROADCAST_NAMES},
         **{packed: False},
     )
     return core_utils.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
 def _holds_mtp(config: Any, vp_stage: int | None) -> bool:
-    """Whether this model chunk has multi-token prediction layers."""
+    """Return whether this model chunk has multi-token prediction layers."""
     if "config" in inspect.signature(mtp_on_this_rank).parameters:  # 0.17
         return bool(mtp_on_this_rank(config, ignore_virtual=False, vp_stage=vp_stage))
-    return bool(
-        mtp_on_this_rank(
-            layout=config.pipeline_model_parallel_layout,
-            mtp_num_layers=config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
-    )
+    layout, layers = config.pipeline_model_parallel_layout, config.mtp_num_layers
+    return bool(mtp_on_this_rank(layout=layout, mtp_num_layers=layers, ignore_virtual=False, vp_stage=vp_stage))
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """The training, validation and test sets of one model chunk; None for each where the chunk reads no data."""
+    """Return training, validation and test set of one model chunk; None for each where the chunk reads no data."""
     args = get_args()
     config = core_transformer_config_from_args(args)
 
@@ -169,32 +167,20 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         sequences_per_dataset=sequences_per_dataset,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         hybrid_context_parallel=False,
+        **{name: getattr(args, name) for name in _DATASET_NAMES},
     )
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """The pipeline ranks with a copy of the word embeddings: the first, the last if tied, those of multi-token prediction."""
+    """Return the pipeline ranks with word embeddings: the first, the last if tied, those of multi-token prediction."""
     if len(pp_ranks) == 1:
         return list(pp_ranks)
     args = get_args()

@@ -1,4 +1,4 @@
-"""What the plugin measures and predicts of a step beside Megatron's own metrics. Names as in the files of a run."""
+"""The metrics that the plugin measures and predicts of a step beside Megatron's. Names as in the files of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import is_sharded, settings_of
 from ..process import this_device
 
-# In TensorBoard and W&B, under bfpp/. The others are lists, or stand in the files of a run only.
+# Drawn in TensorBoard and W&B, under bfpp/. The others are lists, or stand in the files of a run only.
 CHARTS = (
     "tokens_per_s_per_gpu",
     "peak_memory_gib_max_rank",
@@ -27,7 +27,7 @@ CHARTS = (
 
 
 def of_step(args: Any, step: int, step_time_s: float | None) -> dict[str, Any]:
-    """The metrics of the step that has just ended. Collective over all ranks at log intervals."""
+    """Return the metrics of the step that has just ended. Collective over all ranks at log intervals."""
     found: dict[str, Any] = {"tokens_per_s_per_gpu": None}
     if step_time_s is not None:
         found["tokens_per_s_per_gpu"] = tokens_per_step(args) / step_time_s / args.world_size
@@ -38,7 +38,7 @@ def of_step(args: Any, step: int, step_time_s: float | None) -> dict[str, Any]:
 
 
 def charts(args: Any, found: dict[str, Any]) -> dict[str, float]:
-    """`found` as TensorBoard and W&B take it, with the prediction. A time per rank is told as that of the longest."""
+    """Return `found` as TensorBoard and W&B take it, with the prediction; of a time per rank the longest."""
     values = {"bubble_fraction_predicted": predicted_bubble(args), **found}
     chosen = {name: values[name] for name in CHARTS if values.get(name) is not None}
     return {f"bfpp/{name}": max(value) if isinstance(value, list) else value for name, value in chosen.items()}
@@ -50,9 +50,9 @@ def tokens_per_step(args: Any) -> int:
 
 
 def peak_memory() -> tuple[int, int]:
-    """The most bytes that a rank has used so far, and which. Collective; one number travels.
+    """Return the most bytes that a rank has used so far, and that rank. Collective; one number travels.
 
-    On CUDA what torch has allocated for tensors, as Megatron reports it; on a CPU the resident set of the process.
+    On CUDA the memory that torch has allocated for tensors, as Megatron reports it; on a CPU the resident set.
     """
     if torch.cuda.is_available():
         own = torch.cuda.max_memory_allocated()

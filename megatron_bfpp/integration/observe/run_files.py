@@ -175,7 +175,7 @@ def arm_of(args: Any, microbatches: int) -> str:
 
 
 def _round() -> int | None:
-    """Return the round of an A/B that this run belongs to, from the environment: rounds are compared with each other."""
+    """Return the round of an A/B that this run belongs to, from the environment; rounds are compared."""
     value = os.environ.get("BFPP_ROUND", "")
     return int(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else None
 

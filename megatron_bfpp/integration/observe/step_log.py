@@ -1,13 +1,13 @@
-"""A file of what every step gave, to compare runs bit for bit: one JSON object per line, under any schedule.
+"""The results of every step in a file, to compare runs bit for bit: one JSON object per line, under any schedule.
 
 Set BFPP_STEP_LOG=PATH. The last rank, where Megatron prints its losses, appends
-    {"step": 1, "lm loss": 5.53, "lm loss hex": "0x1.62...p+2", "grad norm": 2.1, "grad norm hex": ..., "step_time_s": 0.4}
+    {"step": 1, "lm loss": 5.53, "lm loss hex": "0x1.62...p+2", "grad norm": 2.1, ..., "step_time_s": 0.4}
 with every loss of the step by its name; hex holds all bits. step_time_s: from the step before, null for the first one.
-"communication" has what this rank has sent since the step before, by parallel dimension and kind (integration/observe/traffic.py).
+"communication" has what this rank has sent since the step before, by parallel dimension and kind (traffic.py).
 
 --bfpp-log-communication has the same counts in Megatron's log, in TensorBoard and in W&B, without a file.
-The lines of a run's steps.jsonl (run_files.py) begin with the same fields; those of metrics.py follow. Where Megatron has
-a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
+The lines of a run's steps.jsonl (run_files.py) begin with the same fields; those of metrics.py follow. Where Megatron
+has a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ...console.files import append_line
-from ...console.version import __version__
+from ..process import say
 from ..seams import Seam
 from .traffic import Traffic
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 SEAM = Seam("megatron.training.training", "training_log", ("loss_dict", "iteration", "grad_norm"))
 
 
-# In the names that Megatron gives its process groups; the first that fits.
+# Parts of the names that Megatron gives its process groups, and their dimension; the first that fits.
 _DIMENSIONS = (
-    ("TENSOR_AND", "other"), ("EXPERT_TENSOR_MODEL", "other"), ("DATA_PARALLEL", "data-parallel"), ("INTRA_DISTRIBUTED_OPTIMIZER", "data-parallel"),
+    ("TENSOR_AND", "other"), ("EXPERT_TENSOR_MODEL", "other"),
+    ("DATA_PARALLEL", "data-parallel"), ("INTRA_DISTRIBUTED_OPTIMIZER", "data-parallel"),
     ("EXPERT_TENSOR", "tensor-parallel"), ("TENSOR_MODEL", "tensor-parallel"), ("CONTEXT", "context-parallel"),
     ("EXPERT_MODEL", "expert-parallel"), ("PIPELINE", "pipeline-parallel"), ("BFPP", "pipeline-parallel"),
     ("default_pg", "all ranks"),
@@ -40,9 +41,9 @@ _DIMENSIONS = (
 
 
 def dimension(group: dist.ProcessGroup, kind: str) -> str:
-    """data-parallel, tensor-parallel, ... of a process group of Megatron's or of the plugin's; "other" of any else."""
+    """Return the dimension of a process group of Megatron's or of the plugin's; "other" for any else."""
     if kind == "send" and group.group_desc == "default_pg":
-        return "pipeline-parallel"  # with two pipeline ranks Megatron sends in one direction through the group of all ranks
+        return "pipeline-parallel"  # with two pipeline ranks Megatron sends one way through the group of all ranks
     return next((name for part, name in _DIMENSIONS if part in group.group_desc), "other")
 
 
@@ -50,7 +51,7 @@ TRAFFIC = Traffic(dimension)  # of this process
 
 
 def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The replacement of training_log that also writes to `path` and to the folder of the run, and draws charts."""
+    """Return the replacement of training_log, which also writes to `path` and to the run's folder, and draws charts."""
 
     def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training.global_vars import get_args
@@ -77,7 +78,7 @@ def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., 
                     run.add(step, entry | found)
             answer = training_log(*args, **kwargs)
             if is_last:
-                _tell(options, step, metrics.charts(options, found), counts)
+                _chart(options, step, metrics.charts(options, found), counts)
             return answer
 
         return wrapper
@@ -95,19 +96,17 @@ def _entry(given: dict[str, Any], step_time_s: float | None) -> dict[str, Any]:
     return {**entry, "step_time_s": step_time_s}
 
 
-def _tell(args: Any, step: int, charts: dict[str, float], counts: dict[str, dict[str, int]]) -> None:
-    """To TensorBoard and W&B, and with --bfpp-log-communication to the log."""
+def _chart(args: Any, step: int, charts: dict[str, float], counts: dict[str, dict[str, int]]) -> None:
+    """Give the charts to TensorBoard and W&B, and with --bfpp-log-communication the counts to the log too."""
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     if getattr(args, "bfpp_log_communication", False):
         for name, count in counts.items():
             charts |= {f"bfpp/{name.replace(' ', '-')}-{unit}": value for unit, value in count.items()}
         if step % args.log_interval == 0:
-            told = ", ".join(
-                f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items()
-            )
-            print(f"megatron_bfpp {__version__}: step {step}, this rank sent: {told}", flush=True)
-    # Traced steps are few, and are drawn whenever they are.
+            sent = (f"{name} {count['calls']} ({count['bytes'] / 2**20:.1f} MiB)" for name, count in counts.items())
+            say(f"step {step}, this rank sent: {', '.join(sent)}")
+    # As often as Megatron's own; traced steps are few.
     if step % args.tensorboard_log_interval == 0 or "bfpp/bubble_fraction_measured" in charts:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
         for name, value in charts.items():

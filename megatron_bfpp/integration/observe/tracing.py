@@ -1,8 +1,8 @@
-"""--bfpp-trace-steps: steps of training recorded on all pipeline ranks of one replica and written as a trace.
+"""--bfpp-trace-steps: record steps of training on all pipeline ranks of one replica, and write them as a trace.
 
-The recorded ranks are those of data-parallel, context-parallel and tensor-parallel rank 0. Nothing but notes is taken
-within a step. Before it the ranks compare their clocks; after it its notes go to the first rank, which writes the file anew
-and tells all ranks the step's bubble and waits, for the logs.
+The recorded ranks are those of data-parallel, context-parallel and tensor-parallel rank 0. Within a step they only take
+notes. Before it the ranks compare their clocks; after it their notes go to the first rank, which writes the file anew
+and sends all ranks the step's bubble and waits, for the logs.
 
 The plan's engine records its actions and waits. Under Megatron's own loops (1f1b, --breadth-first-engine megatron)
 schedules.forward_step and backward_step are wrapped for the recorded steps. Their actions are the same; the waits for
@@ -35,7 +35,7 @@ from ...timeline.recorder import Recorder
 from ...timeline.trace import picture
 from .. import process
 from ..flags.batches import microbatches_now
-from ..process import noted, this_device
+from ..process import noted, say, this_device
 from ..seams import Seam, changed
 
 TRAIN_STEP = Seam(
@@ -46,7 +46,7 @@ TRAIN_STEP = Seam(
 def tracing(
     steps: tuple[int, int], trace_path: str, picture_path: str | None, get_args: Callable[[], Any]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The replacement of Megatron's train_step that records the steps from the first to the last of `steps`."""
+    """Return the replacement of train_step, which records the steps from the first to the last of `steps`."""
 
     def replace(train_step: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(train_step)
@@ -72,7 +72,7 @@ def tracing(
 
 
 class Tracer:
-    """The recorded steps of the pipeline that this rank belongs to. Collective over all ranks."""
+    """The recorder of the pipeline that this rank belongs to. Collective over all ranks."""
 
     def __init__(self, args: Any, trace_path: str, picture_path: str | None):
         group = parallel_state.get_pipeline_model_parallel_group()
@@ -97,7 +97,7 @@ class Tracer:
 
     @contextmanager
     def recording(self, model: list[Module]) -> Iterator[None]:
-        """Around a step. Its clocks are compared first."""
+        """Record the step that runs within; the clocks are compared first."""
         if not self._is_recorded:
             yield
             return
@@ -118,9 +118,9 @@ class Tracer:
             yield
 
     def last_of(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Within a step, forget what was noted when it runs again.
+        """Wrap the schedule: forget the notes of a step when it runs again.
 
-        Megatron's rerun state machine repeats a step whose loss it doubts. The last time gives the result, and is traced.
+        Megatron's rerun state machine repeats a step whose loss it doubts. The last run is traced.
         """
         is_again = False
 
@@ -134,7 +134,7 @@ class Tracer:
         return wrapper
 
     def collect(self, step: int, is_last: bool) -> dict[str, Any]:
-        """After a recorded step, on all ranks: its bubble and waits. The first rank writes the trace."""
+        """Return, after a recorded step and on all ranks, its bubble and waits. The first rank writes the trace."""
         found: list[Any] = [None]
         if self._is_recorded:
             intervals = [
@@ -161,13 +161,12 @@ class Tracer:
         for path, text in files:
             _write(path, text)
         if is_last:
-            bubble = f"bubble {measured.bubble_fraction:.1%}"
-            print(f"megatron_bfpp {__version__}: steps up to {step} are traced in {trace_path}; {bubble}", flush=True)
+            say(f"steps up to {step} are traced in {trace_path}; bubble {measured.bubble_fraction:.1%}")
         return metrics_of(measured)
 
 
 def metrics_of(measured: Measured) -> dict[str, Any]:
-    """For a line of the step log; seconds, per pp_rank."""
+    """Return the fields of a line of the step log: seconds, per pp_rank."""
     p2p = measured.exposed_p2p
     return {
         "bubble_fraction_measured": measured.bubble_fraction,
@@ -177,15 +176,15 @@ def metrics_of(measured: Measured) -> dict[str, Any]:
 
 
 def _write(path: str, text: str) -> None:
-    """A run of days does not end for a picture that cannot be written; the log says so."""
+    """Write a file, or a warning: a run of days does not end for a picture that cannot be written."""
     try:
         write_whole(path, text, "--bfpp-trace-steps")
     except UserError as error:
-        print(f"megatron_bfpp {__version__}: WARNING: {error}", flush=True)
+        say(f"WARNING: {error}")
 
 
 def _waits_of_replicas(chunk: Module) -> Iterator[tuple[object, str, Op]]:
-    """Where Megatron's DistributedDataParallel waits for what it has launched."""
+    """Yield (owner, method, kind) of every wait of Megatron's DistributedDataParallel for what it has launched."""
     if isinstance(chunk, DistributedDataParallel):
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             yield group, "finish_param_sync", Op.UNSHARD
@@ -193,7 +192,7 @@ def _waits_of_replicas(chunk: Module) -> Iterator[tuple[object, str, Op]]:
 
 
 def _steps_of_megatron(recorder: Recorder, shape: PipelineShape, pp_rank: int) -> dict[str, Callable[..., Any]]:
-    """schedules.forward_step and backward_step, noting. A backward is known by the output that it begins with."""
+    """Return schedules.forward_step and backward_step that note themselves; an output identifies its backward."""
     forward, backward = schedules.forward_step, schedules.backward_step
     signature = inspect.signature(forward)
     forwards: dict[int, Action] = {}  # id of the output, which the loop holds until its backward

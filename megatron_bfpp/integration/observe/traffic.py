@@ -1,9 +1,9 @@
 """Count what a rank sends: the collectives and messages of its process groups, and their bytes.
 
 Calls are counted on torch's ProcessGroup, which all of torch.distributed's functions, Megatron and FSDP2 come down to.
-Bytes are those that a rank sends in a ring: (n-1)/n of what an all-gather gives or a reduce-scatter takes among n ranks,
-twice that of an all-reduce. Groups of one rank send nothing. Not seen: collectives that C++ launches by itself (torch's
-own DistributedDataParallel) and functional ones (DTensor's), which Megatron's training step does not use.
+Bytes are those that a rank sends in a ring: (n-1)/n of what an all-gather gives or a reduce-scatter takes among n
+ranks, twice that of an all-reduce. Groups of one rank send nothing. Not seen: collectives that C++ launches by itself
+(torch's own DistributedDataParallel) and functional ones (DTensor's), which Megatron's training step does not use.
 """
 
 from __future__ import annotations
