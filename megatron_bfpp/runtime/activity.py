@@ -7,10 +7,11 @@ thread reads them at any time; its answer may be one action old, never torn.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..schedule.ir import Action, Op, PipelineShape
+from ..schedule.ir import Action, PipelineShape
 from ..schedule.lower import peer
 
 
@@ -58,12 +59,12 @@ class Activity:
         self._shape: PipelineShape | None = None
         self._ranks: Sequence[int] = []  # global, by pp_rank
         self._pp_rank: int | None = None
-        self._launched: list[tuple[Action, Any]] = []
+        self._launched: deque[tuple[Action, Any]] = deque()
 
     def begin_step(self, step: str, shape: PipelineShape, ranks: Sequence[int], pp_rank: int | None) -> None:
         """Begin a step. ranks: the global ranks of the pipeline, by pp_rank; none if they are unknown."""
         self.step, self._shape, self._ranks, self._pp_rank = step, shape, ranks, pp_rank
-        self._launched = []
+        self._launched = deque()
         self.begin("the begin of the step")
 
     def begin(self, what: Action | str) -> None:
@@ -71,21 +72,20 @@ class Activity:
         self.doing, self.waiting, self.since, self.is_timed = what, None, time.monotonic(), True
 
     def wait(self, action: Action) -> None:
-        """Note that it waits for a message from here on, until `waited`."""
+        """Note that it waits for a message from here on, until `waiting` is None again."""
         self.waiting, self.since = action, time.monotonic()
 
-    def waited(self) -> None:
-        """Note that the wait is over."""
-        self.waiting = None
-
-    def launched(self, action: Action, handle: Any) -> None:
-        """Note a message whose wait() returned before it arrived, as on CUDA; its handle knows when it has arrived."""
-        self._launched.append((action, handle))
+    def launched(self, action: Action, event: Any) -> None:
+        """Note a receive that the compute stream has yet to reach, as on CUDA. event: recorded there behind it."""
+        launched = self._launched
+        while launched and launched[0][1].query():  # a stream is in order
+            launched.popleft()
+        launched.append((action, event))
 
     def end(self) -> None:
         """Note that no step runs: nothing is timed."""
         self.doing, self.waiting, self.is_timed = None, None, False
-        self._launched = []
+        self._launched = deque()
 
     def fail(self) -> None:
         """Note that an error was raised: nothing is timed any more, and the current action is kept for the report."""
@@ -105,7 +105,4 @@ class Activity:
 
     def _late_on_device(self) -> Action | None:
         """Return the first receive that the host has passed and the device has not. Not run on a GPU."""
-        for action, handle in list(self._launched):
-            if action.op in (Op.RECV_F, Op.RECV_B) and not handle.is_completed():
-                return action
-        return None
+        return next((action for action, event in list(self._launched) if not event.query()), None)

@@ -80,7 +80,8 @@ class Executor:
         self.messages.before_compute()
         stage, _, microbatch = action
         assert microbatch is not None, "a forward has a microbatch"
-        received = self.messages.receive(Action(stage, Op.RECV_F, microbatch)) if stage > 0 else None
+        # Plain tuples equal the actions of the plan and are made in a tenth of the time.
+        received = self.messages.receive((stage, Op.RECV_F, microbatch)) if stage > 0 else None
         output = self.compute.forward(self.shape.chunk_of(stage), microbatch, received)
         is_last = stage == self.shape.num_stages - 1
         if not self.forward_only:
@@ -94,10 +95,10 @@ class Executor:
         assert microbatch is not None, "a backward has a microbatch"
         grad = None
         if stage < self.shape.num_stages - 1:
-            grad = self.messages.receive(Action(stage, Op.RECV_B, microbatch))
+            grad = self.messages.receive((stage, Op.RECV_B, microbatch))
             # The gradient could only be computed from the output, so the output has arrived and this does not wait.
             # Megatron's backward expects a freed output, and a short plan can come here within the send's window.
-            self.messages.finish_send(Action(stage, Op.SEND_F, microbatch))
+            self.messages.finish_send((stage, Op.SEND_F, microbatch))
         if microbatch == self.shape.num_microbatches - 1:
             self.data_parallel.before_last_backward(self.shape.chunk_of(stage))
         key = stage, microbatch
@@ -111,7 +112,7 @@ class Executor:
         assert action.microbatch is not None, "a send has a microbatch"
         key = action.stage, action.microbatch
         output = self._outputs.pop(key) if self.forward_only else self._outputs[key]
-        self.messages.send(action, output, release=lambda: self.compute.release(output))
+        self.messages.send(action, output, self.compute.release)
 
     def _send_backward(self, action: Action) -> None:
         assert action.microbatch is not None, "a send has a microbatch"

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from ..schedule.check import SEND_WINDOW
 from ..schedule.ir import RECEIVES, SENDS, Action, Op, PipelineShape
 from ..schedule.lower import Channel, channel, communicator, peer
+from ..schedule.simulate import Key
 from . import headers
 from .activity import Activity
 
@@ -120,12 +121,13 @@ class _Receive:
 
 
 class _Sent(NamedTuple):
-    """A launched send. release is called once its tensor may be reused."""
+    """A launched send. release is called with `tensor` once it may be reused."""
 
     action: Action
     handles: list[dist.Work | None]
-    tensors: list[torch.Tensor]
-    release: Callable[[], None] | None
+    sent: list[torch.Tensor]  # what the handles send: a header, and the tensor or a contiguous copy of it
+    tensor: torch.Tensor
+    release: Callable[[torch.Tensor], None] | None
 
 
 @dataclass
@@ -141,7 +143,7 @@ class Messages:
     debug: bool = False  # each tensor is preceded by a header of headers.py, which is compared
     activity: Activity = field(default_factory=Activity)  # the watchdog reads it
     waiting: Callable[[Action], AbstractContextManager[object]] | None = None  # around every wait; None costs nothing
-    _receives: dict[Action, _Receive] = field(default_factory=dict)
+    _receives: dict[Key, _Receive] = field(default_factory=dict)
     _unread: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # headers, one at most per channel
     _postponed: dict[dist.ProcessGroup, deque[Action]] = field(default_factory=dict)
     _sent: deque[list[_Sent]] = field(default_factory=lambda: deque([[]]))
@@ -149,6 +151,7 @@ class Messages:
     def __post_init__(self) -> None:
         self._routes = self.groups.routes(self.shape)
         self._has_headers = self.variable_shapes or self.debug
+        self._is_cuda = self.device.type == "cuda"
 
     def post_receive(self, action: Action) -> None:
         """Launch the receive of RECV_F or RECV_B; `receive` waits for it."""
@@ -163,27 +166,27 @@ class Messages:
         else:
             self._post_header(action, route)
 
-    def receive(self, action: Action) -> torch.Tensor:
-        """Wait for the tensor of an earlier `post_receive` and return it."""
+    def receive(self, action: Key) -> torch.Tensor:
+        """Wait for the tensor of an earlier `post_receive` and return it. action: it, or a tuple that equals it."""
         while self._has_headers and (action not in self._receives or self._receives[action].is_header):
-            self._read_header(self._routes[action.stage, action.op])
+            self._read_header(self._routes[action[0], action[1]])
         received = self._receives.pop(action)
-        self._wait(received.handle, action)
+        self._wait(received.handle, received.action)
         return received.buffer
 
-    def send(self, action: Action, tensor: torch.Tensor, release: Callable[[], None] | None = None) -> None:
-        """Launch SEND_F or SEND_B. release is called once `tensor` may be reused, before the end of the step."""
+    def send(self, action: Action, tensor: torch.Tensor, release: Callable[[torch.Tensor], None] | None = None) -> None:
+        """Launch SEND_F or SEND_B. release is called with `tensor` once it may be reused, before the end of the step."""
         group, target = self._routes[action.stage, action.op]
-        tensors = [tensor.contiguous()]
+        sent = [tensor.contiguous()]
         if self.debug:
-            tensors.insert(0, headers.write(action, tensor, self.device))
+            sent.insert(0, headers.write(action, tensor, self.device))
         elif self.variable_shapes:
-            tensors.insert(0, torch.tensor(tensor.shape, dtype=torch.int64, device=self.device))
+            sent.insert(0, torch.tensor(tensor.shape, dtype=torch.int64, device=self.device))
         try:
-            handles = [dist.isend(each, target, group=group) for each in tensors]
+            handles = [dist.isend(each, target, group=group) for each in sent]
         except RuntimeError as error:
             self._lost(action, error)
-        self._sent[-1].append(_Sent(action, handles, tensors, release))
+        self._sent[-1].append(_Sent(action, handles, sent, tensor, release))
 
     def before_compute(self) -> None:
         """Give up the tensors sent SEND_WINDOW or more compute actions ago. Call it before each F and B."""
@@ -191,12 +194,14 @@ class Messages:
             self._finish(self._sent.popleft())
         self._sent.append([])
 
-    def finish_send(self, action: Action) -> None:
+    def finish_send(self, action: Key) -> None:
         """Give up the tensor of one send now, if that has not happened yet."""
-        for sent in self._sent:
-            for each in [each for each in sent if each.action == action]:
-                sent.remove(each)
-                self._finish([each])
+        for window in self._sent:
+            for place, each in enumerate(window):
+                if each.action == action:
+                    del window[place]
+                    self._finish([each])
+                    return
 
     def assert_finished(self) -> None:
         """Wait for the last sends; AssertionError if a message was received and never used."""
@@ -209,11 +214,12 @@ class Messages:
             for handle in each.handles:
                 self._wait(handle, each.action)
             if each.release is not None:
-                each.release()
+                each.release(each.tensor)
 
     def _wait(self, handle: dist.Work | None, action: Action) -> None:
         assert handle is not None, "this rank takes part in its own messages"
-        self.activity.wait(action)
+        activity = self.activity
+        activity.wait(action)
         try:
             if self.waiting is None:
                 handle.wait()
@@ -222,9 +228,13 @@ class Messages:
                     handle.wait()
         except RuntimeError as error:
             self._lost(action, error)
-        self.activity.waited()
-        if self.device.type == "cuda":  # wait() has only put it in the stream's way
-            self.activity.launched(action, handle)
+        activity.waiting = None
+        if self._is_cuda and action.op in RECEIVES:
+            # wait() only made the compute stream wait. An event behind that wait tells when the message has arrived. The
+            # handle must not be kept for it: a NCCL handle holds its tensors, which would then live to the step's end.
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            activity.launched(action, event)
 
     def _lost(self, action: Action, error: RuntimeError) -> NoReturn:
         verb = "sent to" if action.op in SENDS else "received from"

@@ -62,12 +62,12 @@ class Messages:
 
     def receive(self, action):
         self.posted.remove(action)
-        return torch.ones(1, requires_grad=action.op is Op.RECV_F)
+        return torch.ones(1, requires_grad=action[1] is Op.RECV_F)
 
     def send(self, action, tensor, release=None):
         self.sent.append(action)
         if release is not None:
-            release()
+            release(tensor)
 
     def before_compute(self):
         self.computes += 1

@@ -37,7 +37,7 @@ def test_what_an_activity_says():
     )
     activity.wait(Action(6, Op.SEND_F, 3))
     assert "waiting for 6SEND_F3 for it to be taken by pp_rank 3 (rank 7)" in activity.status(5, "a").what()
-    activity.waited()
+    activity.waiting = None
     assert "waiting" not in activity.status(5, "a").what()
     activity.end()
     assert activity.status(5, "a").what() == "step 7" and not activity.is_timed
@@ -51,15 +51,15 @@ def test_what_was_begun_is_kept_for_the_report_of_an_error_and_no_longer_timed()
 
 
 def test_on_a_device_the_first_message_that_has_not_arrived_is_what_it_waits_for():
-    class Handle:
+    class Event:
         def __init__(self, done):
-            self.is_completed = lambda: done
+            self.query = lambda: done
 
     activity = Activity()
     activity.begin_step("step 1", PipelineShape(2, 2, 2), [0, 1], 1)
     activity.begin("the optimizer")
     for microbatch, done in enumerate([True, False, False]):
-        activity.launched(Action(1, Op.RECV_F, microbatch), Handle(done))
+        activity.launched(Action(1, Op.RECV_F, microbatch), Event(done))
     assert activity.status(1, "a").waiting == "1RECV_F1" and activity.status(1, "a").peer_rank == 0
 
 

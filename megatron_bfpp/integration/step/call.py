@@ -18,7 +18,7 @@ class CallError(ValueError, RuntimeError):
     """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepCall:
     """The arguments of forward_backward_pipelining_with_interleaving (schedules.py, 0.17 to 0.19), with its defaults.
 

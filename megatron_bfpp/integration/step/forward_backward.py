@@ -29,7 +29,7 @@ from .call import StepCall, check_config
 from .compute import MegatronCompute
 from .groups import channel_groups, process_groups
 
-_announced: set[Any] = set()  # settings and shapes that the log of this process has
+_announced: set[tuple[str, str]] = set()  # engine and plan of the lines that this process has in its log
 
 
 def run(settings: Settings, **arguments: Any) -> list[Any]:
@@ -153,10 +153,12 @@ def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
 
 def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool = False) -> None:
     """Print one greppable line per shape on the first rank: the schedule and the hash of its plan."""
-    key = settings, shape, evaluation, is_sharded
-    if key in _announced or torch.distributed.get_rank() != 0:
+    key = settings.engine, plan.digest
+    if key in _announced:
         return
     _announced.add(key)
+    if torch.distributed.get_rank() != 0:
+        return
     group = "" if settings.group_size is None else f", groups of {settings.group_size}"
     what = "evaluation" if evaluation else f"{settings.backward} backward{group}"
     if is_sharded:
