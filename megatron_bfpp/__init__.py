@@ -8,7 +8,7 @@ __all__ = ["__version__", "add_arguments", "disable", "enable"]
 
 
 def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
-    """Add breadth-first to Megatron, in a script before Megatron parses its arguments. Idempotent.
+    """Add breadth-first to Megatron, in a script, before Megatron parses its arguments. Idempotent.
 
     pipeline_schedule: None lets the flag --pipeline-schedule decide. "breadth-first" or "1f1b" decides here, for code
         that uses Megatron-Core without megatron.training: get_forward_backward_func then returns the breadth-first
@@ -23,10 +23,9 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the plugin's flags to a parser before `enable`, which else does it: for forks of Megatron, see patches/.
+    """Add the plugin's flags to the parser of a fork of Megatron (see patches/) and return it; else `enable` adds them.
 
-    --pipeline-schedule is None where it is not given, so that a fork can leave the plugin alone. Returns the parser, as
-    Megatron's own functions do.
+    --pipeline-schedule is None where it is not given, so that a fork can leave the plugin alone.
     """
     from .integration.flags.settings import add_flags
 

@@ -1,4 +1,4 @@
-"""Prints the flags of a file of configs/, shell-quoted, one a line: python -m megatron_bfpp.config_file PATH"""
+"""Print the flags of a file of configs/, shell-quoted, one a line: python -m megatron_bfpp.config_file PATH"""
 
 import sys
 

@@ -1,9 +1,10 @@
-"""Makes a small Megatron dataset of real English text without a download.
+"""Make a small Megatron dataset of real English text without a download.
 
     python -m megatron_bfpp.data --output .quickstart/text
 
-writes .quickstart/text_text_document.bin and .idx, for --data-path .quickstart/text_text_document: the names and the format
-of Megatron's tools/preprocess_data.py. The text is Python's own language reference (pydoc_data.topics), one topic a document.
+writes .quickstart/text_text_document.bin and .idx, for --data-path .quickstart/text_text_document: the names and the
+format of Megatron's tools/preprocess_data.py. The text is Python's language reference (pydoc_data.topics), a document
+for each topic.
 
 Tokens are the bytes of the UTF-8 text, 0..255, and 256 ends a document. Megatron's NullTokenizer agrees with these ids:
 --tokenizer-type NullTokenizer --vocab-size 257 (on megatron-core 0.17: 256, there the end of document is not counted).
@@ -11,6 +12,7 @@ Its ByteLevelTokenizer cannot be chosen with --tokenizer-type in any release, an
 """
 
 import argparse
+import contextlib
 import os
 import struct
 import sys
@@ -32,13 +34,12 @@ UINT16_CODE = 8  # megatron.core.datasets.indexed_dataset.DType.uint16
 
 
 def build(output: str | os.PathLike[str], documents: dict[str, str] | None = None) -> tuple[str, int, int, bool]:
-    """Write the dataset unless it is there: its --data-path, its numbers of documents and tokens, whether it was written now.
+    """Write the dataset unless it is there; return its --data-path, documents, tokens, and whether it was written.
 
     The .idx is put in place last and names every byte of the .bin, so a dataset with an .idx is whole.
     """
     prefix = f"{output}{SUFFIX}"
-    finished = _finished(prefix)
-    if finished:
+    if finished := _finished(prefix):
         return prefix, *finished, False
     # Imported here: they take seconds, and a second run needs none of it.
     import torch
@@ -51,14 +52,12 @@ def build(output: str | os.PathLike[str], documents: dict[str, str] | None = Non
         # Every token fits into 16 bits, the type that Megatron takes for vocabularies below 65500.
         builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=numpy.uint16)
         tokens = 0
-        try:
+        with contextlib.closing(builder.data_file):
             for _, text in sorted((topics if documents is None else documents).items()):
                 ids = [*text.encode("utf-8"), END_OF_DOCUMENT]
                 builder.add_item(torch.tensor(ids))
                 builder.end_document()
                 tokens += len(ids)
-        finally:
-            builder.data_file.close()
         builder.finalize(str(partial[".idx"]))
         for end in (".bin", ".idx"):
             os.replace(partial[end], prefix + end)
@@ -69,7 +68,7 @@ def build(output: str | os.PathLike[str], documents: dict[str, str] | None = Non
 
 
 def _finished(prefix: str) -> tuple[int, int] | None:
-    """Documents and tokens of a whole dataset, or None where there is none. Read without Megatron, in milliseconds."""
+    """Return documents and tokens of a whole dataset, None where there is none. Needs no Megatron, milliseconds."""
     if not (os.path.isfile(prefix + ".idx") and os.path.isfile(prefix + ".bin")):
         return None
     index = Path(prefix + ".idx").read_bytes()
@@ -77,21 +76,19 @@ def _finished(prefix: str) -> tuple[int, int] | None:
     # in the .bin) and 8 bytes a document end.
     header = struct.Struct("<9sQBQQ")
     magic, version, type_code, sequences, ends = header.unpack(index.ljust(header.size, b"\0")[: header.size])
-    if (magic, version, type_code) != (b"MMIDIDX\x00\x00", 1, UINT16_CODE) or (
-        len(index) != header.size + 12 * sequences + 8 * ends
-    ):
+    found = magic, version, type_code, len(index)
+    if found != (b"MMIDIDX\0\0", 1, UINT16_CODE, header.size + 12 * sequences + 8 * ends):
         raise UserError(f"{prefix}.idx is not a whole index of 16-bit tokens; remove it or choose another --output.")
     tokens = int(numpy.frombuffer(index, numpy.int32, sequences, header.size).sum())
     bytes_there = os.path.getsize(prefix + ".bin")
     if bytes_there != 2 * tokens:
-        raise UserError(
-            f"{prefix}.bin has {bytes_there} bytes and its .idx names {2 * tokens}; "
-            "remove both files or choose another --output."
-        )
+        wrong = f"{prefix}.bin has {bytes_there} bytes and its .idx names {2 * tokens}"
+        raise UserError(f"{wrong}; remove both files or choose another --output.")
     return ends - 1, tokens
 
 
 def main(argv: list[str]) -> int:
+    """Write the dataset that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m megatron_bfpp.data", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, metavar="PREFIX", help=f"writes PREFIX{SUFFIX}.bin and .idx")
     output = parser.parse_args(argv).output

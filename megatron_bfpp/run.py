@@ -19,9 +19,9 @@ ALONE_S = 1.0  # ten times what torchrun takes to end the ranks of a node
 
 
 def launch(argv: list[str], main: Callable[[], None]) -> None:
-    """enable(), then main() with `argv` as the command line, less our --device. A UserError ends it with exit code 2.
+    """Call enable(), then main() with `argv`, less our --device, as the command line. A UserError ends it with code 2.
 
-    main is called after Megatron has its new flags, so it is what imports Megatron's scripts.
+    main is called after Megatron has its new flags: it imports Megatron's scripts.
     """
     try:
         device, rest = _split_device(argv)
@@ -31,8 +31,8 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
         enable(device=device)
         main()
     except UserError as error:
-        # Every rank ends here as a rule, and the first of each node speaks for the others: torchrun ends them before they
-        # would. A rank that is refused alone, started with other flags, has that time to say so.
+        # As a rule every rank ends here, and the first of each node speaks for the others: torchrun ends them before
+        # they would print. A rank refused alone, started with other flags, has that time to report it.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"megatron_bfpp: error: {shown(error)}", file=sys.stderr, flush=True)
         else:
@@ -43,23 +43,21 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
 
 
 def _split_device(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of --device, and the arguments without it."""
+    """Return the value of --device, and the arguments without it."""
     device, rest, words = "auto", [], iter(argv)
     for word in words:
-        if word == "--device":
-            value = next(words, None)
+        if word == "--device" or word.startswith("--device="):
+            value = word.partition("=")[2] if "=" in word else next(words, None)
             if value is None:
                 raise UserError("--device needs a value.\n  Use --device auto, cuda or cpu.")
             device = value
-        elif word.startswith("--device="):
-            device = word.removeprefix("--device=")
         else:
             rest.append(word)
     return device, rest
 
 
 def main(argv: list[str]) -> None:
-    """Find the script: the first word that is neither --device nor its value; only what stands before it is ours."""
+    """Run the script: the first word that is neither --device nor its value. Only what stands before it is ours."""
     position = 0
     while position < len(argv) and argv[position].startswith("--device"):
         position += 1 if "=" in argv[position] else 2
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> None:
         sys.argv = [script, *argv[position + 1 :]]
         runpy.run_path(script, run_name="__main__")
 
-    # As `python SCRIPT` does, and before anything of Megatron is imported: in a checkout the checkout's Megatron counts.
+    # As `python SCRIPT` does, and before Megatron is imported: in a checkout the checkout's Megatron counts.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     launch(argv[:position], run_script)
 

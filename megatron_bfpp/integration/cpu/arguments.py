@@ -26,36 +26,27 @@ _CHANGES: tuple[tuple[str, Any, str, str], ...] = (
     ("num_workers", 0, "--num-workers 0", "no forked data loaders beside gloo's threads"),
 )
 
+# Arguments whose flag has another name, or that have another way out than to leave the flag out: flag, what to do.
+_INSTEAD = {
+    "fp8": ("--fp8-format", "use --bf16, or no precision flag"),
+    "fp4": ("--fp4-format", "use --bf16, or no precision flag"),
+    "optimizer_cpu_offload": ("--optimizer-cpu-offload", "leave it out: the optimizer is on the CPU already"),
+    "cpu_offloading_num_layers": ("--cpu-offloading-num-layers", "leave it out: activations are on the CPU already"),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", "use --use-distributed-optimizer"),
+    "nccl_ub": ("--use-nccl-ub", "leave it out"),
+}
 # argument, flag, what to do instead. True, a string or a number other than 0 asks for the feature.
-_REFUSALS: tuple[tuple[str, str, str], ...] = (
-    ("fp8", "--fp8-format", "use --bf16, or no precision flag"),
-    ("fp8_param_gather", "--fp8-param-gather", "leave it out"),
-    ("fp4", "--fp4-format", "use --bf16, or no precision flag"),
-    ("fp4_param_gather", "--fp4-param-gather", "leave it out"),
-    ("te_precision_config_file", "--te-precision-config-file", "leave it out"),
-    ("te_rng_tracker", "--te-rng-tracker", "leave it out"),
-    ("use_te_activation_func", "--use-te-activation-func", "leave it out"),
-    ("use_kitchen", "--use-kitchen", "leave it out"),
-    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
-    ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out: the optimizer is on the CPU already"),
-    ("cpu_offloading_num_layers", "--cpu-offloading-num-layers", "leave it out: activations are on the CPU already"),
-    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading", "leave it out"),
-    ("delay_wgrad_compute", "--delay-wgrad-compute", "leave it out"),
-    ("tp_comm_overlap", "--tp-comm-overlap", "leave it out"),
-    ("fused_residual_rmsnorm", "--fused-residual-rmsnorm", "leave it out"),
-    ("moe_grouped_gemm", "--moe-grouped-gemm", "leave it out"),
-    ("moe_permute_fusion", "--moe-permute-fusion", "leave it out"),
-    ("moe_router_fusion", "--moe-router-fusion", "leave it out"),
-    ("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", "leave it out"),
-    ("enable_cuda_graph", "--enable-cuda-graph", "leave it out"),
-    ("external_cuda_graph", "--external-cuda-graph", "leave it out"),
-    ("optimizer_cuda_graph", "--optimizer-cuda-graph", "leave it out"),
-    ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
-    ("nccl_ub", "--use-nccl-ub", "leave it out"),
-    ("use_sharp", "--use-sharp", "leave it out"),
-    ("record_memory_history", "--record-memory-history", "leave it out"),
-    ("log_device_memory_used", "--log-device-memory-used", "leave it out"),
-    ("inprocess_restart", "--inprocess-restart", "leave it out"),
+_REFUSALS: tuple[tuple[str, str, str], ...] = tuple(
+    (name, *_INSTEAD.get(name, ("--" + name.replace("_", "-"), "leave it out")))
+    for name in (
+        *("fp8", "fp8_param_gather", "fp4", "fp4_param_gather", "te_precision_config_file", "te_rng_tracker"),
+        *("use_te_activation_func", "use_kitchen", "use_precision_aware_optimizer", "optimizer_cpu_offload"),
+        *("cpu_offloading_num_layers", "fine_grained_activation_offloading", "delay_wgrad_compute", "tp_comm_overlap"),
+        *("fused_residual_rmsnorm", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
+        *("overlap_moe_expert_parallel_comm", "enable_cuda_graph", "external_cuda_graph", "optimizer_cuda_graph"),
+        *("use_megatron_fsdp", "nccl_ub", "use_sharp", "record_memory_history", "log_device_memory_used"),
+        "inprocess_restart",
+    )
 )
 
 
@@ -91,14 +82,10 @@ def switch_off(args: argparse.Namespace) -> list[str]:
         if value:
             setattr(args, name, type(value)() if isinstance(value, bool | int) else None)
             lines.append(f"{flag} {'' if value is True else value}".rstrip())
-    for name, flag, off in (
-        ("cuda_graph_impl", "--cuda-graph-impl", "none"),
-        ("window_size", "--window-size", None),
-        ("profile", "--profile", False),
-    ):
+    for name, off in (("cuda_graph_impl", "none"), ("window_size", None), ("profile", False)):
         if getattr(args, name, off) not in (None, off):
             setattr(args, name, off)
-            lines.append(flag)
+            lines.append("--" + name.replace("_", "-"))
     return lines
 
 
