@@ -15,7 +15,7 @@ from . import seams
 from .flags.settings import SCHEDULES, Settings, add_flags, settings_of
 from .process import megatron_args
 from .seams import Seam
-from .validation import Tell, tell_on_first_rank, validating, validating_yaml
+from .validation import Report, report_on_first_rank, validating, validating_yaml
 
 SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
 
@@ -49,14 +49,14 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
     wanted = pipeline_schedule is None or "megatron.training" in sys.modules
     if wanted and importlib.util.find_spec("megatron.training") is not None:
-        _apply_to_training(pipeline_schedule, device, tell_on_first_rank)
+        _apply_to_training(pipeline_schedule, device, report_on_first_rank)
     return device
 
 
-def enable_for_dry_run(tell: Tell) -> None:
+def enable_for_dry_run(report: Report) -> None:
     """Validate command lines as on a cluster with GPUs, and build models, on a machine that has none.
 
-    tell: takes what the plugin would print about the command line on rank 0.
+    report: takes what the plugin would print about the command line on rank 0.
     """
     check_version()
     if importlib.util.find_spec("megatron.training") is None:
@@ -65,10 +65,10 @@ def enable_for_dry_run(tell: Tell) -> None:
 
     mode.enable_cpu()
     mode.skip_compile_without_makefile()
-    _apply_to_training(None, "cuda", tell)
+    _apply_to_training(None, "cuda", report)
 
 
-def _apply_to_training(explicit: str | None, device: str, tell: Tell) -> None:
+def _apply_to_training(explicit: str | None, device: str, report: Report) -> None:
     import megatron.training.training  # noqa: F401 - binds by name what is replaced here
 
     from .reliability import orphans, watch
@@ -89,8 +89,8 @@ def _apply_to_training(explicit: str | None, device: str, tell: Tell) -> None:
     seams.apply(watch.INITIALIZE, watch.meeting)
     seams.apply(watch.TRAIN_STEP, watch.stepping)
     seams.apply(watch.RESULTS_QUEUE, orphans.ending)
-    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone, tell))
-    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone, tell))
+    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone, report))
+    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone, report))
 
 
 def disable() -> None:

@@ -34,7 +34,7 @@ def say(text: str) -> None:
 @cache
 def versions() -> dict[str, str | None]:
     """Return the versions of what runs here, by package; None for what is not there."""
-    from megatron.core.package_info import __version__ as megatron_core  # that of a checkout need not be installed
+    from megatron.core.package_info import __version__ as megatron_core  # a checkout need not be installed
 
     try:
         engine = importlib.metadata.version("transformer-engine")

@@ -17,10 +17,10 @@ from .observe.apply import observe
 from .process import say
 from .step import fully_sharded_seams
 
-Tell = Callable[[Any, list[str]], object]  # Megatron's arguments; lines about them
+Report = Callable[[Any, list[str]], object]  # Megatron's arguments; lines about them
 
 
-def tell_on_first_rank(args: Any, lines: list[str]) -> None:
+def report_on_first_rank(args: Any, lines: list[str]) -> None:
     """Print the lines, on rank 0."""
     if args.rank == 0:
         for line in lines:
@@ -32,12 +32,12 @@ def validating(
     explicit: str | None,
     device: str,
     on_1f1b: Callable[[], None],
-    tell: Tell = tell_on_first_rank,
+    report: Report = report_on_first_rank,
 ) -> Callable[..., Any]:
     """Wrap Megatron's validate_args.
 
     explicit: what enable() was called with, before any flag. device: "cuda" or "cpu". on_1f1b: leaves Megatron alone.
-    tell: takes the lines to print.
+    report: takes the lines to print.
     """
 
     def wrapper(args: Any, *more: Any, **kwargs: Any) -> Any:
@@ -64,14 +64,17 @@ def validating(
             validated = validate(args, *more, **kwargs)
         if is_breadth_first:
             lines += _check_validated(args, settings)
-        tell(args, lines)
+        report(args, lines)
         return validated
 
     return wrapper
 
 
 def validating_yaml(
-    validate: Callable[..., Any], explicit: str | None, on_1f1b: Callable[[], None], tell: Tell = tell_on_first_rank
+    validate: Callable[..., Any],
+    explicit: str | None,
+    on_1f1b: Callable[[], None],
+    report: Report = report_on_first_rank,
 ) -> Callable[..., Any]:
     """Wrap Megatron's validate_yaml: --yaml-cfg throws the command line away, the plugin's flags with it.
 
@@ -94,7 +97,7 @@ def validating_yaml(
         else:
             refuse(validated, settings)
             lines += _check_validated(validated, settings)
-        tell(validated, lines)
+        report(validated, lines)
         return validated
 
     return wrapper

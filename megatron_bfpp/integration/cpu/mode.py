@@ -1,4 +1,4 @@
-"""Runs the unmodified Megatron on CPU tensors over gloo: for trying, testing and teaching, not for training.
+"""Run the unmodified Megatron on CPU tensors over gloo: for trying, testing and teaching, not for training.
 
 `enable_cpu` replaces what a machine without a GPU cannot do: tensor factories and moves that name a CUDA device, the
 functions of torch.cuda that need a driver, CUDA's random number generator, the compiler, and the optimizer's kernels.

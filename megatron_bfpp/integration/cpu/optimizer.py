@@ -41,7 +41,7 @@ class CpuAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update. A group counts its step even when it is empty on this rank, so that all ranks save the same."""
+        """Update once. A group counts its step even when it is empty on this rank, so that all ranks save the same."""
         assert closure is None, "Megatron passes no closure"
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1

@@ -1,4 +1,4 @@
-"""Builds the GPT for megatron-core 0.17 and 0.18, whose trainers take a builder; the trainer of 0.19 has its own."""
+"""Build the GPT for megatron-core 0.17 and 0.18, whose trainers take a builder; the trainer of 0.19 has its own."""
 
 from typing import Any
 

@@ -79,7 +79,7 @@ def _meet(args: Any) -> None:
     if rank == 0:
         watched = f", an action of a step may take {timeout_s:g} s" if is_on else ""
         process.say(f"all {size} ranks agree, {digest}{watched}")
-    seams.undo(WATCHDOG)  # that of process groups before these
+    seams.undo(WATCHDOG)  # the watchdog of process groups before these
     if is_on:
         watchdog = Watchdog(store, rank, size, timeout_s, process.ACTIVITY, _tell_observers)
         with seams.together(WATCHDOG) as undo:
