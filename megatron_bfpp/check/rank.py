@@ -21,6 +21,7 @@ from ..console.errors import UserError
 from ..integration.flags.settings import Settings, settings_of
 from ..schedule import PipelineShape, ScheduleError, check, interleaved_1f1b, lower, one_f_one_b, simulate
 from ..schedule.formats import digest
+from ..schedule.names import word_of
 from ..schedule.plan import plan_of
 from .answers import Chunk, Job, PlanLine, Question, Rank
 
@@ -143,6 +144,7 @@ def _job(args: Any, told: list[str], changed: list[str]) -> Job:
     group = settings.group_size
     if settings.schedule == "1f1b":
         group = getattr(args, "microbatch_group_size_per_vp_stage", None)
+    count = microbatch_counts(args)[-1]
     return Job(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
@@ -150,15 +152,18 @@ def _job(args: Any, told: list[str], changed: list[str]) -> Job:
         chunks=chunks,
         micro_batch=args.micro_batch_size,
         global_batch=args.global_batch_size,
-        num_microbatches=microbatch_counts(args)[-1],
-        schedule=settings.schedule,
+        num_microbatches=count,
+        schedule=word_of(
+            settings.schedule, args.pipeline_model_parallel_size, chunks, count, group, backward=settings.backward,
+            engine=settings.engine, is_sharded=args.use_torch_fsdp2,
+        ),
         backward=settings.backward,
         group=group,
         resident_chunks=settings.resident_chunks_of(chunks) if args.use_torch_fsdp2 and chunks > 1 else None,
         stage_layers=[stage.layers for stage in stages_of(args)],
         told=told,
         changed=changed,
-    )
+    )  # fmt: skip
 
 
 # The plans
@@ -172,9 +177,9 @@ def _plans(args: Any, job: Job) -> list[PlanLine]:
         return []
     counts = microbatch_counts(args)
     steps = [("training", count) for count in sorted({counts[0], counts[-1]})]
-    if job.schedule == "1f1b":
-        return [_plan_of_megatron(job, count) for _, count in steps]
     settings = settings_of(args)
+    if settings.schedule == "1f1b":
+        return [_plan_of_megatron(job, count) for _, count in steps]
     return [
         _plan(settings, job, what, count) for what, count in [*steps, ("evaluation", evaluation_microbatches(args))]
     ]

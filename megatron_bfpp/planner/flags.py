@@ -6,8 +6,9 @@ import argparse
 from typing import NoReturn
 
 from ..console.errors import UserError
+from ..schedule.names import word_of
 from .model import GPT
-from .strategy import BREADTH_FIRST, Strategy
+from .strategy import Strategy
 
 __all__ = ["batch_list", "gpt_of", "name_list", "number_list", "parse", "precision_of", "strategy_of"]
 
@@ -190,11 +191,10 @@ def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> 
             raise UserError(
                 "--pipeline-schedule breadth-first needs --num-virtual-stages-per-pipeline-rank 2 or more here."
             )
-        return BREADTH_FIRST[args.breadth_first_backward == "late"], min(count, args.breadth_first_group_size or count)
-    if chunks == 1:
-        return "1f1b", count
-    group = args.microbatch_group_size_per_virtual_pipeline_stage or pp
-    return ("interleaved-grouped" if group == count else "interleaved"), group
+        group = min(count, args.breadth_first_group_size or count)
+    else:
+        group = count if chunks == 1 else args.microbatch_group_size_per_virtual_pipeline_stage or pp
+    return word_of(args.pipeline_schedule, pp, chunks, count, group, backward=args.breadth_first_backward), group
 
 
 def _name(flag: str) -> str:

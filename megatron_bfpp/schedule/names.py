@@ -13,9 +13,8 @@ from .ir import Action, Op, PipelineShape, Schedule
 from .orders import breadth_first, interleaved_1f1b, one_f_one_b
 
 MEGATRON = Waits(for_forward_sends=True)  # since 0.18 (PR 4047), before the output is freed
-TORCH = Waits(
-    for_sends=False, for_reductions=True
-)  # torch.distributed.pipelining's looped schedules, 2.14, with its DDP
+# torch.distributed.pipelining's looped schedules, 2.14, with its DDP
+TORCH = Waits(for_sends=False, for_reductions=True)
 
 Order = Callable[[PipelineShape, int | None], Schedule]  # shape, micro-batches per group or None for the default
 
@@ -24,54 +23,76 @@ Order = Callable[[PipelineShape, int | None], Schedule]  # shape, micro-batches 
 class Named:
     """A schedule by its word.
 
-    flags: of Megatron and the plugin, that choose it; {M} stands for the number of micro-batches of a step.
-    order: None where only the real code of others makes it. chunks: whether a rank has more than one.
+    flags: those of Megatron and the plugin that choose it; {M} stands for the number of micro-batches of a step.
+    order: None where only the code of others makes it. chunks: whether a rank has more than one.
     """
 
     word: str
     about: str
-    color: str  # readable on white and on black
+    color: str  # contrast of at least 3:1 with white and with near-black (#15181c)
     flags: tuple[str, ...]
     order: Order | None
     waits: Waits = OURS
     chunks: bool = True
 
     def flags_for(self, num_microbatches: int) -> list[str]:
-        """The flags that choose this schedule for steps of so many micro-batches."""
+        """Return the flags that choose this schedule for steps of `num_microbatches` micro-batches."""
         return [flag.format(M=num_microbatches) for flag in self.flags]
 
 
 _GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 _DEFAULT, _OURS = ("--pipeline-schedule", "1f1b"), ("--pipeline-schedule", "breadth-first")
-# What Megatron demands with FSDP2: docs/fully_sharded.md.
+_LATE, _ENGINE = ("--breadth-first-backward", "late"), ("--breadth-first-engine", "megatron")
+# Megatron demands the last three with the first: docs/fully_sharded.md.
 _SHARDED = ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist")
 
 SCHEDULES = {
     each.word: each
     for each in (
-        Named("1f1b", "Megatron's 1F1B without chunks", "#9aa0a6", _DEFAULT,
+        Named("1f1b", "Megatron's 1F1B without chunks", "#8d9299", _DEFAULT,
               lambda shape, group: one_f_one_b(shape), MEGATRON, chunks=False),
-        Named("interleaved", "Megatron's default with chunks", "#6b7280", _DEFAULT,
-              interleaved_1f1b, MEGATRON),
-        Named("interleaved-grouped", "the same with one group of all micro-batches", "#3f7f93", (*_DEFAULT, _GROUP, "{M}"),
+        Named("interleaved", "Megatron's default with chunks", "#6b7280", _DEFAULT, interleaved_1f1b, MEGATRON),
+        Named("interleaved-grouped", "the same with one group of all micro-batches", "#3f7f93",
+              (*_DEFAULT, _GROUP, "{M}"),
               lambda shape, group: interleaved_1f1b(shape, shape.num_microbatches), MEGATRON),
         Named("breadth-first", "this plugin", "#d9730d", _OURS, breadth_first),
-        Named("breadth-first-late", "this plugin, the paper's plain order", "#e8a35c", (*_OURS, "--breadth-first-backward", "late"),
+        Named("breadth-first-late", "this plugin, the paper's plain order", "#a98a00", (*_OURS, *_LATE),
               lambda shape, group: breadth_first(shape, group, eager_backward=False)),
-        Named("breadth-first-megatron", "its order in Megatron's own loop", "#b8925a", (*_OURS, "--breadth-first-engine", "megatron"),
+        Named("breadth-first-megatron", "its order in Megatron's own loop", "#8c6f4e", (*_OURS, *_ENGINE),
               breadth_first, MEGATRON),
         Named("breadth-first-sharded", "this plugin, fully sharded", "#a3520b", (*_OURS, *_SHARDED), breadth_first),
-        Named("torch-interleaved", "torch's Interleaved1F1B", "#7aa5e8", (), None, TORCH),
+        Named("torch-interleaved", "torch's Interleaved1F1B", "#6a94dc", (), None, TORCH),
         Named("torch-looped-bfs", "torch's LoopedBFS", "#2f6fc4", (), None, TORCH),
     )
 }  # fmt: skip
 
-# Those that show and plan know; --pipeline-schedule 1f1b of a training run means "1f1b" without chunks, else "interleaved".
+# The words that show and plan take.
 ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late")
 
 
+def word_of(
+    flag: str, pp_size: int, num_chunks: int, num_microbatches: int, group: int | None = None, *,
+    backward: str = "eager", engine: str = "plan", is_sharded: bool = False,
+) -> str:  # fmt: skip
+    """Return the word for the schedule of a job.
+
+    flag: the value of --pipeline-schedule, where 1f1b stands for all of Megatron's own. group: micro-batches per group of
+    Megatron's interleaved order; None for its default, the pipeline size. backward, engine: values of the plugin's flags.
+    Options combined are words of SCHEDULES with several endings, such as breadth-first-late-sharded.
+    """
+    if flag != "1f1b":
+        endings = (("-late", backward == "late"), ("-megatron", engine == "megatron"), ("-sharded", is_sharded))
+        return flag + "".join(ending for ending, applies in endings if applies)
+    if num_chunks == 1:
+        return "1f1b"
+    return "interleaved-grouped" if group == num_microbatches > pp_size else "interleaved"
+
+
 def order_of(word: str, shape: PipelineShape, group: int | None = None) -> Schedule:
-    """The order that goes by that word. group: of interleaved and breadth-first; None for their defaults. 1f1b takes num_chunks 1."""
+    """Return the order that a word of SCHEDULES names.
+
+    group: micro-batches per group of interleaved and breadth-first; None for their defaults. 1f1b takes num_chunks 1.
+    """
     order = SCHEDULES[word].order
     if order is None:
         raise ValueError(f"the order of {word} is made by torch")
@@ -79,7 +100,7 @@ def order_of(word: str, shape: PipelineShape, group: int | None = None) -> Sched
 
 
 def waits_of(word: str) -> Waits:
-    """What waits for what while that order runs; an order of any other name is run by this plugin."""
+    """Return what a runtime waits for in that schedule; this plugin runs an order of any other name."""
     return SCHEDULES[word].waits if word in SCHEDULES else OURS
 
 

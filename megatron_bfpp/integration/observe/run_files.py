@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ...console.errors import UserError
 from ...console.files import append_line, write_whole
 from ...console.version import __version__
+from ...schedule.names import word_of
 from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import is_sharded, settings_of
 from ..process import say, versions
@@ -159,19 +160,13 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
 
 
 def arm_of(args: Any, microbatches: int) -> str:
-    """Return the word of the schedule that runs, as in schedule/names.py."""
+    """Return the word for the schedule that runs."""
     settings = settings_of(args)
-    if settings.schedule == "1f1b":
-        if not args.virtual_pipeline_model_parallel_size:
-            return "1f1b"
-        group = getattr(args, "microbatch_group_size_per_vp_stage", None)
-        is_grouped = group == microbatches > args.pipeline_model_parallel_size
-        return "interleaved-grouped" if is_grouped else "interleaved"
-    endings = (
-        ("-late", settings.backward == "late"), ("-megatron", settings.engine == "megatron"),
-        ("-sharded", is_sharded(args)),
+    return word_of(
+        settings.schedule, args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1,
+        microbatches, getattr(args, "microbatch_group_size_per_vp_stage", None), backward=settings.backward, engine=settings.engine,
+        is_sharded=is_sharded(args),
     )  # fmt: skip
-    return settings.schedule + "".join(ending for ending, applies in endings if applies)
 
 
 def _round() -> int | None:
