@@ -78,15 +78,15 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
         (["show", "--pp", "1", "--chunks", "2", "--microbatches", "4"], "pp_size is 1"),
         ([*SHOW, "--group", "9"], "group is 9"),
         ([*SHOW, "--order", "interleaved", "--group", "3"], "Megatron takes 4"),
-        ([*SHOW, "--backward-time", "0"], "--backward-time is 0 forwards"),
-        ([*SHOW, "--backward-time", "inf"], "--backward-time is inf forwards"),
-        ([*SHOW, "--hop", "nan"], "--hop is nan forwards"),
-        ([*SHOW, "--hop", "-1"], "--hop is -1 forwards"),
+        ([*SHOW, "--backward-time", "0"], "--backward-time: '0' is not a number from 0.01 to 100"),
+        ([*SHOW, "--backward-time", "inf"], "--backward-time: 'inf' is not a number"),
+        ([*SHOW, "--hop", "nan"], "--hop: 'nan' is not a number from 0 to 100"),
+        ([*SHOW, "--hop", "-1"], "--hop: '-1' is not a number"),
         ([*SHOW, "--svg", ""], "The name is empty"),
         ([*SHOW, "--svg", "."], "It is a folder"),
         ([*SHOW, "--csv", "a\x00b"], "embedded null"),
         ([*SHOW, "--svg", "/nowhere/picture.svg"], "--svg /nowhere/picture.svg cannot be written"),
-        ([*SHOW, "--transfer", "-1"], "--transfer is -1 forwards"),
+        ([*SHOW, "--transfer", "-1"], "--transfer: '-1' is not a number"),
         (
             [*SHOW, "--order", "interleaved", "--order", "1f1b", "--csv", "x"],
             "--csv holds one schedule, and 2 are named",
@@ -98,7 +98,11 @@ def test_show_writes_a_page_of_its_own_and_a_png(tmp_path):
     ],
 )
 def test_bad_input_is_one_short_message_and_exit_code_2(arguments, words, capsys):
-    assert main(arguments) == 2
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # what the parser itself refuses
+        code = stop.code
+    assert code == 2
     message = capsys.readouterr().err
     assert words in message and len(message.splitlines()) <= 3
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-ACTION, P2P, DP = "action", "p2p", "dp"  # what an interval is: an action, or a wait for a message or for a replica
+from ..schedule.ir import Action
+
+ACTION, P2P, DP = "action", "p2p", "dp"  # kinds of an interval: an action, or a wait for a message or a replica
 
 
 class Interval(NamedTuple):
-    """An action, or a wait for what `name` says."""
+    """An action, or a wait for it. Times are in nanoseconds, everywhere up to a file or a reader."""
 
-    name: str
+    action: Action
     kind: str  # ACTION, P2P, DP
-    start: int  # nanoseconds
+    start: int
     end: int

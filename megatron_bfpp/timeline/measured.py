@@ -5,7 +5,7 @@ Of a step, which lasts from the first event of any rank to the last one:
     exposed p2p   waiting for messages, or for sends before their tensors are given up
     exposed dp    waiting for gathers and reductions, and launching them
     bubble        1 - busy / step; of all ranks 1 - sum of busy / (pp_size * step)
-What is left is the host's: launches, and Megatron's own work between two actions. Times in milliseconds.
+The rest is the host's: launches, and Megatron's own work between two actions. Times are in milliseconds, for readers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from typing import Any
 
 from ..console.errors import UserError
 from ..schedule import Action, Op, PipelineShape, ScheduleError, Span, Timeline, simulate
+from .document import COMPUTE_LANE, FORMAT, REPLICAS, WAITING, Event
+from .intervals import DP, P2P
 
-FORMAT = "megatron_bfpp trace 1"
+_MS = 1e-6  # of a nanosecond
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A time in which a rank stood still: what for ("p2p", "dp"), and the action that it waited for."""
+    """A time in which a rank stood still for an action. kind: P2P or DP."""
 
     kind: str
-    name: str
+    action: Action
     start: float
     end: float
 
@@ -41,7 +43,7 @@ class Measured(Timeline):
     length: float = 0.0
     waits: list[list[Wait]] = field(default_factory=list)  # [pp_rank]
     busy: list[float] = field(default_factory=list)
-    exposed_p2p: list[float] | None = None  # None: not known, under Megatron's own loops
+    exposed_p2p: list[float] | None = None  # None: unknown, under Megatron's own loops
     exposed_dp: list[float] = field(default_factory=list)
 
     @property
@@ -56,19 +58,60 @@ class Measured(Timeline):
         return 1 - self.busy[pp_rank] / self.length
 
     def action_time(self, op: Op) -> float | None:
-        """The median duration of a forward or backward; None where there is none."""
+        """Return the median duration of a forward or backward; None where there is none."""
         times = [span.end - span.start for spans in self.spans for span in spans if span.action.op is op]
         return median(times) if times else None
 
     def planned(self) -> Timeline:
-        """The same order, with equal stages of this step's median durations, and without a network."""
+        """Simulate the same order with equal stages of this step's median durations, and without a network."""
         order = [[span.action for span in spans] for spans in self.spans]
         forward, backward = self.action_time(Op.F), self.action_time(Op.B)
         return simulate(order, self.shape, forward or 1.0, backward or 1.0)
 
 
+def measure(shape: PipelineShape, ranks: list[list[Event]], waits_are_known: bool) -> Measured:
+    """Return what the events of a step, one list for each pp_rank, say."""
+    first = min(event.start for events in ranks for event in events)
+    last = max(event.end for events in ranks for event in events)
+
+    def times(event: Event) -> tuple[float, float]:
+        return (event.start - first) * _MS, (event.end - first) * _MS
+
+    spans = [[Span(each.action, *times(each)) for each in events if each.lane == COMPUTE_LANE] for events in ranks]
+    waits = [
+        [
+            Wait(each.category.removeprefix("wait-"), each.action, *times(each))
+            for each in events
+            if each.lane == WAITING
+        ]
+        for events in ranks
+    ]
+    gates = [
+        [times(each) for each in events if each.lane == REPLICAS or each.category == f"wait-{DP}"] for events in ranks
+    ]
+    p2p = [sum(each.end - each.start for each in rank if each.kind == P2P) for rank in waits]
+    return Measured(
+        shape,
+        spans,
+        length=(last - first) * _MS,
+        waits=waits,
+        busy=[sum(event.busy for event in events if event.lane == COMPUTE_LANE) * _MS for events in ranks],
+        exposed_p2p=p2p if waits_are_known else None,
+        exposed_dp=[_covered(each) for each in gates],
+    )
+
+
+def _covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union: a launch may contain a wait."""
+    covered, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        covered += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return covered
+
+
 def read(path: str) -> dict[str, Any]:
-    """The document of a trace.json; UserError for anything else."""
+    """Return the document of a trace.json; raise UserError for anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             document = json.load(file)
@@ -85,67 +128,39 @@ def read(path: str) -> dict[str, Any]:
 
 
 def steps_of(document: dict[str, Any]) -> dict[int, Measured]:
-    """The measured steps by their number."""
-    other, events = document["otherData"], defaultdict(list)
-    steps: dict[int, Measured] = {}
-    with damage_told():
-        for event in document["traceEvents"]:
-            if event["ph"] == "X":
-                events[event["args"]["step"]].append(event)
-        for about in other["steps"]:
-            shape = PipelineShape(other["pp"], about["chunks"], about["microbatches"])
-            steps[about["step"]] = _measured(shape, events[about["step"]], other["waits"])
-    return steps
+    """Return the measured steps by their number."""
+    with damage_reported():
+        other = document["otherData"]
+        shapes = {
+            each["step"]: PipelineShape(other["pp"], each["chunks"], each["microbatches"]) for each in other["steps"]
+        }
+        events: dict[int, dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
+        for each in document["traceEvents"]:
+            if each["ph"] == "X":
+                events[each["args"]["step"]][each["pid"]].append(_event(each))
+        return {step: _measured(shape, events[step], other["waits"]) for step, shape in shapes.items()}
+
+
+def _measured(shape: PipelineShape, events: dict[int, list[Event]], waits_are_known: bool) -> Measured:
+    count = sum(map(len, events.values()))
+    if 2 * shape.num_stages * shape.num_microbatches > count:  # one damaged number would take all memory
+        raise ValueError(f"{count} events are too few for {shape}")
+    return measure(shape, [events[rank] for rank in range(shape.pp_size)], waits_are_known)
+
+
+def _event(event: dict[str, Any]) -> Event:
+    if event["tid"] == WAITING and event["cat"] not in (f"wait-{P2P}", f"wait-{DP}"):
+        raise ValueError(f"{event['cat']!r} is no kind of wait")
+    start, duration, busy = (round(1000 * us) for us in (event["ts"], event["dur"], event["args"].get("busy_us", 0)))
+    return Event(Action.parse(event["name"]), event["tid"], event["cat"], start, start + duration, busy)
 
 
 @contextmanager
-def damage_told() -> Iterator[None]:
-    """UserError for whatever a file with fields missing, of other types, or with impossible numbers leads to."""
+def damage_reported() -> Iterator[None]:
+    """Raise UserError for whatever a file with missing fields, other types or impossible numbers leads to."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, ScheduleError | UserError):
             raise
         raise UserError(f"the trace is damaged: {type(error).__name__} {error}.") from None
-
-
-def _measured(shape: PipelineShape, events: list[dict[str, Any]], waits_are_known: bool) -> Measured:
-    size = shape.pp_size
-    if 2 * shape.num_stages * shape.num_microbatches > len(events):  # one damaged number would take all memory
-        raise ValueError(f"{len(events)} events are too few for {shape}")
-    start = min(event["ts"] for event in events)
-    length = (max(event["ts"] + event["dur"] for event in events) - start) / 1000
-    spans: list[list[Span]] = [[] for _ in range(size)]
-    waits: list[list[Wait]] = [[] for _ in range(size)]
-    busy, gates = [0.0] * size, [[] for _ in range(size)]  # type: tuple[list[float], list[list[tuple[float, float]]]]
-    for event in events:
-        rank, begin = event["pid"], (event["ts"] - start) / 1000
-        end = begin + event["dur"] / 1000
-        kind = event["cat"]
-        if kind == "compute":
-            spans[rank].append(Span(Action.parse(event["name"]), begin, end))
-            busy[rank] += event["args"]["busy_us"] / 1000
-        elif kind.startswith("wait-"):
-            waits[rank].append(Wait(kind.removeprefix("wait-"), event["name"], begin, end))
-        if kind in ("wait-dp", "data-parallel"):
-            gates[rank].append((begin, end))
-    p2p = [sum(each.end - each.start for each in rank if each.kind == "p2p") for rank in waits]
-    exposed_dp = [_covered(each) for each in gates]
-    return Measured(
-        shape,
-        spans,
-        length=length,
-        waits=waits,
-        busy=busy,
-        exposed_p2p=p2p if waits_are_known else None,
-        exposed_dp=exposed_dp,
-    )
-
-
-def _covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union: a launch may contain a wait."""
-    covered, until = 0.0, float("-inf")
-    for begin, end in sorted(intervals):
-        covered += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return covered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from ..schedule import Op, Span, Timeline
 from ..schedule.names import SCHEDULES
@@ -10,8 +10,9 @@ from ..schedule.plan_file import title as sizes
 from ..schedule.replay import Prediction
 from .canvas import WIDTH, Box, Drawing, Lines, Words, round_step, text_width
 from .measured import Measured
+from .planned import collectives
 
-Named = list[tuple[str, Timeline]]  # name, timeline
+Named = Sequence[tuple[str, Timeline]]  # name, timeline
 
 _LEFT, _RIGHT, _TOP = 76, 14, 48  # pixels: the ranks' names, the margin, the titles of a panel
 _ROW, _LANE, _GAP = 21, 14, 7  # pixels: what a rank computes, its collectives, before the next rank
@@ -65,7 +66,7 @@ class _Panel:
     def __init__(self, drawing: Drawing, timeline: Timeline, scale: float):
         self.drawing, self.timeline, self.scale, self.shape = drawing, timeline, scale, timeline.shape
         self.top = drawing.height + _TOP
-        self.has_lane = isinstance(timeline, Prediction) and any(_collectives(timeline))
+        self.has_lane = isinstance(timeline, Prediction) and bool(_ops(timeline))
         self.pitch = _ROW + _GAP + (_LANE if self.has_lane else 0)
         self.add = drawing.shapes.append
         drawing.height = self.top + self.shape.pp_size * self.pitch
@@ -91,8 +92,9 @@ class _Panel:
     def ranks(self) -> None:
         if isinstance(self.timeline, Prediction):
             self._messages(self.timeline)  # first: they pass behind the rows
-            for each in _collectives(self.timeline):
-                self._collective(*each)
+            for pp_rank in range(self.shape.pp_size):
+                for span in collectives(self.timeline, pp_rank):
+                    self._collective(span, self.y(pp_rank) + _ROW + 1)
         for pp_rank in range(self.shape.pp_size):
             y = self.y(pp_rank)
             self.add(Words(_LEFT - 8, y + 15, f"pp_rank {pp_rank}", anchor="end"))
@@ -119,9 +121,11 @@ class _Panel:
             lines.append((self.x(each.sent), self.y(source) + ends[0], self.x(each.arrived), self.y(target) + ends[1]))
         self.add(Lines(lines, "message", max(0.3, min(0.8, 0.08 * self.scale))))
 
-    def _collective(self, pp_rank: int, op: Op, chunk: int, start: float, end: float) -> None:
+    def _collective(self, span: Span, y: float) -> None:
+        (stage, op, _), start, end = span
+        chunk = self.shape.chunk_of(stage)
         name, color, ink = _COLLECTIVES[op]
-        x, y, wide = self.x(start), self.y(pp_rank) + _ROW + 1, (end - start) * self.scale
+        x, wide = self.x(start), (end - start) * self.scale
         self.add(
             Box(x, y, max(wide - 0.8, 0.8), _LANE - 1, name, color, f"{name}, chunk {chunk}: {start:.6g} to {end:.6g}")
         )
@@ -147,7 +151,7 @@ class _Panel:
             for wait in waits:
                 wide = (wait.end - wait.start) * self.scale
                 if wide >= 0.3:
-                    about = f"waits for {wait.name}: {wait.end - wait.start:.6g}"
+                    about = f"waits for {wait.action}: {wait.end - wait.start:.6g}"
                     self.add(
                         Box(self.x(wait.start), self.y(pp_rank) + _ROW - 5, wide, 5, f"wait-{wait.kind}", "", about)
                     )
@@ -161,15 +165,10 @@ def takes_time(predicted: Prediction) -> bool:
     return any(each.arrived > max(each.sent, each.posted) for each in predicted.messages)
 
 
-def _collectives(predicted: Prediction) -> Iterator[tuple[int, Op, int, float, float]]:
-    """Yield pp_rank, op, chunk, start and end of each collective that takes time. A rank runs one at a time."""
-    for pp_rank, log in enumerate(predicted.collectives):
-        free = 0.0
-        for action, collective in log:
-            if collective.duration and collective.end is not None:
-                start = max(free, collective.launched)
-                yield pp_rank, action.op, predicted.shape.chunk_of(action.stage), start, collective.end
-                free = collective.end
+def _ops(predicted: Prediction) -> set[Op]:
+    """Return which collectives take time."""
+    ranks = range(predicted.shape.pp_size)
+    return {span.action.op for pp_rank in ranks for span in collectives(predicted, pp_rank)}
 
 
 def _axis(drawing: Drawing, scale: float, end: float) -> None:
@@ -194,7 +193,7 @@ def _legend(drawing: Drawing, timelines: Named, unit: str) -> None:
     predicted = [each for _, each in timelines if isinstance(each, Prediction)]
     if any(map(takes_time, predicted)):
         entries.append(("message", [Lines([(0, 1, 16, 11)], "message", 1.2)]))
-    drawn = {op for each in predicted for _, op, *_ in _collectives(each)}
+    drawn = {op for each in predicted for op in _ops(each)}
     for op, (name, color, _) in _COLLECTIVES.items():
         if op in drawn:
             of = "gradients" if op is Op.REDUCE_GRAD else "parameters"

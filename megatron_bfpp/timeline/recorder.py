@@ -8,7 +8,6 @@ Not run on a GPU. There a wait is the time that the compute stream stands before
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, Protocol
 
 from ..schedule.ir import Action
@@ -16,41 +15,37 @@ from .intervals import ACTION, DP, P2P, Interval
 
 
 class Clock(Protocol):
-    """A source of marks; what they mean is asked after the step."""
+    """A source of marks, which become times after the step."""
 
     def begin(self) -> int:
-        """Before a step: how far the clock may be off from the host's, in nanoseconds."""
+        """Prepare for a step; return how far the clock may be off from the host's, in nanoseconds."""
 
     def mark(self) -> Any:
-        """Now."""
+        """Mark now."""
 
     def nanoseconds(self, marks: list[Any]) -> list[int]:
-        """After the step: the host's time of each mark."""
+        """Return the host's time of each mark, after the step."""
 
 
 class _Noting:
     """A context that notes when it was entered and left. A wait within another wait is a part of it."""
 
-    __slots__ = ("_recorder", "_start", "_what")
+    __slots__ = ("_action", "_kind", "_recorder", "_start")
 
-    def __init__(self, recorder: Recorder, what: Action | str, kind: str):
-        self._recorder, self._what = recorder, (what, kind)
+    def __init__(self, recorder: Recorder, action: Action, kind: str):
+        self._recorder, self._action, self._kind = recorder, action, kind
 
     def __enter__(self) -> None:
-        recorder = self._recorder
-        if self._what[1] != ACTION:
-            recorder.waits += 1
-        self._start = recorder.clock.mark()
+        self._recorder.waits += self._kind != ACTION
+        self._start = self._recorder.clock.mark()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         recorder = self._recorder
-        if self._what[1] != ACTION:
+        if self._kind != ACTION:
             recorder.waits -= 1
             if recorder.waits:
                 return
-        recorder.noted.append((self._what, self._start, recorder.clock.mark()))
+        recorder.noted.append((self._action, self._kind, self._start, recorder.clock.mark()))
 
 
 class Recorder:
@@ -58,30 +53,29 @@ class Recorder:
 
     def __init__(self, clock: Clock):
         self.clock = clock
-        self.noted: list[tuple[tuple[Action | str, str], Any, Any]] = []
+        self.noted: list[tuple[Action, str, Any, Any]] = []
         self.waits = 0  # under way
 
     def begin(self) -> int:
-        """Before a step: forget what was noted; the clock's own error in nanoseconds."""
+        """Forget what was noted, before a step; return the clock's own error in nanoseconds."""
         self.noted.clear()
         return self.clock.begin()
 
     def span(self, action: Action) -> _Noting:
-        """Around an action."""
+        """Return the context to run an action in."""
         return _Noting(self, action, ACTION)
 
     def waiting(self, action: Action) -> _Noting:
-        """Around the wait for a message, RECV_F or RECV_B, or for a send to be over."""
+        """Return the context of a wait for a message, RECV_F or RECV_B, or for the end of a send."""
         return _Noting(self, action, P2P)
 
     def waiting_for_replicas(self, action: Action) -> _Noting:
-        """Around the wait for a gather or a reduction of a chunk."""
+        """Return the context of a wait for a gather or a reduction of a chunk."""
         return _Noting(self, action, DP)
 
     def take(self) -> list[Interval]:
-        """After the step: what was noted, in the order of its beginning."""
-        times = self.clock.nanoseconds([mark for _, *marks in self.noted for mark in marks])
-        pairs = zip(times[::2], times[1::2], strict=True)
-        found = [Interval(str(what), kind, *pair) for ((what, kind), *_), pair in zip(self.noted, pairs, strict=True)]
+        """Return what was noted in the step, in the order of its beginning, and forget it."""
+        times = iter(self.clock.nanoseconds([mark for *_, start, end in self.noted for mark in (start, end)]))
+        found = [Interval(action, kind, next(times), next(times)) for action, kind, *_ in self.noted]
         self.noted.clear()
         return sorted(found, key=lambda each: (each.start, -each.end))

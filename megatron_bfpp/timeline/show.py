@@ -1,29 +1,38 @@
-"""bfpp show: schedules as text, pictures, CSV and Chrome traces, planned and not measured. Neither torch nor Megatron."""
+"""bfpp show: schedules as text, pictures, CSV and Chrome traces; planned, not measured. Neither torch nor Megatron."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..console.errors import UserError, require
 from ..console.files import write_whole
-from ..schedule import Op, PipelineShape, Schedule, ScheduleError, Timeline, check, formats, lower
+from ..console.numbers import between
+from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, formats, lower
 from ..schedule.collectives import Costs
 from ..schedule.ir import COMPUTE
-from ..schedule.names import ORDERS, aligned, order_of, waits_of
+from ..schedule.names import ORDERS, SCHEDULES, aligned, order_of, waits_of
 from ..schedule.plan_file import read, shape_of, title
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page
 from .picture import picture
+from .planned import document
 
 MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
+
+_TIMES = {  # flag: its help, its name in a picture
+    "hop": ("latency of a message between ranks", "latency of a message"),
+    "transfer": ("time that a message takes its channel", "its transfer"),
+    "gather": ("time of a gather of a chunk's parameters", "gather of a chunk"),
+    "reduction": ("time of a reduction of a chunk's gradients", "reduction of a chunk"),
+}
 
 
 class Shown(NamedTuple):
@@ -36,127 +45,60 @@ class Shown(NamedTuple):
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bfpp show` to the subcommands."""
     show = commands.add_parser("show", help="draw a schedule as text, SVG, PNG, HTML, CSV or a Chrome trace")
-    show.add_argument(
-        "file",
-        nargs="*",
-        help="CSV or text of an order or a plan, also torch's, or - for standard input; may be several",
+    add = show.add_argument
+    add("file", nargs="*", help="CSV or text of orders or plans, also torch's; - for standard input")
+    add("--pp", type=int, help="pipeline ranks, at least 2")
+    add("--chunks", type=int, help="model chunks (virtual pipeline stages) per rank")
+    add("--microbatches", type=int, help="micro-batches per step and replica")
+    order = (
+        f"one of {', '.join(ORDERS)}; may be repeated: all on one time axis. Default: breadth-first. "
+        "1f1b has no chunks: those of a rank are its one stage, as long as all of them"
     )
-    show.add_argument("--pp", type=int, help="pipeline ranks, at least 2")
-    show.add_argument("--chunks", type=int, help="model chunks (virtual pipeline stages) per rank")
-    show.add_argument("--microbatches", type=int, help="micro-batches per step and replica")
-    show.add_argument("--order", action="append", choices=ORDERS, metavar="NAME",
-                      help=f"one of {', '.join(ORDERS)}; may be repeated: all on one time axis. Default: breadth-first. 1f1b has "
-                           "no chunks: those of a rank are its one stage, as long as all of them")  # fmt: skip
-    show.add_argument(
-        "--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)"
-    )
-    show.add_argument(
-        "--backward",
-        choices=("eager", "late"),
-        default="eager",
-        help="late: breadth-first stands for breadth-first-late",
-    )
-    show.add_argument("--backward-time", type=float, default=2.0, help="of a backward, in forwards; default 2")
-    for flag, meaning in _TIMES.items():
-        show.add_argument(flag, type=float, default=0.0, help=f"{meaning}, in forwards; default 0")
-    show.add_argument("--svg", metavar="PATH", help="write the picture")
-    show.add_argument("--png", metavar="PATH", help="write it as PNG; needs matplotlib")
-    show.add_argument("--html", metavar="PATH", help="write it as a page of its own, with the numbers")
-    show.add_argument(
-        "--trace", metavar="PATH", help="write the planned step as a Chrome trace for Perfetto, a forward as 1 ms"
-    )
-    show.add_argument("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
-    show.add_argument("--plan", action="store_true", help="with sends and receives, in --csv and --text")
-    show.add_argument(
-        "--resident-chunks", type=int, help="of fully sharded parameters, in the plan: gathered at one time"
-    )
-    show.add_argument("--text", action="store_true", help="print the actions of each rank instead of the grid")
-    show.add_argument("--wide", action="store_true", help="do not cut the grid at the terminal's width")
+    add("--order", action="append", choices=ORDERS, metavar="NAME", help=order)
+    add("--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)")
+    late = "late: breadth-first stands for breadth-first-late"
+    add("--backward", choices=("eager", "late"), default="eager", help=late)
+    # The bounds keep a slip of the keyboard from a grid of a billion columns.
+    backward = "of a backward, in forwards; default 2"
+    add("--backward-time", type=between(0.01, 100), default=2.0, help=backward)
+    for flag, (meaning, _) in _TIMES.items():
+        add(f"--{flag}", type=between(0, 100), default=0.0, help=f"{meaning}, in forwards; default 0")
+    add("--svg", metavar="PATH", help="write the picture")
+    add("--png", metavar="PATH", help="write it as PNG; needs matplotlib")
+    add("--html", metavar="PATH", help="write it as a page of its own, with the numbers")
+    add("--trace", metavar="PATH", help="write the planned step as a Chrome trace for Perfetto, a forward as 1 ms")
+    add("--csv", metavar="PATH", help="write the order in torch.distributed.pipelining's format")
+    add("--plan", action="store_true", help="with sends and receives, in --csv and --text")
+    add("--resident-chunks", type=int, help="of fully sharded parameters, in the plan: gathered at one time")
+    add("--text", action="store_true", help="print the actions of each rank instead of the grid")
+    add("--wide", action="store_true", help="do not cut the grid at the terminal's width")
     show.set_defaults(run=run)
-
-
-_TIMES = {
-    "--hop": "latency of a message between ranks",
-    "--transfer": "time that a message takes its channel",
-    "--gather": "time that a gather of a chunk's parameters takes",
-    "--reduction": "time that a reduction of a chunk's gradients takes",
-}
-
-_NOUNS = {
-    "--hop": "a message's latency",
-    "--transfer": "its transfer",
-    "--gather": "a gather of a chunk's parameters",
-    "--reduction": "a reduction of a chunk's gradients",
-}
 
 
 def run(args: argparse.Namespace) -> int:
     if args.png is not None:
         require("matplotlib", "--png")
-    # The bounds keep a slip of the keyboard from a grid of a billion columns.
-    for flag, least in (("--backward-time", 0.01), *((flag, 0.0) for flag in _TIMES)):
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if not (math.isfinite(value) and least <= value <= 100):
-            raise UserError(f"{flag} is {value:g} forwards; it must lie between {least:g} and 100.")
-    shown = _shown(args)
+    shown = _of_files(args)
+    if args.order or not args.file:
+        shown += _of_names(args)
     if (args.csv is not None or args.text) and len(shown) > 1:
         flag = "--csv" if args.csv is not None else "--text"
-        raise UserError(
-            f"{flag} holds one schedule, and {len(shown)} are named.\n  Leave out all but one --order or file."
-        )
+        raise UserError(f"{flag} holds one schedule, and {len(shown)} are named.\n  Leave out all but one of them.")
     _print(args, shown)
     _write(args, shown)
     return 0
 
 
-def _shown(args: argparse.Namespace) -> list[Shown]:
+def _of_files(args: argparse.Namespace) -> list[Shown]:
     if args.file and args.group is not None and not args.order:
         raise UserError("--group is of an --order, and a file has its own.\n  Leave it out.")
-    found = [_of_file(args, path) for path in args.file]
-    if args.order or not args.file:
-        sizes = (args.pp, args.chunks, args.microbatches)
-        missing = [
-            flag for flag, size in zip(("--pp", "--chunks", "--microbatches"), sizes, strict=True) if size is None
-        ]
-        if missing:
-            raise UserError(
-                f"{', '.join(missing)} is not given.\n  Give all three sizes of the pipeline, or the FILE of an order."
-            )
-        shape = PipelineShape(args.pp, args.chunks, args.microbatches)
-        if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
-            raise UserError(
-                f"{title(shape)} are more than {MOST_ACTIONS} forwards and backwards.\n  Show a smaller pipeline."
-            )
-        names = [
-            f"{name}-late" if name == "breadth-first" and args.backward == "late" else name
-            for name in args.order or ["breadth-first"]
-        ]
-        found += [_of_name(args, name, shape) for name in dict.fromkeys(names)]
-    return found
-
-
-def _of_name(args: argparse.Namespace, name: str, shape: PipelineShape) -> Shown:
-    costs, chunks = _costs(args), 1
-    if name == "1f1b":  # the chunks of a rank in a row
-        chunks, shape = shape.num_chunks, PipelineShape(shape.pp_size, 1, shape.num_microbatches)
-        costs = Costs(
-            float(chunks),
-            args.backward_time * chunks,
-            args.hop,
-            args.transfer,
-            args.gather * chunks,
-            args.reduction * chunks,
-        )
-    order = order_of(name, shape, args.group)
-    plan = lower(order, shape, resident_chunks=args.resident_chunks)
-    running = aligned(plan, shape) if name.startswith("interleaved") and args.resident_chunks is None else plan
-    predicted = replay(running, shape, costs, waits_of(name))
-    return Shown(name, order, plan, replace(predicted, chunks_per_stage=chunks))
+    return [_of_file(args, path) for path in args.file]
 
 
 def _of_file(args: argparse.Namespace, path: str) -> Shown:
-    """Of a plan its own sends and receives, to an order they are added. UserError where no rank could go on."""
+    """Read a plan with its own sends and receives, or an order, to which they are added."""
     given = read(path)
     shape = shape_of(given, None, None, None, path)
     name = "standard input" if path == "-" else os.path.basename(path)
@@ -167,23 +109,42 @@ def _of_file(args: argparse.Namespace, path: str) -> Shown:
         check(plan, shape, forward_only=all(action.op is Op.F for rank in order for action in rank))
         return Shown(name, order, plan, replay(plan, shape, _costs(args)))
     except ScheduleError as error:
-        raise UserError(
-            f"{path} cannot run: {str(error).splitlines()[0]}\n  bfpp check says all that is wrong with a plan."
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot run: {reason}\n  bfpp check lists all that is wrong with a plan.") from None
 
 
-def _costs(args: argparse.Namespace) -> Costs:
-    return Costs(1.0, args.backward_time, args.hop, args.transfer, args.gather, args.reduction)
+def _of_names(args: argparse.Namespace) -> list[Shown]:
+    sizes = {"--pp": args.pp, "--chunks": args.chunks, "--microbatches": args.microbatches}
+    missing = ", ".join(flag for flag, size in sizes.items() if size is None)
+    if missing:
+        raise UserError(f"{missing} is not given.\n  Give all three sizes of the pipeline, or the FILE of an order.")
+    shape = PipelineShape(*sizes.values())
+    if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
+        most = f"more than {MOST_ACTIONS} forwards and backwards"
+        raise UserError(f"{title(shape)} are {most}.\n  Show a smaller pipeline.")
+    words = args.order or ["breadth-first"]
+    if args.backward == "late":
+        words = ["breadth-first-late" if word == "breadth-first" else word for word in words]
+    return [_of_name(args, word, shape) for word in dict.fromkeys(words)]
 
 
-def _note(args: argparse.Namespace) -> str:
-    """Say in the picture what was assumed."""
-    given = {flag: getattr(args, flag.removeprefix("--")) for flag in _TIMES}
-    times = [f"{_NOUNS[flag]} {value:g}" for flag, value in given.items() if value]
-    return (
-        ", ".join([f"Planned, not measured. In forwards of a chunk: a backward takes {args.backward_time:g}", *times])
-        + "."
+def _of_name(args: argparse.Namespace, word: str, shape: PipelineShape) -> Shown:
+    chunks = 1
+    if not SCHEDULES[word].chunks:  # those of a rank, in a row, are its one stage
+        chunks, shape = shape.num_chunks, replace(shape, num_chunks=1)
+    order = order_of(word, shape, args.group)
+    plan = lower(order, shape, resident_chunks=args.resident_chunks)
+    running = aligned(plan, shape) if word.startswith("interleaved") and args.resident_chunks is None else plan
+    predicted = replay(running, shape, _costs(args, chunks), waits_of(word))
+    return Shown(word, order, plan, replace(predicted, chunks_per_stage=chunks))
+
+
+def _costs(args: argparse.Namespace, chunks: int = 1) -> Costs:
+    """Return the costs of stages of so many chunks."""
+    forward, backward, gather, reduction = (
+        chunks * time for time in (1.0, args.backward_time, args.gather, args.reduction)
     )
+    return Costs(forward, backward, args.hop, args.transfer, gather, reduction)
 
 
 def _print(args: argparse.Namespace, shown: list[Shown]) -> None:
@@ -199,21 +160,21 @@ def _print(args: argparse.Namespace, shown: list[Shown]) -> None:
 
 
 def _write(args: argparse.Namespace, shown: list[Shown]) -> None:
-    timelines: list[tuple[str, Timeline]] = [(each.name, each.predicted) for each in shown]
-    if args.csv is not None:
-        write_whole(args.csv, formats.to_csv(shown[0].plan if args.plan else shown[0].order), "--csv")
-        print(f"wrote {args.csv}")
-    if args.svg is not None:
-        write_whole(args.svg, picture(timelines, note=_note(args)).svg(), "--svg")
-        print(f"wrote {args.svg}")
-    if args.html is not None:
-        write_whole(args.html, page(timelines, _note(args)), "--html")
-        print(f"wrote {args.html}")
+    planned = [(each.name, each.predicted) for each in shown]
+    times = [f"backward {args.backward_time:g}"]
+    times += [f"{noun} {getattr(args, flag):g}" for flag, (_, noun) in _TIMES.items() if getattr(args, flag)]
+    note = f"Planned, not measured. In forwards of a chunk: {', '.join(times)}."
+    contents: dict[str, Callable[[], str]] = {
+        "csv": lambda: formats.to_csv(shown[0].plan if args.plan else shown[0].order),
+        "svg": lambda: picture(planned, note=note).svg(),
+        "html": lambda: page(planned, note),
+        "trace": lambda: json.dumps(document(planned)) + "\n",
+    }
+    for flag, content in contents.items():
+        path = getattr(args, flag)
+        if path is not None:
+            write_whole(path, content(), f"--{flag}")
+            print(f"wrote {path}")
     if args.png is not None:
-        picture(timelines, note=_note(args)).png(args.png, "--png")
+        picture(planned, note=note).png(args.png, "--png")
         print(f"wrote {args.png}")
-    if args.trace is not None:
-        from .planned import document
-
-        write_whole(args.trace, json.dumps(document([(each.name, each.predicted) for each in shown])) + "\n", "--trace")
-        print(f"wrote {args.trace}")

@@ -14,7 +14,7 @@ from ..console.errors import UserError
 from ..console.files import write_whole
 from ..schedule import Op
 from . import picture as draw
-from .measured import Measured, damage_told, read, steps_of
+from .measured import Measured, damage_reported, read, steps_of
 
 
 def picture(measured: Measured, step: int) -> str:
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     step = max(steps) if args.step is None else args.step
     if step not in steps:
         raise UserError(f"{args.file} has no step {step}.\n  Use --step {min(steps)} to {max(steps)}.")
-    with damage_told():
+    with damage_reported():
         text, drawn = _text(document, steps, step), picture(steps[step], step)
     print(text)
     if args.svg is not None:

@@ -1,6 +1,6 @@
 """A recorded step, small enough to compute its numbers by hand."""
 
-from megatron_bfpp.schedule import PipelineShape
+from megatron_bfpp.schedule import Action, PipelineShape
 from megatron_bfpp.timeline.document import Trace
 from megatron_bfpp.timeline.intervals import ACTION, DP, P2P, Interval
 
@@ -15,7 +15,8 @@ def document(waits=True):
               ("1B0", ACTION, 30, 58), ("1SEND_B0", ACTION, 58, 58)]  # fmt: skip
     trace = Trace(2, {"schedule": "breadth-first", "waits": waits})
     ranks = [
-        [Interval(name, kind, start * MS, end * MS) for name, kind, start, end in rank] for rank in (first, second)
+        [Interval(Action.parse(name), kind, start * MS, end * MS) for name, kind, start, end in rank]
+        for rank in (first, second)
     ]
     trace.add(20, PipelineShape(2, 1, 1), ranks, clock_error_us=[0.0, 31.0])
     return trace.document()

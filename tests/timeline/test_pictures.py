@@ -103,11 +103,11 @@ def test_what_was_assumed_stands_in_the_picture(tmp_path):
     shown = " ".join(words(drawn(tmp_path, "--hop", "0.5", "--transfer", "0.25", "--gather", "3", "--reduction", "16")))
     for part in (
         "Planned, not measured.",
-        "latency 0.5",
+        "latency of a message 0.5",
         "transfer 0.25",
-        "parameters 3",
-        "gradients 16",
-        "backward takes 2",
+        "gather of a chunk 3",
+        "reduction of a chunk 16",
+        "backward 2",
     ):
         assert part in shown
 

@@ -17,6 +17,10 @@ from megatron_bfpp.timeline.intervals import ACTION, DP, P2P, Interval
 from megatron_bfpp.timeline.recorder import Recorder
 
 
+def interval(name, *rest):
+    return Interval(Action.parse(name), *rest)
+
+
 class Ticks:
     """A clock on which every mark is one later."""
 
@@ -39,7 +43,7 @@ def test_an_action_and_what_it_waits_for_are_noted_apart_in_the_order_of_their_b
         with recorder.waiting_for_replicas(Action(2, Op.UNSHARD)), recorder.waiting_for_replicas(Action(0, Op.UNSHARD)):
             pass  # the inner wait is a part of the outer one
     assert recorder.take() == [
-        Interval("2F0", ACTION, 0, 6), Interval("2RECV_F0", P2P, 1, 2), Interval("2UNSHARD", DP, 3, 5),
+        interval("2F0", ACTION, 0, 6), interval("2RECV_F0", P2P, 1, 2), interval("2UNSHARD", DP, 3, 5),
     ]  # fmt: skip
     assert recorder.take() == []
 
@@ -50,7 +54,7 @@ def test_a_wait_that_fails_is_over():
         raise RuntimeError("lost")
     with recorder.waiting(Action(2, Op.RECV_F, 1)):
         pass
-    assert [each.name for each in recorder.take()] == ["2RECV_F0", "2RECV_F1"]
+    assert [str(each.action) for each in recorder.take()] == ["2RECV_F0", "2RECV_F1"]
 
 
 def test_the_hosts_clock_is_taken_on_a_cpu():
@@ -124,10 +128,10 @@ def step(shape, order, durations):
         for action in actions:
             start, waits = now, []
             if action.op is Op.F and action.stage > 0:
-                waits = [Interval(str(Action(action.stage, Op.RECV_F, action.microbatch)), P2P, now + 1, now + 6)]
+                waits = [Interval(Action(action.stage, Op.RECV_F, action.microbatch), P2P, now + 1, now + 6)]
                 now += 6
             now += durations.get(action.op, 1)
-            intervals += [Interval(str(action), ACTION, start, now), *waits]
+            intervals += [Interval(action, ACTION, start, now), *waits]
         ranks.append(intervals)
     return ranks
 
@@ -135,8 +139,10 @@ def step(shape, order, durations):
 def test_a_compute_action_begins_where_its_wait_for_a_message_ends_and_is_not_busy_while_it_waits_for_a_gather():
     trace = Trace(2, {})
     intervals = [
-        Interval("0F0", ACTION, 1000, 9000), Interval("0SEND_F0", P2P, 1100, 2000), Interval("0UNSHARD", DP, 3000, 4500),
-    ]  # fmt: skip
+        interval("0F0", ACTION, 1000, 9000),
+        interval("0SEND_F0", P2P, 1100, 2000),
+        interval("0UNSHARD", DP, 3000, 4500),
+    ]
     trace.add(7, PipelineShape(2, 1, 1), [intervals, []])
     compute = [event for event in trace.document()["traceEvents"] if event.get("cat") == "compute"]
     assert [(event["ts"], event["dur"], event["args"]) for event in compute] == [

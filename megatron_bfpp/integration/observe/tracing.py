@@ -30,7 +30,7 @@ from ...runtime.clocks import clock_of, offset_to_first
 from ...schedule import Action, Op, PipelineShape
 from ...timeline.document import Trace
 from ...timeline.intervals import Interval
-from ...timeline.measured import Measured, steps_of
+from ...timeline.measured import Measured, measure
 from ...timeline.recorder import Recorder
 from ...timeline.trace import picture
 from .. import process
@@ -138,8 +138,8 @@ class Tracer:
         found: list[Any] = [None]
         if self._is_recorded:
             intervals = [
-                Interval(name, kind, start + self._offset, end + self._offset)
-                for name, kind, start, end in self._recorder.take()
+                Interval(action, kind, start + self._offset, end + self._offset)
+                for action, kind, start, end in self._recorder.take()
             ]
             gathered: list[Any] | None = [None] * self._trace.pp_size if self._pp_rank == 0 else None
             dist.gather_object((intervals, self._offset, self._error), gathered, dst=self._first, group=self._group)
@@ -151,11 +151,10 @@ class Tracer:
     def _add(self, step: int, gathered: list[tuple[list[Interval], int, int]], is_last: bool) -> dict[str, Any]:
         offsets, errors = ([each[part] / 1000 for each in gathered] for part in (1, 2))
         ranks = [each[0] for each in gathered]
-        self._trace.add(step, self._shape, ranks, clock_offset_us=offsets, clock_error_us=errors)
-        document = self._trace.document()
-        measured = steps_of(document)[step]
+        events = self._trace.add(step, self._shape, ranks, clock_offset_us=offsets, clock_error_us=errors)
+        measured = measure(self._shape, events, self._has_plan)
         trace_path, picture_path = self._paths
-        files = [(trace_path, json.dumps(document))]
+        files = [(trace_path, json.dumps(self._trace.document()))]
         if picture_path is not None and is_last:
             files.append((picture_path, picture(measured, step)))
         for path, text in files:
