@@ -38,10 +38,10 @@ default_venv="${root}/.venv"
 [[ "${megatron}" == "${pinned}" ]] || default_venv+="-${megatron}"
 venv="${VENV:-${default_venv}}"
 
-packages=(setuptools torch megatron-core numpy PyYAML einops psutil)
+packages=(setuptools torch megatron-core jinja2 numpy PyYAML einops psutil)
 case "${extras}" in
     "") ;;
-    test) packages+=(pytest hypothesis ruff mypy matplotlib scipy wandb) ;;
+    test) packages+=(pytest hypothesis playwright ruff mypy matplotlib scipy wandb) ;;
     *)
         echo "setup_env: --extras ${extras} does not exist; the only extras are: test" >&2
         exit 2

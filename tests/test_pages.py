@@ -21,8 +21,8 @@ LABELS = "[...document.querySelectorAll('td')].slice(1, 3).map(cell => getComput
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("chromium")) as started:
+def browser():
+    with Browser() as started:
         yield started
 
 

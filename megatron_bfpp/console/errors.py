@@ -10,7 +10,6 @@ _LINES, _LETTERS = 3, 600
 _EXTRAS = {
     "jinja2": "report",
     "matplotlib": "report",
-    "rich": "report",
     "scipy": "report",
     "transformer_engine": "te",
     "wandb": "wandb",

@@ -22,7 +22,7 @@ from typing import Any
 from ..console.processes import package_on_path
 
 PROBE_S = 180.0  # an import of Megatron takes 8 s alone, and minutes from a network file system that is asked by all
-LIBRARIES = ("numpy", "PyYAML", "psutil", "einops", "wandb", "tensorboard", "matplotlib", "scipy", "rich")
+LIBRARIES = ("numpy", "PyYAML", "psutil", "einops", "wandb", "tensorboard", "matplotlib", "scipy")
 VARIABLES = (
     *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
     *("OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "GLOO_SOCKET_IFNAME", "RANK", "WORLD_SIZE", "LOCAL_RANK"),

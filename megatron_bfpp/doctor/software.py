@@ -17,7 +17,6 @@ OPTIONAL = {
     "einops": "Megatron-FSDP needs it",
     "matplotlib": "bfpp show --png, plan --plot and bench --plot need it",
     "scipy": "bfpp compare needs it for its 95% intervals",
-    "rich": "bfpp compare draws its table with it",
 }
 
 
