@@ -1,8 +1,8 @@
-"""bfpp doctor: what a machine has for breadth-first training, what is wrong with it, and whether it computes the same bits.
+"""bfpp doctor: examine a machine for breadth-first training, and show on it that both schedules compute the same bits.
 
 The first command on a cluster, on a node with its GPUs and in the job's container and environment:
     srun --nodes 1 --ntasks 1 bfpp doctor
-Nothing of torch or Megatron is imported here: where one is missing or broken, the table says so.
+It imports neither torch nor Megatron: where one is missing or broken, the table reports it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from ..console.files import write_whole
 from ..console.version import __version__
 from . import facts as doctor_facts
 from . import trial as doctor_trial
-from .line import FAIL, OK, Line, section
+from .line import FAIL, Facts, Line, fail, gpus, ok, section
 from .table import judged, summary, table
 
 FORMAT = "megatron_bfpp doctor 1"
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bfpp doctor`."""
     parser = commands.add_parser("doctor", help="examine this machine, and train on two of its devices for a moment")
     parser.add_argument("--no-run", action="store_true", help="leave out the training, which takes half a minute")
     parser.add_argument("--json", metavar="PATH", help="write all that was found")
@@ -30,7 +31,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: nothing fails. 1: something does."""
+    """Examine and report; return 0 if nothing fails, else 1."""
     try:
         facts = doctor_facts.gather(lambda part: progress.show(0.0, f"looking at {part}"))
         lines = judged(facts)
@@ -51,25 +52,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(line.status == FAIL for line in lines) else 0
 
 
-def _tried(facts: dict[str, Any], lines: list[Line]) -> tuple[Line, dict[str, Any] | None]:
+def _tried(facts: Facts, lines: list[Line]) -> tuple[Line, Facts | None]:
+    """Make the equality run where the lines allow it; return its line and its numbers."""
     name = "equality run"
     needed = ("Python", "torch", "megatron-core", "numpy", "loopback")
     broken = [line.name for line in lines if line.name in needed and line.status == FAIL]
     if not broken and not section(facts, "megatron").get("training"):
         broken = ["megatron.training"]
     if broken:
-        return Line(name, FAIL, f"not started for want of {' and '.join(broken)}"), None
-    device = "cuda" if len(section(facts, "torch")["devices"]) >= doctor_trial.RANKS else "cpu"
+        return fail(name, f"not started for want of {' and '.join(broken)}", "see above"), None
+    device = "cuda" if len(gpus(facts)) >= doctor_trial.RANKS else "cpu"
     trial = doctor_trial.run_trial(device, _show_step)
     progress.clear()
     where = f"{doctor_trial.RANKS} {'GPUs' if device == 'cuda' else 'processes on the CPU'}"
     what = f"PP 2 x 2 chunks, {doctor_trial.STEPS} steps, {where}, {trial.seconds:.0f} s"
     if not trial.is_equal:
-        return Line(
-            name, FAIL, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"
-        ), trial._asdict()
+        return fail(name, f"{what}: {trial.reason}", f"the ranks' logs are in {trial.log_folder}"), trial._asdict()
     losses = f"{trial.losses[0]:.6f} to {trial.losses[-1]:.6f}"
-    return Line(name, OK, f"{what}: breadth-first computes the bits of interleaved (lm loss {losses})"), trial._asdict()
+    return ok(name, f"{what}: breadth-first computes the bits of interleaved (lm loss {losses})"), trial._asdict()
 
 
 def _show_step(arm: str, steps: int) -> None:

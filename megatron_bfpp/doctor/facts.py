@@ -1,6 +1,6 @@
-"""bfpp doctor: what this machine has, as data. No rule stands here, and nothing of torch or Megatron is imported.
+"""The facts of bfpp doctor about this machine, as data, without a rule; neither torch nor Megatron is imported.
 
-Sizes in bytes. A fact that could not be had says why in its "error".
+Sizes are in bytes. The "error" of a fact is the reason why it is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,13 @@ _CONNECT = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.a
 
 
 def gather(on_part: Callable[[str], None]) -> dict[str, Any]:
-    """Everything; on_part is called with the name of each part before it is looked at."""
+    """Gather all facts; on_part is called with the name of each part before its turn."""
     parts: dict[str, Callable[[], Any]] = {
-        "python": _python,
-        "nvidia_smi": _nvidia_smi,
-        "torch": lambda: probe("torch", "torch"),
-        "megatron": lambda: probe("megatron", "megatron"),
-        "te": lambda: probe("te", "transformer_engine"),
-        "apex": _apex,
-        "libraries": _libraries,
-        "environment": _environment,
-        "disk": _disk,
-        "network": _network,
-    }
+        "python": _python, "nvidia_smi": _nvidia_smi, "torch": partial(probe, "torch", "torch"),
+        "megatron": partial(probe, "megatron", "megatron"), "te": partial(probe, "te", "transformer_engine"),
+        "apex": _apex, "libraries": lambda: {name: _version(name) for name in LIBRARIES},
+        "environment": _environment, "disk": _disk, "network": _network,
+    }  # fmt: skip
     found = {}
     for name, part in parts.items():
         on_part(name)
@@ -54,7 +49,7 @@ def gather(on_part: Callable[[str], None]) -> dict[str, Any]:
 
 
 def probe(name: str, module: str) -> dict[str, Any]:
-    """What doctor/probe.py finds of a library; {} where it is not installed."""
+    """Return the answer of doctor/probe.py about a library; {} where it is not installed."""
     if importlib.util.find_spec(module) is None:
         return {}
     command = [sys.executable, "-W", "ignore", "-m", "megatron_bfpp.doctor.probe", name]
@@ -86,13 +81,13 @@ def _nvidia_smi() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"gpus": [], "error": f"nvidia-smi: {error}"}
     if done.returncode != 0:
-        last = ((done.stdout + done.stderr).strip().splitlines() or ["it says nothing"])[-1]
+        last = ((done.stdout + done.stderr).strip().splitlines() or ["no output"])[-1]
         return {"gpus": [], "error": f"nvidia-smi ended with {done.returncode}: {last}"}
     return {"gpus": parse_gpus(done.stdout)}
 
 
 def parse_gpus(text: str) -> list[dict[str, Any]]:
-    """Lines of `nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader,nounits`; MiB there."""
+    """Parse the output of the query above; memory is in MiB there, and in bytes here."""
     gpus = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.rsplit(",", 2)]
@@ -103,7 +98,7 @@ def parse_gpus(text: str) -> list[dict[str, Any]]:
 
 
 def _apex() -> dict[str, Any]:
-    """Without an import: its extensions need torch's libraries loaded first."""
+    """Describe Apex without its import: its extensions need torch's libraries loaded first."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return {}
@@ -114,7 +109,7 @@ def _apex() -> dict[str, Any]:
         "version": _version("apex"),
         "path": places[0] if places else "",
         "extensions": found,
-        # A folder of NVIDIA's that the other project of this name does not have.
+        # The other project of this name does not have this folder of NVIDIA's.
         "is_nvidia": any(found.values()) or any(Path(place, "multi_tensor_apply").is_dir() for place in places),
     }
 
@@ -124,10 +119,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _libraries() -> dict[str, str | None]:
-    return {name: _version(name) for name in LIBRARIES}
 
 
 def _environment() -> dict[str, str]:
@@ -160,7 +151,7 @@ def _network() -> dict[str, Any]:
 
 
 def _meet() -> str | None:
-    """Why a second process could not send to this one over 127.0.0.1; None if it could."""
+    """Return why a second process could not send to this one over 127.0.0.1; None if it could."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(30)

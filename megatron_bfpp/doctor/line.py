@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 OK, WARN, FAIL = "ok", "warn", "fail"
+Facts = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """advice: what would be right, with whose rule it is; empty where nothing is to be said."""
+    """One line: the thing, its status, its state, and the advice: what would be right, and whose rule that is."""
 
     name: str
     status: str
@@ -16,11 +17,32 @@ class Line(NamedTuple):
     advice: str = ""
 
 
-def section(facts: dict[str, Any], name: str) -> dict[str, Any]:
+def ok(name: str, found: str, advice: str = "") -> Line:
+    """Make a line of which nothing is wrong."""
+    return Line(name, OK, found, advice)
+
+
+def warn(name: str, found: str, advice: str) -> Line:
+    """Make a line that may cost time or results."""
+    return Line(name, WARN, found, advice)
+
+
+def fail(name: str, found: str, advice: str) -> Line:
+    """Make a line with which jobs do not run."""
+    return Line(name, FAIL, found, advice)
+
+
+def section(facts: Facts, name: str) -> Facts:
+    """Return a part of the facts; {} where it is missing."""
     value = facts.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def has_gpus(facts: dict[str, Any]) -> bool:
-    """A machine with GPUs, seen by torch or only by the driver: rules of GPUs apply to it."""
-    return bool(section(facts, "torch").get("devices") or section(facts, "nvidia_smi").get("gpus"))
+def gpus(facts: Facts) -> list[Facts]:
+    """Return the GPUs that torch sees."""
+    return section(facts, "torch").get("devices", [])  # type: ignore[no-any-return]
+
+
+def has_gpus(facts: Facts) -> bool:
+    """Return whether rules of GPUs apply: torch sees one, or at least the driver does."""
+    return bool(gpus(facts) or section(facts, "nvidia_smi").get("gpus"))

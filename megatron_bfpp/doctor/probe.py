@@ -1,9 +1,7 @@
-"""What one library is on this machine, found by importing it, printed as one line of JSON:
+"""python -m megatron_bfpp.doctor.probe {torch,megatron,te}: import a library and describe it as a last line of JSON.
 
-    python -m megatron_bfpp.doctor.probe {torch,megatron,te}
-
-In a process of its own: a library whose parts do not fit each other may end the process that imports it. What the import
-itself prints stands before that line. A failed import is an answer: {"error": "ImportError: ..."}.
+It runs in a process of its own: a library whose parts do not fit each other may end the process that imports it.
+A failed import is an answer: {"error": "ImportError: ..."}.
 """
 
 from __future__ import annotations
@@ -17,16 +15,16 @@ from typing import Any
 
 
 def torch_facts() -> dict[str, Any]:
+    """Describe torch and its GPUs; memory in bytes."""
     import torch
 
-    facts: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "devices": []}
-    facts["nccl"] = None
+    facts: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "devices": [], "nccl": None}
     if torch.distributed.is_available() and torch.distributed.is_nccl_available() and torch.version.cuda:
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     facts["gloo"] = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     facts["architectures"] = torch.cuda.get_arch_list()
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # no driver, a driver too old, a build without CUDA
         facts["cuda_error"] = _first_line(error)
         return facts
@@ -39,14 +37,14 @@ def torch_facts() -> dict[str, Any]:
 
 
 def megatron_facts() -> dict[str, Any]:
-    """ "refusal": what enable() would say of this release, None if it is supported."""
+    """Describe Megatron. "refusal": the reason for which enable() refuses this release, None if it is supported."""
     from ..console.errors import UserError
     from ..integration.activation import check_version
 
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         return {}
     facts: dict[str, Any] = {"path": _place("megatron.core"), "refusal": None}
-    # What follows a + is the commit of the folder in which this process was started, whatever that is.
+    # Behind a + stands the commit of the folder in which this process was started, whatever that is.
     facts["version"] = importlib.import_module("megatron.core.package_info").__version__.partition("+")[0]
     facts["training"] = importlib.util.find_spec("megatron.training") is not None
     facts["training_path"] = _place("megatron.training") if facts["training"] else None
@@ -60,6 +58,7 @@ def megatron_facts() -> dict[str, Any]:
 
 
 def te_facts() -> dict[str, Any]:
+    """Describe Transformer Engine."""
     module = importlib.import_module("transformer_engine")
     importlib.import_module("transformer_engine.pytorch")
     return {"version": getattr(module, "__version__", "unknown")}
@@ -78,13 +77,10 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {"torch": torch_facts, "megatr
 
 
 def main(name: str) -> None:
+    """Print the facts of a library."""
     try:
         facts = PROBES[name]()
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # of any other the reader shows the last line on standard error
+    except (ImportError, OSError, RuntimeError) as error:  # any other is a traceback, whose last line the reader shows
         facts = {"error": f"{type(error).__name__}: {_first_line(error)}"}
     print("\n" + json.dumps(facts), flush=True)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .line import FAIL, OK, WARN, Line, has_gpus, section
+from .line import Facts, Line, fail, has_gpus, ok, section, warn
 
 PYTHON = (3, 12)  # of the megatron-core releases that ship megatron.training
 BUILD_APEX = (
@@ -20,23 +18,24 @@ OPTIONAL = {
 }
 
 
-def software_lines(facts: dict[str, Any]) -> list[Line]:
+def software_lines(facts: Facts) -> list[Line]:
+    """Judge Python, GPUs, torch, Megatron and libraries."""
     lines = [_python(section(facts, "python")), _gpus(facts), _torch(facts)]
     if section(facts, "torch").get("version"):
         lines += [_cuda(facts), _nccl(facts)]
     return [*lines, _megatron(section(facts, "megatron")), _te(facts), _apex(facts), *_libraries(facts)]
 
 
-def _python(found: dict[str, Any]) -> Line:
+def _python(found: Facts) -> Line:
     version = ".".join(map(str, found["version"]))
     what = f"{version}, {found['executable']}, {found['cores']} cores"
     if tuple(found["version"][:2]) < PYTHON:
-        return Line("Python", FAIL, what, "Python 3.12 or newer, which megatron-core 0.19 asks for too")
-    return Line("Python", OK, what)
+        return fail("Python", what, "Python 3.12 or newer, which megatron-core 0.19 asks for too")
+    return ok("Python", what)
 
 
-def _gpus(facts: dict[str, Any]) -> Line:
-    """What the driver has, beside what torch sees."""
+def _gpus(facts: Facts) -> Line:
+    """Judge the GPUs of the driver beside those that torch sees."""
     smi, torch = section(facts, "nvidia_smi"), section(facts, "torch")
     driver, seen = smi.get("gpus", []), torch.get("devices", [])
     names = [gpu["name"] for gpu in driver] or [gpu["name"] for gpu in seen]
@@ -47,39 +46,34 @@ def _gpus(facts: dict[str, Any]) -> Line:
         what += f"; torch sees {len(seen)}"
         visible = section(facts, "environment").get("CUDA_VISIBLE_DEVICES")
         if driver and visible is not None:
-            return Line("GPUs", WARN, what, f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or it is meant")
+            return warn("GPUs", what, f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or it is meant")
         if driver and not seen:
             reason = torch.get("cuda_error") or "torch gives no reason"
-            return Line(
-                "GPUs", FAIL, what, f"{reason.rstrip('.')}: a torch whose CUDA this driver runs (see CUDA below)"
-            )
+            return fail("GPUs", what, f"{reason.rstrip('.')}: a torch whose CUDA this driver runs (see CUDA below)")
         if driver:
-            return Line("GPUs", WARN, what, "all of them in this job's allocation: torch and the driver disagree")
+            return warn("GPUs", what, "all of them in this job's allocation: torch and the driver disagree")
     if len(kinds) > 1:
-        return Line("GPUs", WARN, what, "one kind: a pipeline runs at the speed of its slowest rank")
+        return warn("GPUs", what, "one kind: a pipeline runs at the speed of its slowest rank")
     if not names:
-        return Line("GPUs", OK, f"{what}; jobs run on the CPU over gloo, for trying and testing")
-    return Line("GPUs", OK, what)
+        return ok("GPUs", f"{what}; jobs run on the CPU over gloo, for trying and testing")
+    return ok("GPUs", what)
 
 
-def _torch(facts: dict[str, Any]) -> Line:
+def _torch(facts: Facts) -> Line:
     torch = section(facts, "torch")
     if not torch:
-        return Line("torch", FAIL, "not installed", "the torch of your container, or pip install torch")
+        return fail("torch", "not installed", "the torch of your container, or pip install torch")
     if "error" in torch:
-        return Line("torch", FAIL, torch["error"], "a torch that imports: every job needs it")
+        return fail("torch", torch["error"], "a torch that imports: every job needs it")
     missing = _without_kernels(torch)
     if missing:
-        built = " ".join(torch["architectures"])
-        return Line(
-            "torch", FAIL, f"{torch['version']} has no code for {missing}, only for {built}",
-            "a build of torch for this GPU (torch.cuda._check_capability warns of the same)",
-        )  # fmt: skip
-    return Line("torch", OK, torch["version"])
+        found = f"{torch['version']} has no code for {missing}, only for {' '.join(torch['architectures'])}"
+        return fail("torch", found, "a build of torch for this GPU (torch.cuda._check_capability warns of the same)")
+    return ok("torch", torch["version"])
 
 
-def _without_kernels(torch: dict[str, Any]) -> str:
-    """The first GPU for which this torch was not built; empty if there is none. sm_X runs on X of the same major and above."""
+def _without_kernels(torch: Facts) -> str:
+    """Return the first GPU for which this torch was not built, or "". sm_X runs on X and above of the same major."""
     built = [name.partition("_") for name in torch.get("architectures", [])]
     for device in torch["devices"]:
         major, minor = device["capability"]
@@ -97,85 +91,83 @@ def _runs(kind: str, version: str, major: int, minor: int) -> bool:
     return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
-def _cuda(facts: dict[str, Any]) -> Line:
+def _cuda(facts: Facts) -> Line:
     torch, smi = section(facts, "torch"), section(facts, "nvidia_smi")
     if torch["cuda"] is None:
-        status = FAIL if smi.get("gpus") else OK
-        return Line("CUDA", status, "torch was built without", "a CUDA build of torch" if status == FAIL else "")
-    return Line("CUDA", OK, f"{torch['cuda']}, of torch")
+        found = "torch was built without"
+        return fail("CUDA", found, "a CUDA build of torch") if smi.get("gpus") else ok("CUDA", found)
+    return ok("CUDA", f"{torch['cuda']}, of torch")
 
 
-def _nccl(facts: dict[str, Any]) -> Line:
+def _nccl(facts: Facts) -> Line:
     torch = section(facts, "torch")
     if torch["nccl"] is None:
         advice = "a torch with NCCL: --distributed-backend nccl, Megatron's default, needs it"
-        return Line("NCCL", FAIL, "torch has none", advice) if has_gpus(facts) else Line("NCCL", OK, "torch has none")
-    return Line("NCCL", OK, f"{torch['nccl']}, of torch")
+        return fail("NCCL", "torch has none", advice) if has_gpus(facts) else ok("NCCL", "torch has none")
+    return ok("NCCL", f"{torch['nccl']}, of torch")
 
 
-def _megatron(found: dict[str, Any]) -> Line:
+def _megatron(found: Facts) -> Line:
     install = "pip install --no-deps 'megatron-core>=0.17,<0.20', or a Megatron-LM checkout on PYTHONPATH"
     if not found:
-        return Line("megatron-core", FAIL, "not installed", install)
+        return fail("megatron-core", "not installed", install)
     if "error" in found:
-        return Line("megatron-core", FAIL, found["error"], f"one that imports: {install}")
+        return fail("megatron-core", found["error"], f"one that imports: {install}")
     what = f"{found['version']}, from {found['path']}"
     if found["refusal"]:
-        return Line("megatron-core", FAIL, what, found["refusal"])
+        return fail("megatron-core", what, found["refusal"])
     if not found["training"]:
-        return Line(
-            "megatron-core", WARN, f"{what}, without megatron.training",
-            "enough for megatron_bfpp.enable('breadth-first'); for the flag, a wheel or checkout that has megatron.training",
-        )  # fmt: skip
-    return Line("megatron-core", OK, f"{what}, with megatron.training")
+        rule = "enough for megatron_bfpp.enable('breadth-first'); the flag needs one with megatron.training"
+        return warn("megatron-core", f"{what}, without megatron.training", rule)
+    return ok("megatron-core", f"{what}, with megatron.training")
 
 
-def _te(facts: dict[str, Any]) -> Line:
+def _te(facts: Facts) -> Line:
     name, found = "Transformer Engine", section(facts, "te")
     without = "train with --transformer-impl local, or pip install --no-build-isolation 'transformer_engine[pytorch]'"
     if "error" in found:
-        return Line(name, WARN, found["error"], f"built for this torch, or removed; {without}")
+        return warn(name, found["error"], f"built for this torch, or removed; {without}")
     if found:
-        return Line(name, OK, found["version"])
+        return ok(name, found["version"])
     if has_gpus(facts):
-        return Line(name, WARN, "not installed", f"Megatron's default layers are its own; {without}")
-    return Line(name, OK, "not installed; a CPU cannot use it")
+        return warn(name, "not installed", f"Megatron's default layers are its own; {without}")
+    return ok(name, "not installed; a CPU cannot use it")
 
 
-def _apex(facts: dict[str, Any]) -> Line:
-    """NVIDIA's is told from PyPI's unrelated project of that name by its extensions and folders."""
+def _apex(facts: Facts) -> Line:
+    """Judge Apex. PyPI's unrelated project of that name has neither the extensions nor the folders of NVIDIA's."""
     found = section(facts, "apex")
     if not found:
         if has_gpus(facts) and not section(facts, "te").get("version"):
-            return Line("Apex", WARN, "not installed, nor Transformer Engine", f"{BUILD_APEX}; {WITHOUT_APEX}")
-        return Line("Apex", OK, "not installed; nothing here needs it")
+            return warn("Apex", "not installed, nor Transformer Engine", f"{BUILD_APEX}; {WITHOUT_APEX}")
+        return ok("Apex", "not installed; nothing here needs it")
     what = f"{found['version'] or 'of unknown version'}, from {found['path']}"
     if not found["is_nvidia"]:
         advice = f"pip uninstall apex; then {BUILD_APEX}, {WITHOUT_APEX}"
-        return Line("Apex", WARN, f"{what}: not NVIDIA's, but PyPI's unrelated project", advice)
+        return warn("Apex", f"{what}: not NVIDIA's, but PyPI's unrelated project", advice)
     missing = [name for name, there in found["extensions"].items() if not there]
     if missing:
-        return Line("Apex", WARN, f"{what}: NVIDIA's, without {' and '.join(missing)}", f"{BUILD_APEX}; {WITHOUT_APEX}")
-    return Line("Apex", OK, f"{what}: NVIDIA's, with its CUDA extensions")
+        return warn("Apex", f"{what}: NVIDIA's, without {' and '.join(missing)}", f"{BUILD_APEX}; {WITHOUT_APEX}")
+    return ok("Apex", f"{what}: NVIDIA's, with its CUDA extensions")
 
 
-def _libraries(facts: dict[str, Any]) -> list[Line]:
+def _libraries(facts: Facts) -> list[Line]:
     found = section(facts, "libraries")
     lines = [
-        Line(name, OK, found[name]) if found[name] else Line(name, FAIL, "not installed", f"pip install {name}")
+        ok(name, found[name]) if found[name] else fail(name, "not installed", f"pip install {name}")
         for name in ("numpy", "PyYAML")
     ]
     missing = [name for name in OPTIONAL if not found[name]]
-    lines.append(Line("also used", OK, ", ".join(f"{name} {found[name] or '(missing)'}" for name in OPTIONAL),
-                      "; ".join(f"{name}: {OPTIONAL[name]}" for name in missing)))  # fmt: skip
-    return [*lines, *_writers(found)]
+    also = ", ".join(f"{name} {found[name] or '(missing)'}" for name in OPTIONAL)
+    advice = "; ".join(f"{name}: {OPTIONAL[name]}" for name in missing)
+    return [*lines, ok("also used", also, advice), *_writers(found)]
 
 
-def _writers(found: dict[str, Any]) -> list[Line]:
-    """Megatron's training_log speaks to W&B only inside its `if writer`, the writer of TensorBoard."""
+def _writers(found: Facts) -> list[Line]:
+    """Judge TensorBoard and W&B: training_log writes to W&B only inside its `if writer`, the writer of TensorBoard."""
     rule = "give --tensorboard-dir with --wandb-project: without it Megatron logs nothing to W&B (training_log)"
     board, wandb = found["tensorboard"], found["wandb"]
-    lines = [Line("TensorBoard", OK, board or "not installed; optional")]
+    lines = [ok("TensorBoard", board or "not installed; optional")]
     if wandb and not board:
-        return [*lines, Line("W&B", WARN, wandb, f"pip install tensorboard, and {rule}")]
-    return [*lines, Line("W&B", OK, wandb or "not installed; optional", rule if wandb else "")]
+        return [*lines, warn("W&B", wandb, f"pip install tensorboard, and {rule}")]
+    return [*lines, ok("W&B", wandb or "not installed; optional", rule if wandb else "")]

@@ -1,41 +1,38 @@
-"""The table of bfpp doctor, from the facts of a machine. Standard library only; nothing is looked at here."""
+"""The table of bfpp doctor, made from the facts of a machine alone. Standard library only."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from functools import partial
 
 from .environment import environment_lines
-from .line import FAIL, WARN, Line
+from .line import FAIL, WARN, Facts, Line
 from .software import software_lines
 
 WIDTH, MARGIN = 120, 33  # letters; CUDA_DEVICE_MAX_CONNECTIONS is the longest common name
 
 
-def judged(facts: dict[str, Any]) -> list[Line]:
-    """Every rule on the facts of `doctor_facts.gather`."""
+def judged(facts: Facts) -> list[Line]:
+    """Apply every rule to the facts that `facts.gather` returned."""
     return [*software_lines(facts), *environment_lines(facts)]
 
 
 def table(lines: list[Line]) -> str:
-    """A line per thing; what would be right stands below it."""
+    """Return a line per thing, with its advice below it. Names are not broken: they are copied."""
+    wrap, indent = (
+        partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False),
+        " " * (MARGIN + 6),
+    )
     rows = []
-    indent = " " * (MARGIN + 6)
     for line in lines:
-        # Long names of variables and folders are not broken: they are copied.
-        rows += textwrap.wrap(
-            line.found, WIDTH, initial_indent=f"{line.status:<6}{line.name:<{MARGIN}}", subsequent_indent=indent,
-            break_long_words=False, break_on_hyphens=False,
-        ) or [f"{line.status:<6}{line.name}"]  # fmt: skip
-        if line.advice:
-            rows += textwrap.wrap(
-                line.advice, WIDTH, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ",
-                break_long_words=False, break_on_hyphens=False,
-            )  # fmt: skip
+        start = f"{line.status:<6}{line.name:<{MARGIN}}"
+        rows += wrap(line.found, initial_indent=start, subsequent_indent=indent) or [start.rstrip()]
+        rows += wrap(line.advice, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ")
     return "\n".join(rows)
 
 
 def summary(lines: list[Line]) -> str:
+    """Name the lines that fail, or count the warnings."""
     failed, warned = ([line.name for line in lines if line.status == status] for status in (FAIL, WARN))
     if failed:
         return f"{len(failed)} of {len(lines)} fail: {', '.join(failed)}"
