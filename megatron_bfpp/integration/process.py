@@ -46,7 +46,7 @@ def versions() -> dict[str, str | None]:
         "transformer-engine": engine,
         "python": sys.version.split()[0],
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
     }
 
 

@@ -23,8 +23,16 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.training import arguments, yaml_arguments, training, initialize
 names = [(schedules, "forward_backward_pipelining_with_interleaving"), (arguments, "add_megatron_arguments"),
          (arguments, "validate_args"), (yaml_arguments, "validate_yaml")]
+from megatron.core.datasets import utils
+names.append((utils, "compile_helpers"))
 before = [getattr(*name) for name in names]
 megatron_bfpp.enable(device="cpu")
+from megatron_bfpp.integration import process, seams
+from megatron_bfpp.integration.observe.step_log import TRAFFIC
+from torch.distributed import ProcessGroup
+send = ProcessGroup.send
+TRAFFIC.install()
+assert ProcessGroup.send is not send
 first = [getattr(*name) for name in names]
 megatron_bfpp.enable(device="cpu")
 assert [getattr(*name) for name in names] == first
@@ -34,6 +42,7 @@ for a, b in zip(before[:1], first[:1]):
     assert inspect.signature(a) == inspect.signature(b)
 megatron_bfpp.disable()
 assert all(getattr(*name) is a for name, a in zip(names, before))
+assert ProcessGroup.send is send and not seams._undo and not process.ON_END
 """
     )
 

@@ -117,7 +117,8 @@ def _gather_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
 
     gathered = gather_from_sequence_parallel_region(part, group=group)  # rank after rank
     positions = torch.cat([zigzag_positions(part.size(0), rank, group.size()) for rank in range(group.size())])
-    return gathered[torch.argsort(positions)]
+    ordered: torch.Tensor = gathered[torch.argsort(positions)]
+    return ordered
 
 
 # Experts

@@ -40,7 +40,7 @@ class CpuAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update once. A group counts its step even when it is empty on this rank, so that all ranks save the same."""
         assert closure is None, "Megatron passes no closure"
         for group in self.param_groups:
@@ -56,6 +56,7 @@ class CpuAdam(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(param)
         beta1, beta2 = group["betas"]
         grad = param.grad
+        assert grad is not None, "step passes parameters with gradients"
         if self.adam_w_mode:
             param.mul_(1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"] != 0:

@@ -27,11 +27,11 @@ def batch_sizes(args: Any) -> tuple[list[int], str]:
 def data_parallel_size(args: Any) -> int:
     """Count the replicas that share a global batch; also from arguments that Megatron has not validated yet."""
     if getattr(args, "data_parallel_size", None) is not None:
-        return args.data_parallel_size * getattr(args, "gtp_weight_remat_size", 1)
-    model_parallel = (
+        return int(args.data_parallel_size * getattr(args, "gtp_weight_remat_size", 1))
+    model_parallel: int = (
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * getattr(args, "context_parallel_size", 1)
     )
-    return max(1, args.world_size // model_parallel)
+    return max(1, int(args.world_size) // model_parallel)
 
 
 def microbatch_counts(args: Any) -> list[int]:
@@ -42,8 +42,9 @@ def microbatch_counts(args: Any) -> list[int]:
 
 def evaluation_microbatches(args: Any) -> int:
     """Return the micro-batches of an evaluation step; validated arguments."""
-    per_microbatch = (getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size) * data_parallel_size(args)
-    return max(1, (getattr(args, "eval_global_batch_size", None) or args.global_batch_size) // per_microbatch)
+    micro_batch: int = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
+    size: int = getattr(args, "eval_global_batch_size", None) or args.global_batch_size
+    return max(1, size // (micro_batch * data_parallel_size(args)))
 
 
 def microbatches_now() -> int:

@@ -125,7 +125,9 @@ def _micro_batch_018(data_iterator: Iterator[Any], with_mtp: bool) -> dict[str, 
         **{name: getattr(args, name) for name in _BROADCAST_NAMES},
         **{packed: False},
     )
-    return core_utils.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    group = mpu.get_context_parallel_group()
+    found: dict[str, Any] = core_utils.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return found
 
 
 def _holds_mtp(config: Any, vp_stage: int | None) -> bool:
@@ -147,6 +149,7 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, 
 
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     kind = MockGPTDataset if args.mock_data else GPTDataset
+    built: tuple[Any, Any, Any]
     built = BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, _dataset_config(args)).build()
     print_rank_0("> finished creating GPT datasets ...")
     return built

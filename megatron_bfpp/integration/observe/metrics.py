@@ -46,7 +46,7 @@ def charts(args: Any, found: dict[str, Any]) -> dict[str, float]:
 
 def tokens_per_step(args: Any) -> int:
     """Return the tokens of the step that runs now, over all replicas."""
-    return args.micro_batch_size * args.data_parallel_size * microbatches_now() * args.seq_length
+    return int(args.micro_batch_size * args.data_parallel_size * microbatches_now() * args.seq_length)
 
 
 def peak_memory() -> tuple[int, int]:

@@ -149,8 +149,8 @@ class Tracer:
         return found[0]  # type: ignore[no-any-return]
 
     def _add(self, step: int, gathered: list[tuple[list[Interval], int, int]], is_last: bool) -> dict[str, Any]:
-        offsets, errors = ([each[part] / 1000 for each in gathered] for part in (1, 2))
         ranks = [each[0] for each in gathered]
+        offsets, errors = [each[1] / 1000 for each in gathered], [each[2] / 1000 for each in gathered]
         events = self._trace.add(step, self._shape, ranks, clock_offset_us=offsets, clock_error_us=errors)
         measured = measure(self._shape, events, self._has_plan)
         trace_path, picture_path = self._paths

@@ -70,7 +70,7 @@ def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
 def _meet(args: Any) -> None:
     """Compare all ranks, and start the watchdog of this one. Collective over all ranks."""
     # A name for each time that these processes meet: a store outlives the process groups that it made.
-    store = dist.PrefixStore(f"bfpp/{next(_meetings)}", distributed_c10d._get_default_store())
+    store = distributed_c10d.PrefixStore(f"bfpp/{next(_meetings)}", distributed_c10d._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
     digest = agree(store, args, rank, size, 60.0 * timeout_minutes(args))
     timeout_s = timeout_of(args)
