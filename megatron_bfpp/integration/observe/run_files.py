@@ -161,11 +161,11 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
 
 def arm_of(args: Any, microbatches: int) -> str:
     """Return the word for the schedule that runs."""
-    settings = settings_of(args)
+    settings, chunks = settings_of(args), args.virtual_pipeline_model_parallel_size or 1
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None)
     return word_of(
-        settings.schedule, args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1,
-        microbatches, getattr(args, "microbatch_group_size_per_vp_stage", None), backward=settings.backward, engine=settings.engine,
-        is_sharded=is_sharded(args),
+        settings.schedule, args.pipeline_model_parallel_size, chunks, microbatches, group,
+        backward=settings.backward, engine=settings.engine, is_sharded=is_sharded(args),
     )  # fmt: skip
 
 
