@@ -231,7 +231,7 @@ def _print(args: argparse.Namespace, request: Request, found: dict[int, Found]) 
     if len(found) > 1:
         print("\n" + batches(found, request))
     print(
-        "\nPredictions, not measurements: docs/planning.md says what they assume. ~ is from a formula, the rest from the plan."
+        "\nPredictions, not measurements: docs/guide/planning.md says what they assume. ~ is from a formula, the rest from the plan."
     )
 
 

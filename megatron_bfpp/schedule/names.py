@@ -43,7 +43,7 @@ class Named:
 _GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 _DEFAULT, _OURS = ("--pipeline-schedule", "1f1b"), ("--pipeline-schedule", "breadth-first")
 _LATE, _ENGINE = ("--breadth-first-backward", "late"), ("--breadth-first-engine", "megatron")
-# Megatron demands the last three with the first: docs/fully_sharded.md.
+# Megatron demands the last three with the first: docs/guide/fully_sharded.md.
 _SHARDED = ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist")
 
 SCHEDULES = {

@@ -1,4 +1,4 @@
-"""What every rank says and does when one of them fails: the rows of docs/reliability.md."""
+"""What every rank says and does when one of them fails: the rows of docs/guide/reliability.md."""
 
 import contextlib
 import os

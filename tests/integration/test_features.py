@@ -2,7 +2,7 @@
 
 Real processes and the real GPT, on the CPU. Compared are every loss and gradient norm, all bits, and everything else that
 Megatron prints of a step: number of zeros in the gradients, loss scale, skipped steps, auxiliary losses, validation losses.
-One line per feature: docs/megatron_features.md. Features share a job where they do not hide each other.
+One line per feature: docs/reference/megatron_features.md. Features share a job where they do not hide each other.
 """
 
 import copy

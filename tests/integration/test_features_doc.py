@@ -1,4 +1,4 @@
-"""docs/megatron_features.md says what is so: its messages are those that are given, and its tests are there."""
+"""docs/reference/megatron_features.md says what is so: its messages are those that are given, and its tests are there."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_bfpp.integration.flags.arguments import refuse
 from megatron_bfpp.integration.flags.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-DOC = (ROOT / "docs" / "megatron_features.md").read_text(encoding="utf-8")
+DOC = (ROOT / "docs" / "reference" / "megatron_features.md").read_text(encoding="utf-8")
 MESSAGES = re.findall(r"`((--\S+)(?: (\S+))? does not work with --pipeline-schedule breadth-first: [^`]*)`", DOC)
 
 

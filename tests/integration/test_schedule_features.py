@@ -1,6 +1,6 @@
 """What Megatron's interleaved schedule does with its arguments and its config, field by field, breadth-first does too.
 
-Each test runs one step of small chunks (chunks.py) under both schedules in the same processes. docs/megatron_features.md
+Each test runs one step of small chunks (chunks.py) under both schedules in the same processes. docs/reference/megatron_features.md
 has one line per feature.
 """
 
