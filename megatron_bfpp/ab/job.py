@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,7 @@ _NOT_WITHOUT_CHUNKS = ("--overlap-param-gather-with-optimizer-step",)
 
 @dataclass(frozen=True)
 class Job:
-    """What all arms have in common. environment: of the ranks. microbatches: of a step."""
+    """The part of a job that all arms have in common. environment: of the ranks. microbatches: of a step."""
 
     flags: list[str]
     environment: dict[str, str]
@@ -86,18 +87,16 @@ def logging_flags(settings: Settings, name: str, folder: Path) -> list[str]:
 def _microbatches(flags: list[str], launcher: Launcher) -> int:
     """Return the micro-batches of a step. UserError where ranks or batch do not divide."""
     pp, tp, cp = (
-        int(_value(flags, f"--{name}-parallel-size", "1")) for name in ("pipeline-model", "tensor-model", "context")
+        _number(flags, f"--{name}-parallel-size", 1) for name in ("pipeline-model", "tensor-model", "context")
     )
-    mbs, gbs = int(_value(flags, "--micro-batch-size", "1")), int(_value(flags, "--global-batch-size", "0"))
-    world, replica = launcher.nodes * launcher.ranks_per_node, pp * tp * cp
+    mbs, gbs = _number(flags, "--micro-batch-size", 1), _number(flags, "--global-batch-size", 0)
+    nodes, ranks = launcher.nodes, launcher.ranks_per_node
+    replicas, rest = divmod(nodes * ranks, pp * tp * cp)
     if pp < 2:
         raise UserError("there are no pipeline ranks, and so no schedule to compare: set PP to 2 or more")
-    if world % replica:
-        raise UserError(
-            f"{launcher.nodes} nodes x {launcher.ranks_per_node} GPUS_PER_NODE = {world} ranks are no multiple of the "
-            f"{replica} of a replica\n  (PP {pp} x TP {tp} x CP {cp})"
-        )
-    replicas = world // replica
+    if rest or not replicas:
+        raise UserError(f"{nodes} nodes x {ranks} GPUS_PER_NODE = {nodes * ranks} ranks are no multiple of the "
+                        f"{pp * tp * cp} of a replica\n  (PP {pp} x TP {tp} x CP {cp})")  # fmt: skip
     if gbs < 1 or gbs % (mbs * replicas):
         raise UserError(f"GBS={gbs} is no multiple of MBS {mbs} x {replicas} replicas: set GBS or MBS")
     return gbs // (mbs * replicas)
@@ -107,21 +106,21 @@ def _chunks(flags: list[str], settings: Settings) -> list[str]:
     """Return the flags that give every arm the same chunks; none where CONFIG does. UserError where no number fits."""
     if settings.vp:
         return [_CHUNKS[0], str(settings.vp)]
-    if any(_value(flags, flag, "") for flag in (*_CHUNKS, _LAYOUT)):
+    if any(flag in flags for flag in (*_CHUNKS, _LAYOUT)):
         return []
-    layers, pp = int(_value(flags, "--num-layers", "0")), int(_value(flags, "--pipeline-model-parallel-size", "1"))
+    layers, pp = _number(flags, "--num-layers", 0), _number(flags, "--pipeline-model-parallel-size", 1)
     if layers % pp or layers < 2 * pp:
-        raise UserError(
-            f"VP is not set, and {layers} layers do not give each of {pp} pipeline ranks 2 or more:\n"
-            "  set VP, the model chunks per rank, for all arms"
-        )
+        raise UserError(f"VP is not set, and {layers} layers do not give each of {pp} pipeline ranks 2 or more:\n"
+                        "  set VP, the model chunks per rank, for all arms")  # fmt: skip
     return [_CHUNKS[0], str(layers // pp)]
 
 
-def _value(flags: list[str], name: str, default: str) -> str:
-    """Return the last value of a flag."""
-    places = [place for place, flag in enumerate(flags[:-1]) if flag == name]
-    return flags[places[-1] + 1] if places else default
+def _number(flags: list[str], name: str, default: int) -> int:
+    """Return the last value of a flag. UserError for one that is no positive number."""
+    values = [value for flag, value in pairwise(flags) if flag == name]
+    if values and not (values[-1].isascii() and values[-1].isdigit() and int(values[-1]) > 0):
+        raise UserError(f"CONFIG: {name} {values[-1]} must be a whole number, at least 1")
+    return int(values[-1]) if values else default
 
 
 def _without_values(flags: list[str], names: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a job is started: torch.distributed.run on this machine, or by srun on every node of an allocation."""
+"""Two ways to start a job: torch.distributed.run on this machine, or by srun on every node of an allocation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Local:
         return ["env", *environment, self.python, *run, *trainer]
 
     def once(self, words: list[str]) -> list[str]:
-        """Return the command that runs `words` once, where the jobs run (the container, if there is one)."""
+        """Return the command that runs `words` once, where the jobs run."""
         return words
 
 
@@ -44,26 +44,15 @@ class Slurm:
     is_allocated: bool
 
     def job(self, environment: list[str], trainer: list[str]) -> list[str]:
-        """Return the same of Local.job for all nodes."""
+        """Return the command that runs `trainer` in every rank of all nodes."""
         nodes = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
         run = ["--nnodes", str(self.nodes), "--nproc-per-node", str(self.ranks_per_node),
                "--master-addr", self.address, "--master-port", str(self.port)]  # fmt: skip
-        return [
-            "srun",
-            *nodes,
-            *self.container,
-            "env",
-            *environment,
-            "bash",
-            "-c",
-            _ON_NODE,
-            self.python,
-            *run,
-            *trainer,
-        ]
+        on_node = ["env", *environment, "bash", "-c", _ON_NODE, self.python]
+        return ["srun", *nodes, *self.container, *on_node, *run, *trainer]
 
     def once(self, words: list[str]) -> list[str]:
-        """Return the same of Local.once, on one node."""
+        """Return the command that runs `words` on one node, in the container."""
         return ["srun", "--nodes=1", "--ntasks=1", *self.container, *words] if self.is_allocated else words
 
 
@@ -94,9 +83,7 @@ def _first_node(environment: Mapping[str, str], dry_run: bool) -> str:
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             return done.stdout.split()[0]
         except (OSError, subprocess.SubprocessError, IndexError) as error:
-            raise UserError(
-                f"scontrol does not name the first node ({error}).\n  Set MASTER_ADDR to its name."
-            ) from None
+            raise UserError(f"scontrol does not name the first node: {error}.\n  Set MASTER_ADDR to it.") from None
     if not dry_run:
         raise UserError("there is no allocation: submit this with sbatch, or look with --dry-run")
     return "localhost"

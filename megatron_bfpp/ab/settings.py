@@ -21,7 +21,7 @@ def _setting(meaning: str, default: Any = "", least: int | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every job needs; 0 and "" stand for a setting that is not given."""
+    """The settings of every job; 0 and "" stand for a setting that is not given."""
 
     output_path: str = _setting("the directory that this writes to, on a file system that every node sees")
     config: str = _setting("a file of configs/: the model, and all that the arms have in common")
@@ -46,9 +46,7 @@ class Settings:
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """Add a flag per setting, and those that choose how jobs are started."""
-        parser.add_argument(
-            "--dry-run", action="store_true", help="print the commands that would run, and write nothing"
-        )
+        parser.add_argument("--dry-run", action="store_true", help="print what would run, and write nothing")
         parser.add_argument("--launcher", choices=("auto", "local", "slurm"), default="auto",
                             help="torchrun on this machine, or srun; default: srun inside an allocation")  # fmt: skip
         for each in fields(cls):
@@ -78,9 +76,7 @@ class Settings:
         if not Path(self.config).is_file():
             raise UserError(f"CONFIG={self.config} does not exist; name a file of {ROOT / 'configs'}")
         if self.megatron_path and not Path(self.megatron_path, "pretrain_gpt.py").is_file():
-            raise UserError(
-                f"MEGATRON_PATH={self.megatron_path} has no pretrain_gpt.py; name a checkout of Megatron-LM"
-            )
+            raise UserError(f"MEGATRON_PATH={self.megatron_path} has no pretrain_gpt.py; name a Megatron-LM checkout")
 
     @property
     def output(self) -> Path:

@@ -23,6 +23,12 @@ _WITH_SHARDING = frozenset({
     _SHARDING, "use_distributed_optimizer", "overlap_param_gather", "align_param_gather",
     "gradient_accumulation_fusion", "ckpt_format", "high_priority_stream_groups", "CUDA_DEVICE_MAX_CONNECTIONS",
 })  # fmt: skip
+# An arm without model chunks ("1f1b"), and what Megatron demands or sets without them.
+_CHUNKS = "virtual_pipeline_model_parallel_size"
+_WITHOUT_CHUNKS = frozenset({
+    _CHUNKS, "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage", "overlap_p2p_comm",
+    "align_param_gather", "overlap_param_gather_with_optimizer_step",
+})  # fmt: skip
 _SECTIONS = (("args", ""), ("environment", ""), ("versions", "version of "), ("commits", "commit of "))
 
 
@@ -48,6 +54,8 @@ def differences(one: Run, other: Run) -> Differences:
 def unexpected(found: Differences) -> list[str]:
     """Of what differs between two arms: the settings that are not the schedule's, nor follow from full sharding."""
     allowed = _WITH_SHARDING if _SHARDING in found else frozenset()
+    if "None" in found.get(_CHUNKS, ()):
+        allowed |= _WITHOUT_CHUNKS
     return [name for name in found if not _SCHEDULE.fullmatch(name) and name not in allowed]
 
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ab_runs import compared, make_run
+
+from megatron_bfpp.console.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -134,6 +137,17 @@ def test_1f1b_has_no_chunks_and_the_other_arms_have_the_same(stubs):
     flag = "--num-virtual-stages-per-pipeline-rank"
     assert flag not in plain and chunks[chunks.index(flag) + 1] == "2"
     assert "2" not in plain and {"--log-throughput", "--pipeline-schedule", "1f1b"} <= {*plain} & {*chunks}
+
+
+def test_an_arm_without_chunks_is_compared_and_other_chunks_are_refused(tmp_path):
+    chunks, name = "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"
+    runs = [
+        make_run(tmp_path, arm, args={chunks: count, name: count, "overlap_p2p_comm": count is not None})
+        for arm, count in (("interleaved", 2), ("1f1b", None), ("breadth-first", 4))
+    ]
+    assert [arm.name for arm in compared(*runs[:2]).arms] == ["interleaved", "1f1b"]
+    with pytest.raises(UserError, match=chunks):
+        compared(runs[0], runs[2])
 
 
 def test_flags_and_environment_variables_are_the_same_settings(stubs):
