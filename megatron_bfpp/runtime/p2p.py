@@ -61,11 +61,15 @@ class ChannelGroups:
         self,
         pp_group: dist.ProcessGroup,
         device: torch.device,
+        new_group: Callable[..., Any],
         timeout: timedelta | None = None,
         options: Any = None,
-        new_group: Callable[..., Any] = dist.new_group,
     ):
-        """Make the groups, collectively over `pp_group`. timeout, options: of new_group, None for its defaults."""
+        """Make the groups, collectively over `pp_group` alone.
+
+        new_group: makes a group of `ranks`, collectively over them, with the named options of torch's new_group.
+        timeout, options: for new_group; None for its defaults.
+        """
         self.ranks = dist.get_process_group_ranks(pp_group)
         self.pp_rank = pp_group.rank()
         self._routes: dict[PipelineShape, dict[tuple[int, Op], Route]] = {}
@@ -75,10 +79,9 @@ class ChannelGroups:
         # By communicator, of whose channels no two have a rank in common: the pairs of ranks connect side by side.
         channels.sort(key=lambda each: communicator(each, size))
         self._groups = {
-            # Local synchronization: only the ranks of this pipeline take part, whatever other ranks do.
             key: new_group(
                 self.ranks, timeout=timeout, backend=dist.get_backend(pp_group), pg_options=options,
-                use_local_synchronization=True, group_desc="BFPP_{}_{}".format(*key),
+                group_desc="BFPP_{}_{}".format(*key),
             )
             for key in dict.fromkeys(communicator(each, size) for each in channels)
         }  # fmt: skip

@@ -37,6 +37,7 @@ from .. import process
 from ..flags.batches import microbatches_now
 from ..process import noted, say, this_device
 from ..seams import Seam, changed
+from ..step.groups import local_group
 
 TRAIN_STEP = Seam(
     "megatron.training.training", "train_step", ("forward_step_func", "model", "config", "forward_backward_func")
@@ -91,9 +92,7 @@ class Tracer:
         if self._is_recorded:
             self._recorder = Recorder(clock_of(this_device()))
             # Over gloo: comparing clocks must not wait for a GPU. The group of a pipeline is made by its ranks alone.
-            self._group = parallel_state.create_group(
-                ranks, backend="gloo", use_local_synchronization=True, group_desc="CLOCKS"
-            )
+            self._group = local_group(ranks, "CLOCKS", backend="gloo")
 
     @contextmanager
     def recording(self, model: list[Module]) -> Iterator[None]:

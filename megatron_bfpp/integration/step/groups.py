@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,11 +14,33 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from ...runtime.p2p import ChannelGroups
 from ..process import megatron_args
+from ..seams import changed
 
 _channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
+_made: Counter[tuple[str, tuple[int, ...]]] = Counter()  # groups of one description and the same ranks
+
+
+def local_group(ranks: list[int], group_desc: str, **options: Any) -> torch.distributed.ProcessGroup:
+    """Make a process group, collectively over `ranks` alone, whatever groups other ranks have made before.
+
+    torch names such a group by its ranks and by how many groups this process has: by the groups that it belongs to
+    before torch 2.14 (pytorch PR 189073), by those that it has made since. Ranks of a pipeline may differ in either,
+    after Megatron's embedding groups and after a group of a few ranks. They then wait for each other under different
+    names for ever. Here the name follows from the description, the ranks and their number, which all of them agree on.
+    """
+    key = group_desc, tuple(ranks)
+    _made[key] += 1
+    name = hashlib.sha1(f"{key} {_made[key]}".encode(), usedforsecurity=False).hexdigest()
+    with changed(distributed_c10d, _hash_ranks_to_str=lambda _: name):
+        # create_group adds to Megatron's list, whose timeouts --distributed-timeout-seconds-after-init changes.
+        group: torch.distributed.ProcessGroup = parallel_state.create_group(
+            ranks, use_local_synchronization=True, group_desc=group_desc, **options
+        )
+    return group
 
 
 def process_groups(
@@ -44,9 +68,7 @@ def process_groups(
 def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
     if pp_group not in _channels:
         options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
-        # create_group adds to Megatron's list of groups, whose timeouts --distributed-timeout-seconds-after-init
-        # changes.
-        _channels[pp_group] = ChannelGroups(pp_group, device, _timeout(), options, parallel_state.create_group)
+        _channels[pp_group] = ChannelGroups(pp_group, device, local_group, _timeout(), options)
     return _channels[pp_group]
 
 

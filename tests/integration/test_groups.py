@@ -1,0 +1,34 @@
+"""Process groups of a pipeline are made by its ranks alone, whatever groups each of them has made before."""
+
+from jobs import run_job
+
+
+def make_channels_after_different_groups():
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    import megatron_bfpp
+
+    megatron_bfpp.enable("breadth-first", device="cpu")
+    from megatron_bfpp.integration.step.groups import channel_groups, local_group
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(1, 2, 2)
+    rank = dist.get_rank()
+    for _ in range(rank):  # torch counts them, before 2.14 those that a rank belongs to, since 2.14 those that it makes
+        dist.new_group([rank], use_local_synchronization=True)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    channels = channel_groups(pp_group, torch.device("cpu"))
+    assert channels is channel_groups(pp_group, torch.device("cpu"))
+    again = [local_group(channels.ranks, "CLOCKS", backend="gloo") for _ in range(2)]  # the same ranks, another group
+    for group in again:
+        total = torch.tensor([rank])
+        dist.all_reduce(total, group=group)
+        assert total.item() == sum(channels.ranks)
+    assert len({group.group_name for group in again}) == 2
+
+
+def test_ranks_with_different_groups_before_make_their_channels(tmp_path):
+    # Without a name of its own the group is waited for under another name on each rank, until the test's time is up.
+    run_job(make_channels_after_different_groups, 4, tmp_path)
