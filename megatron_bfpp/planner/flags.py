@@ -1,4 +1,4 @@
-"""Reads a model, and how it is to be run, from Megatron's flags. Flags that say neither are passed over."""
+"""Reads a model, and how it is to be run, from Megatron's flags. Flags about neither are passed over."""
 
 from __future__ import annotations
 
@@ -8,54 +8,40 @@ from typing import NoReturn
 from ..console.errors import UserError
 from ..schedule.names import word_of
 from .model import GPT
-from .strategy import Strategy
+from .strategy import Strategy, count_microbatches
 
-__all__ = ["batch_list", "gpt_of", "name_list", "number_list", "parse", "precision_of", "strategy_of"]
+__all__ = ["gpt_of", "parse", "precision_of", "strategy_of"]
 
 _REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--vocab-size")
 _SIZES = ("--ffn-hidden-size", "--num-query-groups", "--kv-channels", "--max-position-embeddings")
 _PARALLEL = (
-    *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank"),
-    *("--num-layers-per-virtual-pipeline-stage", "--micro-batch-size", "--global-batch-size"),
-    *("--microbatch-group-size-per-virtual-pipeline-stage", "--breadth-first-group-size"),
-)
+    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank",
+    "--num-layers-per-virtual-pipeline-stage", "--micro-batch-size", "--global-batch-size",
+    "--microbatch-group-size-per-virtual-pipeline-stage", "--breadth-first-group-size", "--recompute-num-layers",
+)  # fmt: skip
 _SWITCHES = (
-    *("--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias", "--qk-layernorm"),
-    *(
-        "--group-query-attention",
-        "--sequence-parallel",
-        "--use-distributed-optimizer",
-        "--use-torch-fsdp2",
-        "--bf16",
-        "--fp16",
-    ),
-    *("--recompute-activations", "--fp8-param-gather"),
-)
-# What this model knows nothing of; estimates without it would be wrong.
+    "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias", "--qk-layernorm",
+    "--group-query-attention", "--sequence-parallel", "--use-distributed-optimizer", "--use-torch-fsdp2", "--bf16",
+    "--fp16", "--recompute-activations", "--fp8-param-gather",
+)  # fmt: skip
+_WORDS: dict[str, tuple[tuple[str, ...], str | None]] = {  # flag: its choices, and its default
+    "--normalization": (("LayerNorm", "RMSNorm"), "LayerNorm"),
+    "--position-embedding-type": (("learned_absolute", "rope", "none"), "learned_absolute"),
+    "--recompute-granularity": (("selective", "full"), None),
+    "--recompute-method": (("uniform", "block"), None),
+    "--fp8-format": (("e4m3", "hybrid"), None),
+    "--pipeline-schedule": (("1f1b", "breadth-first"), "1f1b"),
+    "--breadth-first-backward": (("eager", "late"), "eager"),
+}
+# Flags that change what the estimate would have to count.
 _UNKNOWN = (
-    *(
-        "--num-experts",
-        "--multi-latent-attention",
-        "--mtp-num-layers",
-        "--hybrid-layer-pattern",
-        "--hybrid-override-pattern",
-    ),
-    *("--context-parallel-size", "--expert-model-parallel-size", "--pipeline-model-parallel-layout"),
-    *(
-        "--decoder-first-pipeline-num-layers",
-        "--decoder-last-pipeline-num-layers",
-        "--account-for-embedding-in-pipeline-split",
-    ),
-    *("--account-for-loss-in-pipeline-split", "--use-megatron-fsdp", "--recompute-modules"),
-    *(
-        "--fp4-format",
-        "--first-last-layers-bf16",
-        "--fp8-dot-product-attention",
-        "--fp8-multi-head-attention",
-        "--fp8-output-proj",
-    ),
-    "--activation-func-fp8-input-store",
-)
+    "--num-experts", "--multi-latent-attention", "--mtp-num-layers", "--hybrid-layer-pattern",
+    "--hybrid-override-pattern", "--context-parallel-size", "--expert-model-parallel-size",
+    "--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
+    "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split", "--use-megatron-fsdp",
+    "--recompute-modules", "--fp4-format", "--first-last-layers-bf16", "--fp8-dot-product-attention",
+    "--fp8-multi-head-attention", "--fp8-output-proj", "--activation-func-fp8-input-store",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,33 +50,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Megatron's flags as far as they matter here. UserError for a value that is none, or a model that is not known."""
+    """Parse the flags that matter here. Raises UserError for a wrong value, or for a model that is not a dense GPT."""
     parser = _Parser(prog="", add_help=False, allow_abbrev=False)
     for flag in (*_REQUIRED, *_SIZES, *_PARALLEL):
         parser.add_argument(flag, type=int)
     for flag in _SWITCHES:
         parser.add_argument(flag, action="store_true")
+    for flag, (choices, default) in _WORDS.items():
+        parser.add_argument(flag, choices=choices, default=default)
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
-    parser.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
-    parser.add_argument(
-        "--position-embedding-type", choices=("learned_absolute", "rope", "none"), default="learned_absolute"
-    )
     parser.add_argument("--hidden-dropout", type=float, default=0.1)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
-    parser.add_argument("--recompute-granularity", choices=("selective", "full"))
-    parser.add_argument("--recompute-method", choices=("uniform", "block"))
-    parser.add_argument("--recompute-num-layers", type=int)
-    parser.add_argument("--fp8-format", choices=("e4m3", "hybrid"))
     parser.add_argument("--fp8-recipe", default="delayed")
-    parser.add_argument("--pipeline-schedule", choices=("1f1b", "breadth-first"), default="1f1b")
-    parser.add_argument("--breadth-first-backward", choices=("eager", "late"), default="eager")
     args, rest = parser.parse_known_args(words)
-    for flag, value in zip(rest, [*rest[1:], ""], strict=False):
-        name = flag.split("=", 1)[0]
-        value = flag.split("=", 1)[1] if "=" in flag else value
+    for flag, following in zip(rest, [*rest[1:], ""], strict=False):
+        name, is_joined, value = flag.partition("=")
+        value = value if is_joined else following
         if name in _UNKNOWN and not (name.endswith("-size") and value == "1"):
-            raise UserError(f"{name} is not in the model of bfpp plan, which is a dense GPT with tensor, pipeline and data"
-                            " parallelism.\n  Leave it out to plan without it.")  # fmt: skip
+            raise UserError(f"{name} is not in the model of bfpp plan, which is a dense GPT with tensor, pipeline and"
+                            " data parallelism.\n  Leave it out to plan without it.")  # fmt: skip
     if args.recompute_method == "block" or (args.recompute_num_layers or 1) != 1:
         raise UserError("bfpp plan knows full recomputation of every single layer only.\n"
                         "  Use --recompute-method uniform --recompute-num-layers 1.")  # fmt: skip
@@ -99,14 +77,14 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _check_fp8(args: argparse.Namespace) -> None:
-    """Refuses what of fp8 the estimate does not know, and what Megatron refuses."""
+    """Refuse uses of fp8 that the estimate does not cover, and those that Megatron refuses."""
     if args.fp8_format is None:
         if args.fp8_param_gather:
             raise UserError("--fp8-param-gather is for fp8.\n  Add --fp8-format hybrid, or leave it out.")
         return
     if args.fp8_recipe not in ("delayed", "tensorwise"):
-        raise UserError(f"--fp8-recipe {args.fp8_recipe} is not in the model of bfpp plan, which knows one scale per tensor.\n"
-                        "  Use --fp8-recipe delayed or tensorwise, or leave out --fp8-format to plan without fp8.")  # fmt: skip
+        raise UserError(f"--fp8-recipe {args.fp8_recipe} is not in the model of bfpp plan: one scale per tensor.\n"
+                        "  Use --fp8-recipe delayed or tensorwise, or leave out --fp8-format.")  # fmt: skip
     if args.fp16 or args.use_torch_fsdp2:
         wrong = "--fp16" if args.fp16 else "--use-torch-fsdp2"
         raise UserError(f"fp8 with {wrong} is not in the model of bfpp plan.\n  Leave out {wrong}, or --fp8-format.")
@@ -115,24 +93,24 @@ def _check_fp8(args: argparse.Namespace) -> None:
 
 
 def gpt_of(args: argparse.Namespace) -> GPT:
-    missing = [flag for flag in _REQUIRED if getattr(args, _name(flag)) is None]
+    """Return the model of parsed flags. Raises UserError for a missing size, or one that cannot be."""
+    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in (*_REQUIRED, *_SIZES)}
+    missing = [flag for flag in _REQUIRED if values[flag] is None]
     if missing:
-        raise UserError(
-            f"the model lacks {', '.join(missing)}.\n  Give a file of configs/, or Megatron's flags after --."
-        )
-    for flag in (*_REQUIRED, *_SIZES, "--make-vocab-size-divisible-by"):
-        value = getattr(args, _name(flag))
+        raise UserError(f"the model lacks {', '.join(missing)}.\n"
+                        "  Give a file of configs/, or Megatron's flags after --.")  # fmt: skip
+    for flag, value in (*values.items(), ("--make-vocab-size-divisible-by", args.make_vocab_size_divisible_by)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1.")
-    grouped = args.group_query_attention
+    num_layers, hidden_size, heads, seq_length, vocab_size = (values[flag] for flag in _REQUIRED)
     return GPT(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        seq_length=args.seq_length,
-        vocab_size=args.vocab_size,
+        num_layers,
+        hidden_size,
+        heads,
+        seq_length,
+        vocab_size,
         ffn_hidden_size=args.ffn_hidden_size or 0,
-        num_query_groups=(args.num_query_groups or 1) if grouped else 0,
+        num_query_groups=(args.num_query_groups or 1) if args.group_query_attention else 0,
         kv_channels=args.kv_channels or 0,
         max_position_embeddings=args.max_position_embeddings or 0,
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
@@ -149,26 +127,25 @@ def gpt_of(args: argparse.Namespace) -> GPT:
 
 
 def precision_of(args: argparse.Namespace) -> str | None:
-    """None where no flag says it. fp8: of the layers' matrix products; fp8-params: their parameters too."""
+    """Return the precision that the flags name, if any. fp8 is that of the layers' products, fp8-params of their
+    parameters too.
+    """
     if args.fp8_format is not None:
         return "fp8-params" if args.fp8_param_gather else "fp8"
     return "bf16" if args.bf16 else "fp16" if args.fp16 else None
 
 
 def strategy_of(args: argparse.Namespace, num_gpus: int) -> Strategy:
-    """How the flags say to run on so many GPUs. UserError where they do not say it, or where it does not divide."""
+    """Return how the flags run on so many GPUs. Raises UserError where they do not say it, or do not divide."""
     pp, tp = args.pipeline_model_parallel_size or 1, args.tensor_model_parallel_size or 1
     micro_batch, batch = args.micro_batch_size or 1, args.global_batch_size
     if batch is None:
-        raise UserError(
-            "the flags do not say --global-batch-size.\n  Add it: a measured step was one of so many sequences."
-        )
-    if num_gpus % (pp * tp) or batch % (num_gpus // (pp * tp) * micro_batch):
-        raise UserError(
-            f"{num_gpus} GPUs, TP {tp}, PP {pp}, --micro-batch-size {micro_batch} and --global-batch-size {batch} do not divide."
-        )
-    dp = num_gpus // (pp * tp)
-    count = batch // (dp * micro_batch)
+        raise UserError("--global-batch-size is not among the flags.\n  Add it: a step has so many sequences.")
+    dp, rest = divmod(num_gpus, pp * tp)
+    count = count_microbatches(batch, dp, micro_batch) if dp and not rest else None
+    if count is None:
+        raise UserError(f"{num_gpus} GPUs, TP {tp}, PP {pp}, --micro-batch-size {micro_batch} and --global-batch-size"
+                        f" {batch} do not divide.")  # fmt: skip
     chunks = args.num_virtual_stages_per_pipeline_rank or 1
     if args.num_layers_per_virtual_pipeline_stage:
         chunks = max(1, args.num_layers // (pp * args.num_layers_per_virtual_pipeline_stage))
@@ -177,72 +154,18 @@ def strategy_of(args: argparse.Namespace, num_gpus: int) -> Strategy:
         raise UserError(f"--num-layers {args.num_layers} is no multiple of PP {pp} x {chunks} chunks.")
     sharding = "zero3" if args.use_torch_fsdp2 else "zero1" if args.use_distributed_optimizer else "replicated"
     recompute = args.recompute_granularity or ("selective" if args.recompute_activations else "none")
-    return Strategy(
-        schedule, pp, tp, dp, chunks, micro_batch, count, group, sharding, recompute, args.sequence_parallel
-    )
+    sizes = (pp, tp, dp, chunks, micro_batch, count, group)
+    return Strategy(schedule, *sizes, sharding, recompute, args.sequence_parallel)
 
 
 def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> tuple[str, int]:
-    """The schedule and its group."""
+    """Return the schedule by its word, and its group."""
     if pp == 1:
         return "no-pipeline", count
     if args.pipeline_schedule == "breadth-first":
         if chunks < 2:
-            raise UserError(
-                "--pipeline-schedule breadth-first needs --num-virtual-stages-per-pipeline-rank 2 or more here."
-            )
+            raise UserError("--pipeline-schedule breadth-first needs --num-virtual-stages-per-pipeline-rank 2 or more.")
         group = min(count, args.breadth_first_group_size or count)
     else:
         group = count if chunks == 1 else args.microbatch_group_size_per_virtual_pipeline_stage or pp
     return word_of(args.pipeline_schedule, pp, chunks, count, group, backward=args.breadth_first_backward), group
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-# Lists, of bfpp plan's own flags
-
-
-def batch_list(text: str | None, configured: int | None) -> list[int]:
-    """Global batches: 64,128 or 64-512, which doubles from the first to the last; without a text what the model's flags say."""
-    if text is None:
-        if configured is None:
-            raise UserError(
-                "no global batch is given.\n  Add --global-batch, or --global-batch-size to the model's flags."
-            )
-        return [configured]
-    first, dash, last = text.partition("-")
-    if not dash:
-        return list(number_list("--global-batch", text))
-    if not (
-        first.isascii()
-        and first.isdigit()
-        and last.isascii()
-        and last.isdigit()
-        and 0 < int(first) <= int(last) < 2**31
-    ):
-        raise UserError(f"--global-batch {text} is no range.\n  Write it as 64-512: from, to; doubling in between.")
-    found = [int(first)]
-    while found[-1] * 2 <= int(last):
-        found.append(found[-1] * 2)
-    return found
-
-
-def number_list(flag: str, text: str | None) -> tuple[int, ...]:
-    """Empty for no text."""
-    if text is None:
-        return ()
-    parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) < 2**31 for part in parts):
-        raise UserError(f"{flag} {text} is no list of numbers above 0.\n  Write it as 8 or 4,8.")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def name_list(flag: str, text: str | None, words: tuple[str, ...]) -> tuple[str, ...]:
-    """Of these words. Empty for no text."""
-    names = () if text is None else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in words:
-            raise UserError(f"{flag} {name} does not exist.\n  Use one of {', '.join(words)}.")
-    return names

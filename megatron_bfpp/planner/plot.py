@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..console.files import write_figure
+from ..schedule.names import SCHEDULES as NAMED
 from .hardware import peak_of
 from .noise_scale import CLUSTERS, trade_off
 from .search import Found, Request
@@ -14,25 +15,18 @@ from .table import best_of_schedules
 
 __all__ = ["plot"]
 
-_STYLES: dict[str, dict[str, Any]] = {
-    "no-pipeline": {"color": "#9aa0a6", "linestyle": ":"},
-    "1f1b": {"color": "#5f6368", "linestyle": "--"},
-    "interleaved": {"color": "#1854a0"},
-    "interleaved-grouped": {"color": "#9bbcf0"},
-    "breadth-first": {"color": "#c46200"},
-    "breadth-first-late": {"color": "#e8a35c", "linestyle": "--"},
-}
+_DASHED = ("1f1b", "breadth-first-late")
+_TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)  # GPU-days
 
 
 def plot(found: dict[int, Found], request: Request, path: str, critical_batch: float | None, title: str) -> None:
-    """found: by global batch. The second panel needs a critical batch size, in sequences."""
+    """Draw what was found for each global batch. The second panel needs a critical batch size, in sequences."""
     from matplotlib.figure import Figure
 
-    seconds = _gpu_seconds(found, request)
     figure = Figure(figsize=(11.5 if critical_batch else 6.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 2 if critical_batch else 1, squeeze=False)[0]
-    for name, of_batch in seconds.items():
-        style = {"marker": "o", "markersize": 3, "label": name, **_STYLES[name]}
+    for name, of_batch in _gpu_seconds(found, request).items():
+        style = {"marker": "o", "markersize": 3, "label": name, **_style(name)}
         panels[0].plot(list(of_batch), list(of_batch.values()), **style)
         if critical_batch:
             curve = trade_off(of_batch, request.gpt.seq_length, critical_batch, request.num_gpus)
@@ -48,8 +42,14 @@ def plot(found: dict[int, Found], request: Request, path: str, critical_batch: f
     write_figure(figure, path, "--plot")
 
 
+def _style(name: str) -> dict[str, Any]:
+    if name not in NAMED:  # no-pipeline
+        return {"color": "#9aa0a6", "linestyle": ":"}
+    return {"color": NAMED[name].color, "linestyle": "--" if name in _DASHED else "-"}
+
+
 def _gpu_seconds(found: dict[int, Found], request: Request) -> dict[str, dict[float, float]]:
-    """Schedule -> batch per GPU -> GPU-seconds that a sequence takes with its fastest strategy."""
+    """Return, for each schedule: batch per GPU -> GPU-seconds that a sequence takes with its fastest strategy."""
     seconds: dict[str, dict[float, float]] = {}
     for batch, of_batch in found.items():
         for best in best_of_schedules(of_batch):
@@ -66,7 +66,8 @@ def _describe_time(axes: Any, request: Request, batches: list[float]) -> None:
     axes.set_ylim(bottom=0)
     ideal = request.gpt.flops(1) / request.gpu.peak_flops[peak_of(request.precision)]
     share = axes.secondary_yaxis("right", functions=(lambda value: value / ideal, lambda value: value * ideal))
-    share.set_yticks([1 / part for part in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)], ["70%", "60%", "50%", "40%", "30%", "20%"])
+    parts = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+    share.set_yticks([1 / part for part in parts], [f"{part:.0%}" for part in parts])
     share.set_ylabel("of the peak, in model FLOP/s")
 
 
@@ -79,9 +80,7 @@ def _describe_cost(axes: Any, request: Request, critical_batch: float) -> None:
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    axes.set_yticks(
-        [each for each in (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000) if low <= each <= high]
-    )
+    axes.set_yticks([each for each in _TICKS if low <= each <= high])
     axes.set_xlabel("days per billion tokens")
     axes.set_ylabel("GPU-days per billion tokens")
     clusters = f"clusters of {request.num_gpus} to {CLUSTERS[-1]} GPUs, right to left"

@@ -1,4 +1,4 @@
-"""Every way to divide a model over GPUs, what each would need and take, and why the others cannot be."""
+"""Every way to divide a model over GPUs: what each would need and take, and why some are not possible."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from .hardware import GPU
 from .memory import PRECISIONS, Memory, memory
 from .model import GPT
 from .steps import REPLAY_LIMIT, Step, formula_step, replay_step
-from .strategy import BREADTH_FIRST, RECOMPUTES, SCHEDULES, SHARDINGS, Strategy
+from .strategy import BREADTH_FIRST, RECOMPUTES, SCHEDULES, SHARDINGS, Strategy, count_microbatches
 from .time import durations
 
 __all__ = ["Estimate", "Found", "Request", "estimate", "search"]
 
-# Of each schedule, how many of the fastest by the formula are replayed exactly: at least, and until the fastest is one of them, at most.
+# How many strategies of each schedule, the fastest by the formula first, are replayed exactly: at least, and at most
+# until the fastest is among them.
 REPLAYED, MOST_REPLAYED = 4, 12
+SEARCHING = 0.4  # part of the time of a search that passes before the replays
+
+Progress = Callable[[float], None]  # takes the part of a search that is done, 0 to 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. An empty tuple leaves the choice to the search."""
+    """A question to the search. An empty tuple leaves that choice to it."""
 
     gpt: GPT
     gpu: GPU
@@ -45,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A strategy that fits, with what it is predicted to need and to take."""
+    """A strategy that fits, with its predicted time and memory."""
 
     strategy: Strategy
     step: Step
@@ -57,15 +61,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Found:
-    """The strategies that fit, fastest first, and the reasons of those that do not, with how many each rejected."""
+    """The strategies that fit, fastest first, and the reasons why others do not, with how many each rejected."""
 
     estimates: list[Estimate]
     rejected: Counter[str]
     considered: int
-    smallest: Memory | None  # the least memory that any strategy needs which is too large
+    smallest: Memory | None  # of the strategies that are too large, the least memory
 
 
 def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
+    """Predict time and memory of one strategy. exact: replay its plan where that is short enough."""
     gpt, gpu = request.gpt, request.gpu
     times = durations(gpt, strategy, gpu, request.precision, request.overlap)
     is_short = strategy.pp * strategy.chunks * strategy.num_microbatches <= REPLAY_LIMIT
@@ -82,24 +87,23 @@ def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
 
 
 def _largest(request: Request, strategy: Strategy) -> Memory:
-    # The first rank has the most live activations and the embedding, the last the logits; those between have less than the first.
-    ranks = {0, strategy.pp - 1}
-    each = [
-        memory(request.gpt, strategy, PRECISIONS[request.precision], request.gpu.flash_attention, rank)
-        for rank in ranks
-    ]
-    return max(each, key=lambda of_rank: of_rank.total)
+    """Return the memory of the rank that needs most.
+
+    The first has the most live activations and the embedding, the last has the logits; all between have less.
+    """
+    fixed = (request.gpt, strategy, PRECISIONS[request.precision], request.gpu.flash_attention)
+    return max((memory(*fixed, rank) for rank in {0, strategy.pp - 1}), key=lambda of_rank: of_rank.total)
 
 
-def search(request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> Found:
-    """progress: called with how many of how many divisions over the GPUs are done."""
+def search(request: Request, progress: Progress = lambda part: None) -> Found:
+    """Estimate every strategy, and replay the fastest of each schedule."""
     rejected: Counter[str] = Counter()
     estimates: list[Estimate] = []
     smallest: Memory | None = None
     considered = 0
     divisions = list(_divisions(request))
     for done, (pp, tp) in enumerate(divisions):
-        progress(done, len(divisions))
+        progress(SEARCHING * done / len(divisions))
         reason = _indivisible(request, pp, tp)
         if reason is not None:
             rejected[reason] += 1
@@ -116,18 +120,21 @@ def search(request: Request, progress: Callable[[int, int], None] = lambda done,
                 smallest = needed if smallest is None or needed.total < smallest.total else smallest
             else:
                 estimates.append(estimate(request, found, exact=False))
-    return Found(_exactly(request, estimates), rejected, considered, smallest)
+    return Found(_exactly(request, estimates, progress), rejected, considered, smallest)
 
 
-def _exactly(request: Request, estimates: list[Estimate]) -> list[Estimate]:
-    """Fastest first, those at the top of each schedule replayed. The formula knows nothing of shared cards, and so is too fast at times."""
+def _exactly(request: Request, estimates: list[Estimate], progress: Progress) -> list[Estimate]:
+    """Sort by time, with the fastest of each schedule replayed: the formula leaves out shared cards, and so is too fast
+    at times.
+    """
     found: list[Estimate] = []
-    for schedule in SCHEDULES:
+    for place, schedule in enumerate(SCHEDULES):
         rest = sorted((each for each in estimates if each.strategy.schedule == schedule), key=_rank, reverse=True)
         exact: list[Estimate] = []
         while rest and len(exact) < MOST_REPLAYED:
             if len(exact) >= REPLAYED and min(map(_rank, exact)) <= _rank(rest[-1]):
                 break
+            progress(SEARCHING + (1 - SEARCHING) * (place + len(exact) / MOST_REPLAYED) / len(SCHEDULES))
             exact.append(estimate(request, rest.pop().strategy, exact=True))
         found += exact + rest
     return sorted(found, key=_rank)
@@ -163,27 +170,22 @@ def _indivisible(request: Request, pp: int, tp: int) -> str | None:
 
 
 def _strategies(request: Request, pp: int, tp: int) -> Iterator[Strategy | str]:
-    """Strategies of these sizes, or the reason why there is none."""
+    """Yield the strategies of these sizes, or the reasons why there are none."""
     dp = request.num_gpus // (pp * tp)
-    of_replica = request.global_batch // dp
     for micro_batch in request.micro_batch or (1, 2, 4, 8, 16):
-        if of_replica % micro_batch:
-            if request.micro_batch or micro_batch <= of_replica:
+        count = count_microbatches(request.global_batch, dp, micro_batch)
+        if count is None:
+            if request.micro_batch or dp * micro_batch <= request.global_batch:
                 yield "batch of a replica is no multiple of the micro-batch"
             continue
-        count = of_replica // micro_batch
         for schedule in request.schedule or SCHEDULES:
             if (schedule == "no-pipeline") != (pp == 1):
                 continue
             for chunks, group in _chunks_and_groups(request, schedule, pp, count):
-                base = Strategy(
-                    schedule, pp, tp, dp, chunks, micro_batch, count, group, "zero1", "none", request.sequence_parallel
-                )
+                sizes = (pp, tp, dp, chunks, micro_batch, count, group)
+                base = Strategy(schedule, *sizes, sequence_parallel=request.sequence_parallel)
                 reason = _refused(request, base)
-                if reason is not None:
-                    yield reason
-                    continue
-                yield from _sharded(request, base)
+                yield from _sharded(request, base) if reason is None else (reason,)
 
 
 def _chunks_and_groups(request: Request, schedule: str, pp: int, count: int) -> Iterator[tuple[int, int]]:
@@ -194,21 +196,17 @@ def _chunks_and_groups(request: Request, schedule: str, pp: int, count: int) -> 
     for chunks in request.chunks or _divisors(max(1, request.gpt.num_layers // pp), request.gpt.num_layers):
         if chunks == 1:
             continue
-        if request.group:
-            yield from ((chunks, group) for group in request.group)
-        elif schedule == "interleaved":
-            yield chunks, pp
-        elif schedule == "interleaved-grouped":
-            yield chunks, count
-        else:
-            groups = [group for group in (pp, 2 * pp, 4 * pp) if group < count and count % group == 0]
-            yield from ((chunks, group) for group in (*groups, count))
+        groups = request.group
+        if not groups:
+            fewer = [group for group in (pp, 2 * pp, 4 * pp) if group < count and count % group == 0]
+            groups = {"interleaved": (pp,), "interleaved-grouped": (count,)}.get(schedule, (*fewer, count))
+        yield from ((chunks, group) for group in groups)
 
 
 def _refused(request: Request, s: Strategy) -> str | None:
     if request.gpt.num_layers % (s.pp * s.chunks):
         return "layers are no multiple of PP x chunks"
-    if s.schedule.startswith("interleaved"):
+    if s.is_interleaved:
         rest = s.num_microbatches % s.group
         if s.num_microbatches < s.pp or not s.pp <= s.group <= s.num_microbatches or 0 < rest < s.pp:
             return "Megatron's interleaved schedule refuses so few micro-batches"
@@ -220,23 +218,29 @@ def _refused(request: Request, s: Strategy) -> str | None:
 
 
 def _sharded(request: Request, base: Strategy) -> Iterator[Strategy | str]:
+    """Yield a strategy with each sharding and recomputation, or the reason why it is not possible."""
     for sharding, recompute in product(request.sharding or SHARDINGS, request.recompute or RECOMPUTES):
-        reason = None
-        if sharding in ("zero2", "zero3"):
-            if base.schedule not in BREADTH_FIRST:
-                reason = f"{sharding}: only with the breadth-first schedule"
-            elif base.group < base.num_microbatches:  # a chunk would be gathered and reduced for each group
-                reason = f"{sharding}: only with one group of all micro-batches"
-            elif request.precision.startswith("fp8"):
-                reason = f"{sharding}: not in the model with fp8"
-            elif not request.hypothetical and request.precision == "fp16":
-                reason = f"{sharding}: Megatron's FSDP2 has no fp16"
-            elif not request.hypothetical and not request.gpt.untied:
-                reason = f"{sharding}: Megatron's FSDP2 needs untied embeddings"
-        if sharding == "replicated" and request.precision == "fp8-params" and base.dp > 1:
-            reason = "fp8 parameters: only with the distributed optimizer"
-        if sharding != "replicated" and base.dp == 1:
-            reason = "sharding: one data-parallel rank"
+        reason = _sharding_refused(request, base, sharding)
         if recompute == "selective" and request.gpu.flash_attention:
             reason = "selective recomputation: saves nothing with flash attention"
         yield reason or replace(base, sharding=sharding, recompute=recompute)
+
+
+def _sharding_refused(request: Request, base: Strategy, sharding: str) -> str | None:
+    if sharding != "replicated" and base.dp == 1:
+        return "sharding: one data-parallel rank"
+    if sharding == "replicated" and request.precision == "fp8-params" and base.dp > 1:
+        return "fp8 parameters: only with the distributed optimizer"
+    if sharding in ("replicated", "zero1"):
+        return None
+    if base.schedule not in BREADTH_FIRST:
+        return f"{sharding}: only with the breadth-first schedule"
+    if base.group < base.num_microbatches:  # a chunk would be gathered and reduced for each group
+        return f"{sharding}: only with one group of all micro-batches"
+    if request.precision.startswith("fp8"):
+        return f"{sharding}: not in the model with fp8"
+    if not request.hypothetical and request.precision == "fp16":
+        return f"{sharding}: Megatron's FSDP2 has no fp16"
+    if not request.hypothetical and not request.gpt.untied:
+        return f"{sharding}: Megatron's FSDP2 needs untied embeddings"
+    return None

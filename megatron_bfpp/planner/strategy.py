@@ -1,25 +1,40 @@
-"""One way to divide a model and a batch over GPUs: sizes, schedule, sharding, recomputation, and the flags that say so.
-
-Standard library and schedule/ only.
-"""
+"""One way to divide a model and a batch over GPUs: sizes, schedule, sharding, recomputation, and the flags for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..schedule import PipelineShape, Schedule, breadth_first, interleaved_1f1b, one_f_one_b
+from ..schedule import PipelineShape, Schedule
+from ..schedule.names import ORDERS, order_of
+from ..schedule.names import SCHEDULES as NAMED
 
-__all__ = ["BREADTH_FIRST", "RECOMPUTES", "RESIDENT_CHUNKS", "SCHEDULES", "SHARDINGS", "Strategy"]
+__all__ = ["BREADTH_FIRST", "RECOMPUTES", "RESIDENT_CHUNKS", "SCHEDULES", "SHARDINGS", "Strategy", "count_microbatches"]
 
-# no-pipeline: one pipeline rank, gradients accumulated. The others as in `bfpp bench`: Megatron's schedule without chunks,
-# its default with chunks, the same with a group of all micro-batches, and this plugin's with either backward.
-SCHEDULES = ("no-pipeline", "1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late")
+SCHEDULES = ("no-pipeline", *ORDERS)  # no-pipeline: one pipeline rank, which accumulates gradients
 BREADTH_FIRST = ("breadth-first", "breadth-first-late")
-# zero1 is Megatron's distributed optimizer; zero2 and zero3 are torch's FSDP2, per chunk.
-SHARDINGS = ("replicated", "zero1", "zero2", "zero3")
 RECOMPUTES = ("none", "selective", "full")
-# zero3: one chunk runs while the next is gathered. Gradients of all shardings by FSDP2: one chunk reduces its own while the next makes its.
+# zero3: one chunk runs while the next is gathered. Both shardings by FSDP2: one chunk reduces its gradients while the
+# next makes its own.
 RESIDENT_CHUNKS = 2
+
+_FSDP2 = [flag for flag in NAMED["breadth-first-sharded"].flags if flag not in NAMED["breadth-first"].flags]
+_SHARDING_FLAGS = {  # zero1 is Megatron's distributed optimizer; zero2 and zero3 are torch's FSDP2, per chunk
+    "replicated": ["--overlap-grad-reduce"],
+    "zero1": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    "zero2": _FSDP2,
+    "zero3": _FSDP2,
+}
+SHARDINGS = tuple(_SHARDING_FLAGS)
+_RECOMPUTE_FLAGS = {
+    "none": [],
+    "selective": ["--recompute-granularity", "selective"],
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+}
+
+
+def count_microbatches(global_batch: int, dp: int, micro_batch: int) -> int | None:
+    """Count the micro-batches of a step on each replica; None where they do not divide the batch."""
+    return None if global_batch % (dp * micro_batch) else global_batch // (dp * micro_batch)
 
 
 @dataclass(frozen=True)
@@ -51,20 +66,21 @@ class Strategy:
         return self.sequence_parallel and self.tp > 1
 
     @property
+    def is_interleaved(self) -> bool:
+        """True for the two schedules of Megatron's loop with chunks."""
+        return self.schedule.startswith("interleaved")
+
+    @property
     def shape(self) -> PipelineShape:
-        """For pp >= 2."""
+        """The shape of the step, for pp >= 2."""
         return PipelineShape(self.pp, self.chunks, self.num_microbatches)
 
     def order(self) -> Schedule:
-        """For pp >= 2. ValueError for what Megatron refuses."""
-        if self.schedule == "1f1b":
-            return one_f_one_b(self.shape)
-        if self.schedule in BREADTH_FIRST:
-            return breadth_first(self.shape, self.group, eager_backward=self.schedule == "breadth-first")
-        return interleaved_1f1b(self.shape, self.group)
+        """Make the order of a step, for pp >= 2. Raises UserError for what Megatron refuses."""
+        return order_of("interleaved" if self.is_interleaved else self.schedule, self.shape, self.group)
 
     def peak_live(self, pp_rank: int) -> int:
-        """Chunks times micro-batches that await their backward at one time, at most; exact for groups that divide M."""
+        """Count the pairs of chunk and micro-batch that await their backward at the peak; exact if groups divide M."""
         behind, total = self.pp - pp_rank - 1, self.num_microbatches * self.chunks
         if self.schedule == "no-pipeline":
             return 1
@@ -76,16 +92,16 @@ class Strategy:
 
     @property
     def resident_chunks(self) -> int | None:
-        """Whose parameters are gathered at one time; None where they are not sharded."""
+        """The number of chunks whose parameters are gathered at one time; None where they are not sharded."""
         return {"zero2": self.chunks, "zero3": min(self.chunks, RESIDENT_CHUNKS)}.get(self.sharding)
 
     @property
     def live_logits(self) -> int:
-        """Micro-batches whose logits the last rank holds at one time: each backward follows its forward, or a group of them."""
+        """The micro-batches whose logits the last rank holds at one time; all of a group if backwards come late."""
         return self.group if self.schedule == "breadth-first-late" else 1
 
     def flags(self) -> list[str]:
-        """Of Megatron and of this plugin, without the model's."""
+        """Return the flags of Megatron and of this plugin, without the model's."""
         words = [
             *("--tensor-model-parallel-size", self.tp, "--pipeline-model-parallel-size", self.pp),
             *("--micro-batch-size", self.micro_batch, "--global-batch-size", self.global_batch),
@@ -94,31 +110,16 @@ class Strategy:
             words.append("--sequence-parallel")
         if self.chunks > 1:
             words += ["--num-virtual-stages-per-pipeline-rank", self.chunks]
-        if self.schedule == "interleaved-grouped" or (self.schedule == "interleaved" and self.group != self.pp):
-            words += ["--microbatch-group-size-per-virtual-pipeline-stage", self.group]
-        if self.schedule.startswith("interleaved"):
+        if self.is_interleaved:
+            if self.schedule == "interleaved-grouped" or self.group != self.pp:
+                words += ["--microbatch-group-size-per-virtual-pipeline-stage", self.group]
             words.append("--overlap-p2p-communication-warmup-flush")
         if self.schedule in BREADTH_FIRST:
-            words += ["--pipeline-schedule", "breadth-first"]
-            words += ["--breadth-first-backward", "late"] if self.schedule == "breadth-first-late" else []
+            words += NAMED[self.schedule].flags
             words += ["--breadth-first-group-size", self.group] if self.group < self.num_microbatches else []
         sharding = _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
-        # Without chunks each rank in turn would gather as its first micro-batch arrives; better all at once before the step.
+        # Without chunks each rank would gather only as its first micro-batch arrives; better all at once before that.
         words += [word for word in sharding if self.schedule != "1f1b" or word != "--overlap-param-gather"]
         if self.sharding == "zero2":
             words += ["--breadth-first-resident-chunks", self.chunks]
-        words += _RECOMPUTE_FLAGS[self.recompute]
-        return [str(word) for word in words]
-
-
-_SHARDING_FLAGS: dict[str, list[str]] = {
-    "replicated": ["--overlap-grad-reduce"],
-    "zero1": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
-    "zero2": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"],
-    "zero3": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"],
-}
-_RECOMPUTE_FLAGS: dict[str, list[str]] = {
-    "none": [],
-    "selective": ["--recompute-granularity", "selective"],
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
-}
+        return [str(word) for word in [*words, *_RECOMPUTE_FLAGS[self.recompute]]]

@@ -1,8 +1,9 @@
-"""The tables of `bfpp plan`."""
+"""The tables of `bfpp plan`, and the same numbers as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from .search import Estimate, Found, Request
@@ -17,28 +18,29 @@ _HEADER = (
 
 
 def ranking(estimates: Sequence[Estimate]) -> str:
-    """One strategy a line. A ~ stands before what comes from the formula, everything else from the replayed plan."""
+    """Print a strategy a line. ~ marks times from the formula; all others are from the replayed plan."""
     return "\n".join([_HEADER, *map(_line, estimates)])
 
 
 def _line(each: Estimate) -> str:
     s, step = each.strategy, each.step
     return (
-        f"{s.schedule:<19}{s.pp:>3}{s.tp:>4}{s.dp:>5}{s.chunks:>7}{s.micro_batch:>5}{s.num_microbatches:>5}{s.group:>6}"
-        f"  {s.sharding:<11} {s.recompute:<10}{'' if step.is_exact else '~':>2}{step.step:>7.3f}{each.tokens_per_s_per_gpu:>11.0f}"
-        f"{each.tflops_per_gpu:>13.1f}{each.memory.total / 1e9:>8.1f}{step.bubble_fraction:>8.1%}"
-        f"{each.tensor_parallel / step.step:>9.1%}{step.exposed_communication / step.step:>9.1%}"
+        f"{s.schedule:<19}{s.pp:>3}{s.tp:>4}{s.dp:>5}{s.chunks:>7}{s.micro_batch:>5}{s.num_microbatches:>5}"
+        f"{s.group:>6}  {s.sharding:<11} {s.recompute:<10}{'' if step.is_exact else '~':>2}{step.step:>7.3f}"
+        f"{each.tokens_per_s_per_gpu:>11.0f}{each.tflops_per_gpu:>13.1f}{each.memory.total / 1e9:>8.1f}"
+        f"{step.bubble_fraction:>8.1%}{each.tensor_parallel / step.step:>9.1%}"
+        f"{step.exposed_communication / step.step:>9.1%}"
     )
 
 
 def best_of_schedules(found: Found) -> list[Estimate]:
-    """The fastest strategy of each schedule, in the order of SCHEDULES."""
+    """Return the fastest strategy of each schedule, in the order of SCHEDULES."""
     each_schedule = ((each for each in found.estimates if each.strategy.schedule == name) for name in SCHEDULES)
     return [best for best in (next(each, None) for each in each_schedule) if best is not None]
 
 
 def batches(found: dict[int, Found], request: Request) -> str:
-    """Global batch by schedule: TFLOP/s per GPU of the fastest strategy."""
+    """Print global batch by schedule: TFLOP/s per GPU of the fastest strategy."""
     width = max(map(len, SCHEDULES)) + 2
     lines = ["TFLOP/s per GPU", f"{'batch':>7}{'per GPU':>9}" + "".join(f"{name:>{width}}" for name in SCHEDULES)]
     for batch, of_batch in found.items():
@@ -49,6 +51,7 @@ def batches(found: dict[int, Found], request: Request) -> str:
 
 
 def rejections(found: Found, in_full: bool) -> str:
+    """Print how many strategies were rejected; in_full: and for which reasons."""
     rejected = sum(found.rejected.values())
     text = f"{found.considered} strategies considered, {len(found.estimates)} fit, {rejected} rejected"
     if not in_full:
@@ -57,7 +60,7 @@ def rejections(found: Found, in_full: bool) -> str:
 
 
 def as_json(found: Found, request: Request, most: int) -> dict[str, Any]:
-    """Of one global batch. Times in seconds, memory in bytes."""
+    """Return what was found for one global batch. Times in seconds, memory in bytes."""
     return {
         "global_batch": request.global_batch,
         "considered": found.considered,
@@ -69,33 +72,15 @@ def as_json(found: Found, request: Request, most: int) -> dict[str, Any]:
 
 
 def _as_json(each: Estimate) -> dict[str, Any]:
-    s, step, memory = each.strategy, each.step, each.memory
+    s, step = each.strategy, each.step
+    memory = asdict(each.memory) | {"total": each.memory.total}
+    del memory["step"]  # within the total
     return {
-        "schedule": s.schedule,
-        "pipeline": s.pp,
-        "tensor": s.tp,
-        "data": s.dp,
-        "chunks": s.chunks,
-        "micro_batch": s.micro_batch,
-        "num_microbatches": s.num_microbatches,
-        "group": s.group,
-        "sharding": s.sharding,
-        "recompute": s.recompute,
-        "step_s": step.step,
-        "is_exact": step.is_exact,
-        "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu,
-        "tflops_per_gpu": each.tflops_per_gpu,
-        "bubble_fraction": step.bubble_fraction,
-        "tensor_parallel_s": each.tensor_parallel,
-        "exposed_communication_s": step.exposed_communication,
-        "memory": {
-            "pp_rank": memory.pp_rank,
-            "parameters": memory.parameters,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-            "working": memory.working,
-            "total": memory.total,
-        },
-        "flags": s.flags(),
-    }
+        "schedule": s.schedule, "pipeline": s.pp, "tensor": s.tp, "data": s.dp, "chunks": s.chunks,
+        "micro_batch": s.micro_batch, "num_microbatches": s.num_microbatches, "group": s.group,
+        "sharding": s.sharding, "recompute": s.recompute,
+        "step_s": step.step, "is_exact": step.is_exact,
+        "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu, "tflops_per_gpu": each.tflops_per_gpu,
+        "bubble_fraction": step.bubble_fraction, "tensor_parallel_s": each.tensor_parallel,
+        "exposed_communication_s": step.exposed_communication, "memory": memory, "flags": s.flags(),
+    }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ FLAGS = [
     "--vocab-size",
     "50257",
 ]
+
+
+def exit_code(words):
+    """Run bfpp, whose parser ends the process itself where a value cannot be."""
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(capsys):
@@ -113,14 +122,21 @@ def test_52b_on_4096_gpus_is_searched_in_time():
     ("words", "named"),
     [
         (["plan", CONFIG, "--gpu", "b300", "--gpus", "64"], "--gpu b300 does not exist"),
+        (["plan", CONFIG, "--gpu", "h200"], "--gpus is not given.\n  Add --gpu KIND and --gpus N, or `cluster: {gpu: KIND"),
+        (["plan", CONFIG], "--gpu and --gpus are not given"),
+        (["plan", "--", *FLAGS], "--gpu and --gpus are not given"),
+        (["plan", CONFIG, CONFIG, "--gpu", "h200", "--gpus", "64"], "is more than one file"),
+        ([*ON_64, "--top", "0"], "argument --top: '0' is not a whole number of at least 1"),
+        ([*ON_64, "--critical-batch-size", "nan"], "argument --critical-batch-size: 'nan' is not a number"),
+        ([*ON_64, "--global-batch", "16,32", "--as-configured"], "--as-configured is one strategy"),
         (["plan", "nowhere.yaml", "--gpu", "h200", "--gpus", "64"], "nowhere.yaml: cannot be read"),
-        (["plan", CONFIG, "--gpu", "h200", "--gpus", "0"], "--gpus is 0"),
-        ([*ON_64, "--global-batch", "32x"], "--global-batch 32x is no list of numbers"),
-        ([*ON_64, "--global-batch", "64-32"], "--global-batch 64-32 is no range"),
+        (["plan", CONFIG, "--gpu", "h200", "--gpus", "0"], "argument --gpus: '0' is not a whole number"),
+        ([*ON_64, "--global-batch", "32x"], "argument --global-batch: '32x' is no list of numbers"),
+        ([*ON_64, "--global-batch", "64-32"], "argument --global-batch: '64-32' is no range"),
         ([*ON_64, "--global-batch", "0"], "above 0"),
         ([*ON_64, "--pp", "4", "--global-batch", "31"], "none of 1 strategies for 64 GPUs is possible"),
-        ([*ON_64, "--schedule", "gpipe"], "--schedule gpipe does not exist"),
-        ([*ON_64, "--sharding", "zero9"], "--sharding zero9 does not exist"),
+        ([*ON_64, "--schedule", "gpipe"], "argument --schedule: 'gpipe' does not exist"),
+        ([*ON_64, "--sharding", "zero9"], "argument --sharding: 'zero9' does not exist"),
         ([*ON_64, "--precision", "bf16"], "has no bf16"),
         ([*ON_64, "--reserve-gb", "40"], "leaves nothing"),
         ([*ON_64, "--plot", "x.png"], "Give several batches"),
@@ -140,7 +156,7 @@ def test_52b_on_4096_gpus_is_searched_in_time():
 )  # fmt: skip
 def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(tmp_path, monkeypatch, capsys, words, named):
     monkeypatch.chdir(tmp_path)
-    assert main([*words, *(["--json", "plan.json"] if "--" not in words else [])]) == 2
+    assert exit_code([*words, *(["--json", "plan.json"] if "--" not in words else [])]) == 2
     shown = capsys.readouterr().err
     assert named in shown
     assert shown.count("\n") <= 3
@@ -167,6 +183,44 @@ def test_a_picture_without_matplotlib_is_refused_before_the_search(monkeypatch, 
         raise AssertionError("the search has begun")
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("megatron_bfpp.planner.search.search", searched)
+    monkeypatch.setattr("megatron_bfpp.planner.command.search", searched)
     assert main([*ON_64, "--global-batch", "16-64", "--plot", "plan.png"]) == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_the_cluster_of_a_file_is_planned_for_and_flags_win(capsys):
+    config = CONFIG.replace("gpt_52b", "gpt_52b_64_a100_h100")
+    for words, title in (
+        ([], "64 x A100-80"), (["--gpu", "h100-80"], "64 x H100-80"), (["--gpus", "128"], "128 x A100-80"),
+    ):  # fmt: skip
+        assert main(["plan", config, "--as-configured", *words]) == 0
+        assert title in capsys.readouterr().out
+
+
+def test_a_profile_in_a_cluster_is_relative_to_its_file(tmp_path, capsys):
+    profile = Path(__file__).parents[2] / "megatron_bfpp/planner/profiles/v100-32.yaml"
+    (tmp_path / "mine.yaml").write_text(profile.read_text().replace("name: V100", "name: MINE"))
+    (tmp_path / "model.yaml").write_text(
+        f"base: {CONFIG.replace('gpt_52b', 'gpt_52b_64_v100')}\ncluster: {{gpu: mine.yaml}}\n"
+    )
+    assert main(["plan", str(tmp_path / "model.yaml"), "--as-configured"]) == 0
+    assert "64 x MINE" in capsys.readouterr().out
+
+
+def test_a_range_of_batches_doubles():
+    from megatron_bfpp.planner.lists import doubling
+
+    assert doubling("64-512") == (64, 128, 256, 512)
+    assert doubling("48-400") == (48, 96, 192, 384)
+    assert doubling("7-7") == (7,)
+    assert doubling("8,4,8") == (8, 4)
+
+
+def test_the_search_shows_its_progress_to_the_end(monkeypatch):
+    from megatron_bfpp.console import progress
+
+    parts = []
+    monkeypatch.setattr(progress, "show", lambda part, text: parts.append(part))
+    assert main([*ON_64, "--chunks", "8", "--global-batch", "16,32"]) == 0
+    assert parts == sorted(parts) and parts[0] == 0 and 0.85 < parts[-1] < 1
+    assert max(after - before for before, after in pairwise(parts)) < 0.35
