@@ -14,7 +14,7 @@ import sys
 from megatron_bfpp.bench.results import Result, lower_bound_s
 from megatron_bfpp.console.files import write_whole
 from megatron_bfpp.schedule import PipelineShape
-from megatron_bfpp.schedule.replay import Costs
+from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.timeline.bars import bars
 
 WORDS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first")

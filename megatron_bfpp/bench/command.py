@@ -14,7 +14,7 @@ from ..console import progress
 from ..console.errors import UserError
 from ..console.files import write_whole
 from ..schedule import PipelineShape
-from ..schedule.collectives import Costs, at
+from ..schedule.costs import Costs, at
 from .results import Result, as_json, markdown, table
 
 if TYPE_CHECKING:  # Megatron takes seconds to import

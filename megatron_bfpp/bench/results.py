@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..schedule import Op, PipelineShape, Schedule, breadth_first, interleaved_1f1b, lower, one_f_one_b
-from ..schedule.names import MEGATRON, TORCH, aligned
-from ..schedule.replay import Costs, replay
+from ..schedule.costs import MEGATRON, TORCH, Costs
+from ..schedule.lower import aligned
+from ..schedule.replay import replay
 
 REFERENCE = "interleaved"  # Megatron's default; the arm that the others are compared with
 

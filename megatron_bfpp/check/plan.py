@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..schedule import Op, ScheduleError, check, formats
-from ..schedule.plan_file import read, shape_of, title
+from ..schedule.formats import read, shape_of, title
 
 __all__ = ["check_plan"]
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..schedule import lower
-from ..schedule.collectives import OURS, Costs, at
-from ..schedule.names import MEGATRON, aligned
+from ..schedule.costs import MEGATRON, OURS, Costs, at
+from ..schedule.lower import aligned
 from ..schedule.replay import replay
 from .strategy import BREADTH_FIRST, Strategy
 from .time import Durations

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..schedule.collectives import Costs
+from ..schedule.costs import Costs
 from .activations import Activations
 from .hardware import GPU, beside_products
 from .memory import PRECISIONS

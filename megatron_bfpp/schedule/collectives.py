@@ -3,62 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from .costs import Costs, Waits
 from .ir import Action, Op
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Durations, in one unit of the caller's choice.
-
-    forward, backward: of every stage, or one for each stage in order. hop, transfer, shared_card: of every message, or one for each
-    edge of the ring of ranks; edge e joins ranks e and e + 1, the last one the last rank and the first.
-    """
-
-    forward: float | Sequence[float] = 1.0
-    backward: float | Sequence[float] = 2.0
-    hop: float | Sequence[float] = 0.0  # of a message between two ranks, beside its transfer
-    transfer: float | Sequence[float] = 0.0  # of a message: size / bandwidth
-    gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
-    reduction: float = 0.0  # of the gradients of a chunk (REDUCE_GRAD)
-    # In so many parts a chunk is gathered during a forward and reduced during its last backward: fully sharded ones (FSDP's units), and of
-    # replicated ones the first rank's first chunk (Megatron's buckets).
-    buckets: int = 1
-    # Messages share the bandwidth of a rank's network card with its collectives and with each other (cards.py); else each
-    # channel and the collectives have one to themselves.
-    shared_card: bool | Sequence[bool] = False
-
-    def of(self, action: Action) -> float:
-        """Of a compute action."""
-        return at(self.forward if action.op is Op.F else self.backward, action.stage)
-
-    def messages(self, pp_size: int) -> list[float]:
-        """hop and transfer of each edge."""
-        return [at(self.hop, edge) + at(self.transfer, edge) for edge in range(pp_size)]
-
-
-def at(cost: float | Sequence[float], index: int) -> float:
-    """One cost of equal or of different ones."""
-    return cost if isinstance(cost, int | float) else cost[index]
-
-
-UNIT = Costs()
-
-
-@dataclass(frozen=True)
-class Waits:
-    """What a runtime waits for, beside what its actions need. The default is this plugin's executor."""
-
-    for_sends: bool = True  # those launched SEND_WINDOW or more compute actions ago
-    for_forward_sends: bool = False  # each send of an output, before the next action
-    for_reductions: bool = (
-        False  # in the last backward of a stage, for its reduction, which is launched there bucket by bucket
-    )
-
-
-OURS = Waits()
 
 
 @dataclass(eq=False, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import zip_longest
 
 from .ir import Action, Op, PipelineShape, Schedule
@@ -141,3 +142,38 @@ def _send_after(action: Action, shape: PipelineShape) -> Action | None:
     if op is Op.F:
         return Action(stage, Op.SEND_F, microbatch) if stage < shape.num_stages - 1 else None
     return Action(stage, Op.SEND_B, microbatch) if stage > 0 else None
+
+
+def aligned(plan: Schedule, shape: PipelineShape) -> Schedule:
+    """Move the reductions and gathers of a lowered plan to where Megatron's interleaved loop launches them by default.
+
+    --align-grad-reduce and --align-param-gather launch them at the same time on all pipeline ranks: pp_rank r launches a
+    reduction r backwards after the last of the chunk, and a gather r forwards before the first of the chunk before; the
+    first two chunks are gathered at the start.
+
+    Source: megatron.core.pipeline_parallel.schedules, forward_backward_pipelining_with_interleaving.
+    """
+    return [list(_aligned(actions, rank, shape)) for rank, actions in enumerate(plan)]
+
+
+def _aligned(actions: list[Action], rank: int, shape: PipelineShape) -> Iterator[Action]:
+    stages, last = shape.stages_on(rank), shape.num_microbatches - 1
+    forwards, backwards = ([each for each in actions if each.op is op] for op in (Op.F, Op.B))
+    forward = backward = 0
+    pending = {each.stage for each in backwards}
+    yield from (Action(stage, Op.UNSHARD) for stage in stages[:2])
+    for action in actions:
+        if action.op is Op.F:
+            ahead = forwards[forward + rank] if forward + rank < len(forwards) else None
+            forward += 1
+            if ahead is not None and ahead.microbatch == 0 and stages[0] < ahead.stage < stages[-1]:
+                yield Action(ahead.stage + shape.pp_size, Op.UNSHARD)
+        if action.op not in (Op.UNSHARD, Op.REDUCE_GRAD):
+            yield action
+        if action.op is Op.B:
+            behind = backwards[backward - rank] if backward >= rank else None
+            backward += 1
+            if behind is not None and behind.microbatch == last:
+                pending.discard(behind.stage)
+                yield Action(behind.stage, Op.REDUCE_GRAD)
+    yield from (Action(stage, Op.REDUCE_GRAD) for stage in sorted(pending))

@@ -22,13 +22,12 @@ from typing import NamedTuple
 
 from .cards import Cards, Transfer, receiving, sending
 from .check import SEND_WINDOW
-from .collectives import OURS, UNIT, Collective, Collectives, Costs, Waits, at
+from .collectives import Collective, Collectives
+from .costs import OURS, UNIT, Costs, Waits, at
 from .ir import COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
 from .lower import channel, peer
 from .sharding import is_sharded
 from .simulate import Key, ScheduleError, Span, Timeline
-
-__all__ = ["Costs", "Prediction", "Waits", "replay"]
 
 _MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedule.plan_file import title
+from ..schedule.formats import title
 from .canvas import least_width
 from .picture import Named, picture
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..schedule import Op, Span, Timeline
+from ..schedule.formats import title as sizes
 from ..schedule.names import SCHEDULES
-from ..schedule.plan_file import title as sizes
 from ..schedule.replay import Prediction
 from .canvas import WIDTH, Box, Drawing, Lines, Words, round_step, text_width
 from .measured import Measured

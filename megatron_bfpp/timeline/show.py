@@ -15,10 +15,11 @@ from ..console.errors import UserError, require
 from ..console.files import write_whole
 from ..console.numbers import between
 from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, formats, lower
-from ..schedule.collectives import Costs
+from ..schedule.costs import Costs
+from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
-from ..schedule.names import ORDERS, SCHEDULES, aligned, order_of, waits_of
-from ..schedule.plan_file import read, shape_of, title
+from ..schedule.lower import aligned
+from ..schedule.names import ORDERS, SCHEDULES, order_of, waits_of
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page

@@ -9,8 +9,9 @@ import pytest
 from megatron_bfpp.bench.results import Result, as_json, lower_bound_s, markdown, table
 from megatron_bfpp.cli import main
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
+from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.schedule.lower import add_send_recv
-from megatron_bfpp.schedule.replay import Costs, replay
+from megatron_bfpp.schedule.replay import replay
 
 ROOT = Path(__file__).parents[2]
 SHAPE, COSTS = PipelineShape(4, 2, 8), Costs(0.02, 0.04, hop=0.01)

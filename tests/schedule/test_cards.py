@@ -7,8 +7,9 @@ from shapes import parse, shapes
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
 from megatron_bfpp.schedule.cards import Cards, Transfer, receiving, sending
-from megatron_bfpp.schedule.names import MEGATRON, TORCH, aligned
-from megatron_bfpp.schedule.replay import Costs, replay
+from megatron_bfpp.schedule.costs import MEGATRON, TORCH, Costs
+from megatron_bfpp.schedule.lower import aligned
+from megatron_bfpp.schedule.replay import replay
 
 OUT = (sending(0),)
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import shapes
 
+from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
 
 
@@ -23,13 +24,13 @@ def test_torchs_idle_cells_are_skipped():
 @pytest.mark.parametrize("word", ["9Q1", "F0", "0F", "0UNSHARD1", "-1F0", "0f0", "٣F0", "0F0;", "x" * 100_000])
 def test_a_word_that_is_no_action_is_named_with_its_line_and_rank(word):
     for read in (formats.from_text, formats.from_csv):
-        with pytest.raises(ValueError, match=r"^line 2 \(pp_rank 1\): ") as error:
+        with pytest.raises(UserError, match=r"^line 2 \(pp_rank 1\): ") as error:
             read(f"0F0\n{word}\n")
         assert word[:30] in str(error.value) and len(str(error.value)) < 150
 
 
 def test_a_file_that_is_no_csv_is_a_value_error():
-    with pytest.raises(ValueError, match="not a CSV"):
+    with pytest.raises(UserError, match="not a CSV"):
         formats.from_csv("0F0," + "x" * 200_000)
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import shapes, text
 
+from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, interleaved_1f1b, simulate
 
 
@@ -68,13 +69,13 @@ def test_groups_of_p_need_less_memory_than_all_microbatches():
 
 @pytest.mark.parametrize("group", [0, -1, 9])
 def test_a_group_outside_1_to_m_is_refused_with_its_numbers(group):
-    with pytest.raises(ValueError, match=rf"group is {group}; it must lie between 1 and the 8"):
+    with pytest.raises(UserError, match=rf"group is {group}; it must lie between 1 and the 8"):
         breadth_first(PipelineShape(4, 2, 8), group)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 8), (4, 0, 8), (4, 2, 0), (4, 2, 1.5)])
 def test_a_shape_that_cannot_be_is_refused(sizes):
-    with pytest.raises(ValueError, match="must be an integer of at least"):
+    with pytest.raises(UserError, match="must be an integer of at least"):
         PipelineShape(*sizes)
 
 

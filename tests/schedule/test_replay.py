@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import parse, shapes
 
+from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.schedule import (
     Action,
     Op,
@@ -19,9 +20,9 @@ from megatron_bfpp.schedule import (
     one_f_one_b,
     simulate,
 )
-from megatron_bfpp.schedule.lower import add_send_recv
-from megatron_bfpp.schedule.names import MEGATRON, TORCH, aligned
-from megatron_bfpp.schedule.replay import OURS, Costs, replay
+from megatron_bfpp.schedule.costs import MEGATRON, OURS, TORCH, Costs
+from megatron_bfpp.schedule.lower import add_send_recv, aligned
+from megatron_bfpp.schedule.replay import replay
 
 
 @given(shapes, st.data(), st.booleans(), st.sampled_from([1.0, 2.0, 3.0]))
@@ -196,7 +197,7 @@ def test_a_send_that_is_waited_for_stands_in_the_way_of_the_next_action():
 def test_1f1b_without_chunks_takes_what_the_textbook_says():
     shape = PipelineShape(4, 1, 8)
     assert replay(lower(one_f_one_b(shape), shape), shape).step_time == 3 * (8 + 3)
-    with pytest.raises(ValueError, match="1F1B has one model chunk per rank, not 2"):
+    with pytest.raises(UserError, match="1F1B has one model chunk per rank, not 2"):
         one_f_one_b(PipelineShape(4, 2, 8))
 
 

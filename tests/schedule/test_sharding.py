@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import shapes, text
 
+from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.schedule import Action, Op, PipelineShape, ScheduleError, breadth_first, check, forward_only, lower
+from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.schedule.ir import COMPUTE
-from megatron_bfpp.schedule.replay import Costs, replay
+from megatron_bfpp.schedule.replay import replay
 from megatron_bfpp.schedule.sharding import ParameterBytes, count_gathers, peak_parameter_bytes
 
 
@@ -183,7 +185,7 @@ def test_the_reduction_of_a_sharded_chunk_may_not_be_missing():
 
 def test_no_chunk_could_run_without_a_place():
     shape = PipelineShape(2, 2, 2)
-    with pytest.raises(ValueError, match="resident_chunks is 0"):
+    with pytest.raises(UserError, match="resident_chunks is 0"):
         lower(breadth_first(shape), shape, resident_chunks=0)
 
 
