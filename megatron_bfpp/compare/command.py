@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..console.errors import UserError
+from ..console.errors import UserError, require
 from ..console.files import write_whole
+from ..console.numbers import at_least, between
 from .numbers import Comparison, compare
 from .page import page
 from .runs import Run, load
@@ -18,58 +20,57 @@ from .text import COLUMNS, cells, markdown, terminal
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bfpp compare` to the subcommands."""
     parser = commands.add_parser("compare", help="compare finished runs: time, memory, losses, configuration")
+    add = parser.add_argument
     place = "a directory that --bfpp-run-dir had, or one that holds such; the arm of the first is the reference"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=place)
-    parser.add_argument("--html", metavar="PATH", help="write a page that needs nothing else")
-    parser.add_argument("--markdown", metavar="PATH", help="write the table as Markdown")
-    parser.add_argument("--json", metavar="PATH", help="write every number")
-    parser.add_argument(
-        "--warmup", type=int, metavar="N", help="steps to drop after each start; default 5, or half of a short run"
-    )
-    parser.add_argument("--loss-tolerance", type=float, default=0.0, metavar="X",
-                        help="relative difference of losses that exit code 0 allows; default 0: every bit")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="compare runs that differ in more than the schedule")
-    parser.add_argument("--wandb-project", metavar="NAME", help="make one run of W&B there, with table and files")
+    add("runs", nargs="+", metavar="RUN", help=place)
+    add("--html", metavar="PATH", help="write a page that needs nothing else")
+    add("--markdown", metavar="PATH", help="write the table as Markdown")
+    add("--json", metavar="PATH", help="write every number")
+    dropped = "steps to drop after each start; default 5, or half of a short run"
+    add("--warmup", type=at_least(0, 1_000_000), metavar="N", help=dropped)
+    tolerance = "relative difference of losses that exit code 0 allows; default 0: every bit"
+    add("--loss-tolerance", type=between(0, 0.999999), default=0.0, metavar="X", help=tolerance)
+    add("--force", action="store_true", help="compare runs that differ in more than the schedule")
+    add("--wandb-project", metavar="NAME", help="make one run of W&B there, with table and files")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every run finished with the losses of the first. 1: not so. UserError also where a file cannot be written."""
-    if not 0 <= args.loss_tolerance < 1:
-        raise UserError(f"--loss-tolerance is {args.loss_tolerance:g}; it must lie between 0 and 1.")
+    """Return 0 if every run finished with the losses of the first, else 1. Raise UserError for files that fail."""
+    if args.wandb_project is not None:
+        require("wandb", "--wandb-project")
+    if args.html is not None:
+        require("jinja2", "--html")
     runs = load(args.runs)
     comparison = compare(runs, args.warmup, args.force, args.loss_tolerance)
     print(terminal(comparison))
-    files = {
-        "html": page(comparison, runs),
-        "markdown": markdown(comparison),
-        "json": json.dumps(comparison.as_json(), indent=1) + "\n",
+    contents: dict[str, Callable[[], str]] = {
+        "html": lambda: page(comparison, runs),
+        "markdown": lambda: markdown(comparison),
+        "json": lambda: json.dumps(comparison.as_json(), indent=1) + "\n",
     }
     failures = []
-    for kind, content in files.items():
+    for kind, content in contents.items():
         path = getattr(args, kind)
         try:
             if path is not None:
-                write_whole(path, content, f"--{kind}")
+                write_whole(path, content(), f"--{kind}")
                 print(f"wrote {path}")
         except UserError as error:  # the others may fit, or lie elsewhere
             failures.append(error)
     if args.wandb_project is not None:
-        _to_wandb(args.wandb_project, comparison, runs, files)
+        _to_wandb(args.wandb_project, comparison, runs, {kind: content() for kind, content in contents.items()})
     if failures:
         raise failures[0]
     return 0 if comparison.is_good else 1
 
 
 def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict[str, str]) -> None:
-    """One run of the job type "report". Group, mode and folder come from W&B's own variables of the environment."""
-    try:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UserError(
-            "--wandb-project needs wandb, which is not installed.\n  Run pip install wandb, or leave it out."
-        ) from None
+    """Make one run of the job type "report". W&B reads group, mode and folder from its own environment variables."""
+    import wandb
+
     names = [arm.name for arm in comparison.arms]
     group = os.environ.get("WANDB_RUN_GROUP")
     report: Any = wandb.init(

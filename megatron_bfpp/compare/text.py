@@ -63,6 +63,7 @@ def sections(comparison: Comparison) -> dict[str, list[str]]:
     losses = [each for arm in comparison.arms for each in _losses(arm, comparison.loss_tolerance)]
     changed = [f"{name}: {_changed(found)}" for name, found in comparison.changed.items()]
     named = {
+        "Result": headline(comparison),
         "Did not finish": failures,
         "Losses": losses,
         f"Configuration, against {first.name}": changed,
@@ -71,6 +72,29 @@ def sections(comparison: Comparison) -> dict[str, list[str]]:
         "How to read it": _explained(comparison),
     }
     return {title: sentences for title, sentences in named.items() if sentences}
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """Return a sentence for each arm but the first: faster or slower by how much, or that no difference can be told."""
+    first, *others = comparison.arms
+    return [_headline(arm, first.name) for arm in others]
+
+
+def _headline(arm: Arm, first: str) -> str:
+    if arm.ratio is None:
+        return f"{arm.name} cannot be compared with {first}: one of them has no timed step"
+    less = f"its step takes {abs(1 - arm.ratio):.1%} {'less' if arm.ratio < 1 else 'more'} time"
+    found = arm.interval
+    if found is None or found.low is None or found.high is None:
+        reason = found.kind.removeprefix("none: ") if found else "no runs"
+        return f"{arm.name} against {first}: {less}; whether by chance is unknown, without an interval ({reason})"
+    if found.low <= 1 <= found.high:
+        between = f"between {found.low - 1:+.1%} and {found.high - 1:+.1%}"
+        return f"No difference between {arm.name} and {first} can be told: step time {between} (95% interval)"
+    low, high = sorted(abs(1 - bound) for bound in (found.low, found.high))
+    faster = "faster" if found.high < 1 else "slower"
+    # The interval is of the mean ratio: where runs scatter unevenly, the ratio of medians can lie outside.
+    return f"{arm.name} is {faster} than {first}: {less} (95% interval {low:.1%} to {high:.1%})"
 
 
 def interval(arm: Arm) -> str:

@@ -1,7 +1,9 @@
 """What bfpp compare writes: the page, Markdown, JSON and the run of W&B."""
 
+import importlib.machinery
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -9,11 +11,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from ab_runs import compared, two_arms
+from ab_runs import compared, make_run, two_arms
 from offline_wandb import OfflineRun
 
 from megatron_bfpp.cli import main
-from megatron_bfpp.compare.text import COLUMNS, cells
+from megatron_bfpp.compare.text import COLUMNS, cells, headline, terminal
+from megatron_bfpp.schedule.names import SCHEDULES
 
 
 class Page(HTMLParser):
@@ -63,6 +66,32 @@ def test_the_page_has_the_tables_numbers_and_asks_nothing_of_a_network(tmp_path,
     assert "prefers-color-scheme: dark" in content and "width=device-width" in content
 
 
+def test_the_headline_says_how_much_faster_with_its_interval_or_that_no_difference_can_be_told(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    comparison, content, *_ = page_of(tmp_path, capsys)
+    (sentence,) = headline(comparison)
+    assert f"<h1>{sentence}</h1>" in content and f"  {sentence}" in terminal(comparison)
+    found, said = comparison.arms[1].interval, re.findall(r"(\d+\.\d)%", sentence)
+    assert sentence.startswith("breadth-first is faster than 1f1b: its step takes ") and "less time" in sentence
+    less = (1 - comparison.arms[1].ratio, 1 - found.high, 1 - found.low)
+    assert said == [f"{100 * value:.1f}" for value in less]
+    slower = headline(compared(*reversed(two_arms(tmp_path / "slower", rounds=2))))
+    assert slower[0].startswith("1f1b is slower than breadth-first: its step takes ") and "more time" in slower[0]
+    times = {1: (0.40, 0.41), 2: (0.42, 0.40), 3: (0.41, 0.42)}
+    paths = [make_run(tmp_path / "same", arm, each, times[each][place])
+             for place, arm in enumerate(("1f1b", "breadth-first")) for each in times]  # fmt: skip
+    (sentence,) = headline(compared(*paths))
+    assert sentence.startswith("No difference between breadth-first and 1f1b can be told: step time between -")
+    (sentence,) = headline(compared(*two_arms(tmp_path / "once")))
+    assert "24.9% less time; whether by chance is unknown, without an interval (1 run)" in sentence
+
+
+def test_arms_have_the_colours_of_their_schedules(tmp_path, capsys):
+    _, content, *_ = page_of(tmp_path, capsys)
+    for word in ("1f1b", "breadth-first"):
+        assert content.count(f"--key: {SCHEDULES[word].color}") == 3  # its strip, its curve and the key of that
+
+
 def test_markdown_and_json_have_the_same_numbers(tmp_path, capsys):
     comparison, _, text, data = page_of(tmp_path, capsys)
     rows = [
@@ -80,6 +109,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.logged, self.summary, self.files, self.given, self.is_finished = [], {}, {}, {}, False
         self.log, self.log_artifact = self.logged.append, self.logged.append
 
@@ -148,10 +178,19 @@ def test_without_numpy_torch_and_megatron_runs_are_compared(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["nowhere"], "nowhere is not a directory"), (["."], "holds no run"), ([".", "--warmup", "-1"], "")],
+    [
+        (["nowhere"], "nowhere is not a directory"),
+        (["."], "holds no run"),
+        ([".", "--warmup", "-1"], "--warmup: '-1' is not a whole number"),
+        ([".", "--loss-tolerance", "1"], "--loss-tolerance: '1' is not a number"),
+    ],
 )
 def test_bad_input_is_one_short_message(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", *arguments]) == 2
+    try:
+        code = main(["compare", *arguments])
+    except SystemExit as stop:  # what the parser itself refuses
+        code = stop.code
+    assert code == 2
     message = capsys.readouterr().err
     assert words in message and len(message.strip().splitlines()) <= 3
