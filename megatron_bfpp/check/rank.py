@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from ..console.errors import UserError
-from ..integration.flags.settings import Settings, settings_of
+from ..integration.flags.settings import Settings, settings_of, word_of_job
 from ..schedule import PipelineShape, ScheduleError, check, interleaved_1f1b, lower, one_f_one_b, simulate
 from ..schedule.formats import digest
-from ..schedule.names import word_of
 from ..schedule.plan import plan_of
 from .answers import Chunk, Job, PlanLine, Question, Rank
 
@@ -153,10 +152,7 @@ def _job(args: Any, told: list[str], changed: list[str]) -> Job:
         micro_batch=args.micro_batch_size,
         global_batch=args.global_batch_size,
         num_microbatches=count,
-        schedule=word_of(
-            settings.schedule, args.pipeline_model_parallel_size, chunks, count, group, backward=settings.backward,
-            engine=settings.engine, is_sharded=args.use_torch_fsdp2,
-        ),
+        schedule=word_of_job(args, count),
         backward=settings.backward,
         group=group,
         resident_chunks=settings.resident_chunks_of(chunks) if args.use_torch_fsdp2 and chunks > 1 else None,

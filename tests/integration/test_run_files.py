@@ -9,7 +9,7 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration import process
-from megatron_bfpp.integration.flags.settings import run_dir_of, trace_steps_of
+from megatron_bfpp.integration.flags.settings import run_dir_of, trace_steps_of, word_of_job
 from megatron_bfpp.integration.observe import apply as observe
 from megatron_bfpp.integration.observe import metrics, run_files, step_log, tracing
 
@@ -192,7 +192,7 @@ ARGUMENTS = {
 def test_arms_have_the_names_of_bfpp_bench(more, name):
     from megatron_bfpp.bench.processes import ARMS
 
-    assert run_files.arm_of(SimpleNamespace(**{**ARGUMENTS, **more}), 8) == name and name in ARMS
+    assert word_of_job(SimpleNamespace(**{**ARGUMENTS, **more}), 8) == name and name in ARMS
 
 
 def test_charts_stand_beside_megatrons_own_in_both_writers(monkeypatch):

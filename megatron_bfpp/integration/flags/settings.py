@@ -10,6 +10,7 @@ from typing import Any
 
 from ...console.errors import UserError
 from ...schedule import PipelineShape
+from ...schedule.names import word_of
 from ...schedule.plan import Plan, plan_of
 
 SCHEDULES = ("1f1b", "breadth-first")
@@ -117,6 +118,16 @@ def settings_of(args: Any) -> Settings:
 def is_sharded(args: Any) -> bool:
     """Return whether the job asks for fully sharded parameters, torch's FSDP2."""
     return bool(getattr(args, "use_torch_fsdp2", False))
+
+
+def word_of_job(args: Any, num_microbatches: int) -> str:
+    """Return the word for the schedule of a job whose steps have so many micro-batches; validated arguments."""
+    settings, chunks = settings_of(args), args.virtual_pipeline_model_parallel_size or 1
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None)
+    return word_of(
+        settings.schedule, args.pipeline_model_parallel_size, chunks, num_microbatches, group,
+        backward=settings.backward, engine=settings.engine, is_sharded=is_sharded(args),
+    )  # fmt: skip
 
 
 def run_dir_of(args: Any) -> str | None:

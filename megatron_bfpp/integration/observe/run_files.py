@@ -26,9 +26,8 @@ import torch.distributed as dist
 from ...console.errors import UserError
 from ...console.files import append_line, write_whole
 from ...console.version import __version__
-from ...schedule.names import word_of
 from ..flags.batches import microbatches_now, shape_of
-from ..flags.settings import is_sharded, settings_of
+from ..flags.settings import is_sharded, settings_of, word_of_job
 from ..process import say, versions
 from ..seams import Seam
 from . import metrics
@@ -133,7 +132,7 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": os.environ.get("BFPP_RUN_NAME") or name,
-        "arm": os.environ.get("BFPP_ARM") or arm_of(args, microbatches),
+        "arm": os.environ.get("BFPP_ARM") or word_of_job(args, microbatches),
         "round": _round(),
         "pipeline_schedule": settings.schedule,
         "started": _now(),
@@ -157,16 +156,6 @@ def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:
         "tokens_per_step": metrics.tokens_per_step(args),
         "flops_per_step": num_floating_point_operations(args, metrics.tokens_per_step(args) // args.seq_length),
     }  # fmt: skip
-
-
-def arm_of(args: Any, microbatches: int) -> str:
-    """Return the word for the schedule that runs."""
-    settings, chunks = settings_of(args), args.virtual_pipeline_model_parallel_size or 1
-    group = getattr(args, "microbatch_group_size_per_vp_stage", None)
-    return word_of(
-        settings.schedule, args.pipeline_model_parallel_size, chunks, microbatches, group,
-        backward=settings.backward, engine=settings.engine, is_sharded=is_sharded(args),
-    )  # fmt: skip
 
 
 def _round() -> int | None:

@@ -35,6 +35,7 @@ from ...timeline.recorder import Recorder
 from ...timeline.trace import picture
 from .. import process
 from ..flags.batches import microbatches_now
+from ..flags.settings import settings_of, word_of_job
 from ..process import noted, say, this_device
 from ..seams import Seam, changed
 from ..step.groups import local_group
@@ -83,10 +84,9 @@ class Tracer:
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
-        schedule = args.pipeline_schedule
-        self._has_plan = schedule != "1f1b" and args.breadth_first_engine == "plan"
-        engine = "" if self._has_plan or schedule == "1f1b" else ", Megatron's loop"
-        about = {"schedule": f"{schedule}{engine}", "waits": self._has_plan, "megatron_bfpp": __version__}
+        settings, word = settings_of(args), word_of_job(args, microbatches_now())
+        self._has_plan = settings.schedule != "1f1b" and settings.engine == "plan"
+        about = {"schedule": word, "waits": self._has_plan, "megatron_bfpp": __version__}
         self._trace = Trace(group.size(), about)
         self._paths = trace_path, picture_path
         if self._is_recorded:
