@@ -1,4 +1,4 @@
-"""Directories of runs as --bfpp-run-dir leaves them, made without a run."""
+"""Make directories of runs as --bfpp-run-dir leaves them, without a run."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,16 @@ OUT_OF_MEMORY = {"status": "failed", "reason": "torch.OutOfMemoryError: CUDA out
 def make_run(
     folder: Path, arm: str, round_: int = 1, step_s=0.4, steps=20, args=None, end=END, loss_error=0.0, **header
 ) -> Path:
-    """A run whose steps take `step_s` seconds, the first 5 ten times that. loss_error: relative, from step 11 on."""
+    """Make a run of steps of `step_s` seconds, the first 5 ten times that. loss_error: relative, from step 11 on."""
     path = folder / f"{arm}.{round_}"
     path.mkdir(parents=True)
     breadth_first = arm.startswith("breadth-first")
     schedule = "breadth-first" if breadth_first else "1f1b"
     content = {
-        "format": "megatron_bfpp run 1", "name": path.name, "arm": arm, "pipeline_schedule": schedule, "started": "2026-11-24T10:00:00Z",
-        "args": {"pipeline_schedule": schedule, "num_layers": 8, "save": str(path), "use_torch_fsdp2": False, **(args or {})},
+        "format": "megatron_bfpp run 1", "name": path.name, "arm": arm, "pipeline_schedule": schedule,
+        "started": "2026-11-24T10:00:00Z",
+        "args": {"pipeline_schedule": schedule, "num_layers": 8, "save": str(path), "use_torch_fsdp2": False,
+                 **(args or {})},
         "environment": {"OMP_NUM_THREADS": "1"}, "versions": {"torch": "2.14.1", "transformer-engine": None},
         "commits": {"megatron_bfpp": "abc1234"}, "device": "cpu", "hosts": ["node1"],
         "shape": {"pp": 4, "chunks": 2, "microbatches": 8, "dp": 1, "tp": 1, "cp": 1, "world_size": 4},

@@ -1,7 +1,7 @@
 """A SLURM of two nodes on this machine, for as long as a test needs it: Debian's slurm-wlm and munge, without systemd.
 
-munged, slurmctld and two slurmd run from a folder of their own, on free ports, with a key of their own; a SLURM that
-the machine has is not touched. What the nodes start is found by its SLURM_CONF, and ended with them.
+munged, slurmctld and two slurmd run from a folder of their own, on free ports, with a key of their own; a SLURM of the
+machine is not touched. Processes of the nodes are found by their SLURM_CONF, and ended with them.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Self
+
+from megatron_bfpp.console.processes import marked
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
 CONFIGURATION = """
@@ -49,7 +51,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why no SLURM can be started here; None if it can."""
+    """Return why no SLURM can be started here; None if it can."""
     if sys.platform != "linux":
         return f"SLURM runs on Linux, this is {sys.platform}"
     missing = [name for name in PROGRAMS if path_of(name) is None]
@@ -59,12 +61,12 @@ def why_not() -> str | None:
 
 
 def path_of(program: str) -> str | None:
-    """Debian keeps the daemons where only root's PATH looks."""
+    """Find a program. Debian keeps the daemons where only root's PATH looks."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 class Cluster:
-    """with Cluster() as cluster: both nodes are idle. At the end none of its processes is left, nor its folder."""
+    """Two idle nodes for a `with` block. At its end none of their processes is left, nor their folder."""
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="bfpp-slurm-"))  # short: a socket's path has at most 107 letters
@@ -82,19 +84,19 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *words: str, **settings: str) -> str:
-        """The output of one of SLURM's commands. AssertionError with all it said if it fails."""
+        """Return the output of one of SLURM's commands. AssertionError with that output if it fails."""
         environment = self.environment | settings
         done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=environment)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def state(self, job: str) -> dict[str, str]:
-        """scontrol show job."""
+        """Return the fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, what, timeout_s: float, job: str = "", log: Path | None = None) -> None:
-        """Until what() is true. AssertionError if that takes too long, or if `job` ends before."""
+        """Wait until what() is true. AssertionError if that takes too long, or if `job` ends before."""
         deadline = time.monotonic() + timeout_s
         while not what():
             ended = job and self.state(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
@@ -104,14 +106,8 @@ class Cluster:
             time.sleep(0.2)
 
     def processes(self) -> list[int]:
-        """All that belong to this cluster: its daemons, and the steps and ranks that they have started."""
-        mark = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):  # it has ended
-                if mark in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-        return found
+        """Return the ids of this cluster's daemons, and of the steps and ranks that they have started."""
+        return list(marked(f"SLURM_CONF={self.folder / 'slurm.conf'}"))
 
     def _start(self) -> None:
         (self.folder / "state").mkdir()
@@ -167,7 +163,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing uses, ascending, as SLURM wants a list of them."""
+    """Return ports that nothing uses, in the ascending order that SLURM needs."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -176,7 +172,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _own_environment() -> dict[str, str]:
-    """Without the settings of a job that this may itself run in."""
+    """Return the environment without the settings of a job that this may itself run in."""
     ours = ("SLURM", "SBATCH_", "SRUN_", "BFPP_", "WANDB_", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
