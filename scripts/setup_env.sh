@@ -1,52 +1,46 @@
 #!/usr/bin/env bash
-# bash scripts/setup_env.sh [--extras test] [--megatron RELEASE]
+# bash scripts/setup_env.sh [--extras test] [--megatron RELEASE] [--torch RELEASE]
 #
-# Makes .venv at the root of the repository with the versions in constraints.txt and this package, editable.
+# Makes .venv at the root of the repository with the packages and versions of constraints.txt and this package, editable.
 # A second run with nothing changed does nothing. scripts/quickstart.sh and scripts/test.sh call it.
 #
 #   --megatron 0.17.1        that megatron-core instead of the pinned one, in .venv-0.17.1; all else stays pinned
+#   --torch 2.13.0           that torch instead of the pinned one, in .venv-torch-2.13.0
 #   PYTHON=/path/to/python   the interpreter to build with; default: 3.12 or newer from PATH, then from pyenv
-#   VENV=/path/to/venv       where to build; default: .venv, or .venv-RELEASE
+#   VENV=/path/to/venv       where to build; default: .venv, or as above
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-pinned="$(sed --quiet 's/^megatron-core==//p' -- "${root}/constraints.txt")"
-megatron="${pinned}"
+pins="$(cat -- "${root}/constraints.txt")"
+default_venv="${root}/.venv"
 extras=""
+
+# replace PACKAGE RELEASE SUFFIX: another release of it; the pinned one needs no second environment of 5.5 GB.
+replace() {
+    if [[ ! "$2" =~ ^[0-9]+(\.[0-9]+)+[a-z0-9.]*$ ]]; then
+        echo "setup_env: $2 is not a release of $1; name one, as $(sed --quiet "s/^$1==//p" <<<"${pins}")" >&2
+        exit 2
+    fi
+    grep --quiet --line-regexp --fixed-strings -- "$1==$2" <<<"${pins}" || default_venv+="$3-$2"
+    pins="$(sed "s/^$1==.*/$1==$2/" <<<"${pins}")"
+}
+
 while (($#)); do
-    case "$1" in
-        --extras)
-            extras="${2:?--extras needs a value: test}"
-            shift 2
-            ;;
-        --megatron)
-            megatron="${2:?--megatron needs a value: a release of megatron-core, as ${pinned}}"
-            if [[ ! "${megatron}" =~ ^[0-9]+(\.[0-9]+)+[a-z0-9.]*$ ]]; then
-                echo "setup_env: --megatron ${megatron} is not a release of megatron-core; name one as ${pinned}" >&2
-                exit 2
-            fi
-            shift 2
-            ;;
+    case "$1 ${2:-}" in
+        "--extras test") extras=test ;;
+        "--megatron "*) replace megatron-core "${2:-}" "" ;;
+        "--torch "*) replace torch "${2:-}" -torch ;;
         *)
-            echo "setup_env: unknown option $1; usage: bash scripts/setup_env.sh [--extras test] [--megatron RELEASE]" >&2
+            echo "setup_env: unknown option $1 ${2:-}; usage: bash scripts/setup_env.sh [--extras test]" \
+                "[--megatron RELEASE] [--torch RELEASE]" >&2
             exit 2
             ;;
     esac
+    shift 2
 done
-# The pinned release is what .venv holds: it needs no second environment of 5.5 GB.
-default_venv="${root}/.venv"
-[[ "${megatron}" == "${pinned}" ]] || default_venv+="-${megatron}"
 venv="${VENV:-${default_venv}}"
-
-packages=(setuptools torch megatron-core jinja2 numpy PyYAML einops psutil)
-case "${extras}" in
-    "") ;;
-    test) packages+=(pytest hypothesis playwright ruff mypy matplotlib scipy wandb) ;;
-    *)
-        echo "setup_env: --extras ${extras} does not exist; the only extras are: test" >&2
-        exit 2
-        ;;
-esac
+# The packages are those of constraints.txt, without the test extras up to the line that begins them.
+mapfile -t packages < <(sed "${extras:+b;}/^# --extras test/,\$d" <<<"${pins}" | sed --quiet 's/^\([A-Za-z].*\)==.*/\1/p')
 
 # A name on PATH is not enough: pyenv's shims are there for versions that they then refuse to run.
 serves() {
@@ -99,10 +93,6 @@ show_downloads() {
     [[ ! -t 1 ]] || printf '\r\033[K'
 }
 
-constraints() {
-    sed "s/^megatron-core==.*/megatron-core==${megatron}/" -- "${root}/constraints.txt"
-}
-
 python="$(find_python)"
 version="$("${python}" -c 'import platform; print(platform.python_version())')"
 stamp="${venv}/.setup_env"
@@ -110,12 +100,12 @@ stamp="${venv}/.setup_env"
 # The stamp is the last thing written, so an interrupted set-up has none. The smaller package list is a part of the
 # larger one: an environment with extras serves a run without.
 stamp_of() {
-    printf '%s\n' "${version}" "${root}" "$1" | cat - <(constraints) "${root}/pyproject.toml" | sha256sum | cut --delimiter=' ' --fields=1
+    printf '%s\n' "${version}" "${root}" "$1" "${pins}" | cat - "${root}/pyproject.toml" | sha256sum | cut --delimiter=' ' --fields=1
 }
 if [[ -f "${stamp}" && -x "${venv}/bin/python" ]]; then
     recorded="$(cat -- "${stamp}")"
     if [[ "${recorded}" == "$(stamp_of "${extras}")" || "${recorded}" == "$(stamp_of test)" ]]; then
-        echo "setup_env: ${venv} is ready (Python ${version}, megatron-core ${megatron})"
+        echo "setup_env: ${venv} is ready (Python ${version}, $(grep "^megatron-core==" <<<"${pins}"))"
         exit 0
     fi
 fi
@@ -125,8 +115,8 @@ pip_install() {
     "${venv}/bin/python" -m pip install --disable-pip-version-check --no-input --constraint "${venv}/constraints.txt" "$@"
 }
 
-# In place only from a finished set-up of the same Python. One without a stamp was broken off, perhaps in the middle of a
-# package that pip would then take for installed: it is made new. What this script did not make is not touched.
+# An environment is updated in place only after a finished set-up with the same Python. One without a stamp may lack parts
+# of a package that pip takes for installed: it is made new. An environment made otherwise is not touched.
 finished="$(cat -- "${stamp}" 2>/dev/null || true)"
 rm --force -- "${stamp}"
 if [[ -z "${finished}" || "$("${venv}/bin/python" -c 'import pip, platform; print(platform.python_version())' 2>/dev/null)" != "${version}" ]]; then
@@ -138,8 +128,8 @@ if [[ -z "${finished}" || "$("${venv}/bin/python" -c 'import pip, platform; prin
     mkdir --parents -- "${venv}"
     step "new environment ${venv} with Python ${version}" "${python}" -m venv "${venv}"
 fi
-constraints >"${venv}/constraints.txt"
-step "installing ${#packages[@]} pinned packages, megatron-core ${megatron} (torch brings CUDA libraries: about 5.5 GB)" pip_install "${packages[@]}"
+printf '%s\n' "${pins}" >"${venv}/constraints.txt"
+step "installing ${#packages[@]} packages with $(grep "^megatron-core==" <<<"${pins}") (torch brings CUDA libraries: about 5.5 GB)" pip_install "${packages[@]}"
 # No build isolation: it would download setuptools once more, in a version nobody pinned.
 step "installing megatron_bfpp, editable" pip_install --no-deps --no-build-isolation --editable "${root}"
 stamp_of "${extras}" >"${stamp}.new"

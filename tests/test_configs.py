@@ -59,6 +59,7 @@ def _parse_all(paths: list[str], data: str) -> None:
     print("\nPARSED " + json.dumps(found), flush=True)
 
 
+@pytest.mark.slow
 def test_megatron_accepts_every_file_and_understands_it_as_the_planner_does(tmp_path):
     for ending in ("", ".idx", ".bin"):
         (tmp_path / f"data{ending}").touch()

@@ -21,6 +21,7 @@ CASES = {"show": 80, "plan": 80, "check": 80, "compare": 60, "trace": 60, "bench
 MORE = 15  # times as many with BFPP_ALL_CASES=1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", CASES)
 def test_no_command_line_and_no_file_ends_in_a_traceback_or_half_a_file(command, monkeypatch):
     fuzz.stop_before_processes(monkeypatch.setattr)
@@ -43,6 +44,7 @@ def test_no_command_line_and_no_file_ends_in_a_traceback_or_half_a_file(command,
     assert codes[2] > 0 and (codes[0] > 0 or command in ("bench", "doctor", "nothing")), codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_case_of_each_command_as_a_process(seed, tmp_path):
     """Of those that start none themselves: what is seen in-process is what a shell sees."""
@@ -61,6 +63,7 @@ def test_a_case_of_each_command_as_a_process(seed, tmp_path):
         assert not fuzz.complaint(folder, done.returncode, "", err), (words, err)
 
 
+@pytest.mark.slow
 def test_jobs_refuse_a_bad_command_line_in_at_most_three_lines(tmp_path):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     count = 1000 if ALL else 25

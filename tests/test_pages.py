@@ -12,6 +12,8 @@ from megatron_bfpp.compare.text import COLUMNS
 from megatron_bfpp.schedule import PipelineShape, breadth_first, simulate
 from megatron_bfpp.timeline.picture import picture
 
+pytestmark = pytest.mark.slow  # a browser
+
 PHONE = {"width": 390, "height": 844}
 ROWS = "[...document.querySelectorAll('tr')].map(row => [...row.children].map(cell => cell.textContent))"
 # A page is as wide as its widest part that is not in a box of its own that scrolls.

@@ -84,6 +84,7 @@ def calls(stubs):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
     done = run("ab_local.sh", stubs, ARMS="1f1b breadth-first interleaved-grouped", ROUNDS="2", FAILS="breadth-first")
     out = stubs.parent / "out"
@@ -103,6 +104,7 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
     assert (out / "report.html").exists() and (out / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_arms_differ_in_the_schedule_alone(stubs):
     done = run(
         "ab_local.sh",
@@ -168,6 +170,7 @@ def test_full_sharding_leaves_out_the_distributed_optimizer_of_the_configuration
     assert len(sharded) == 3 and not any("--use-distributed-optimizer" in line for line in sharded)
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_only_what_has_not_finished(stubs):
     settings = {"ARMS": "1f1b breadth-first", "ROUNDS": "1"}
     assert run("ab_local.sh", stubs, FAILS="breadth-first", **settings).returncode == 1
@@ -179,6 +182,7 @@ def test_a_second_start_runs_only_what_has_not_finished(stubs):
     assert json.loads((kept.parent / "breadth-first.1-1" / "end.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_stopped_script_stops_its_run_and_goes_on_later(stubs):
     settings = {"ARMS": "1f1b breadth-first", "ROUNDS": "1"}
     command = ["bash", str(SCRIPTS / "ab_local.sh")]
@@ -197,6 +201,7 @@ def test_a_stopped_script_stops_its_run_and_goes_on_later(stubs):
     assert [arm for arm, *_ in calls(stubs)] == ["1f1b", "breadth-first", "breadth-first"]
 
 
+@pytest.mark.slow
 def test_under_slurm_each_run_is_one_srun_with_a_task_per_node(stubs):
     settings = {
         "SLURM_JOB_ID": "7",
@@ -229,6 +234,7 @@ def test_under_slurm_each_run_is_one_srun_with_a_task_per_node(stubs):
         assert words[words.index("--nnodes") + 1] == "2" and words[words.index("--nproc-per-node") + 1] == "2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"])
 def test_a_dry_run_prints_the_commands_and_writes_nothing(script, stubs):
     done = run(script, stubs, "--dry-run", VOCAB_FILE="v", MERGE_FILE="m", NNODES="64", PIPELINE_SCHEDULE="1f1b")

@@ -11,6 +11,8 @@ from cluster import free_ports
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 600  # for what takes a minute on an idle machine with 2 cores
 

@@ -129,6 +129,7 @@ def test_a_model_needs_its_gpus(arguments, words, capsys):
     assert words in message and len(message.strip().splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, capsys):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     pytest.importorskip("matplotlib")
@@ -146,6 +147,7 @@ def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, cap
     assert picture.read_bytes().startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["bench.json", "bench.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--shared-card", "--transfer", "0.5"]])
 def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")

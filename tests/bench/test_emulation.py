@@ -42,6 +42,7 @@ def begins_with_the_last_rank_and_after_the_one_before():
     assert network.stream_s == 300.0
 
 
+@pytest.mark.slow
 def test_collectives(tmp_path):
     run_job(begins_with_the_last_rank_and_after_the_one_before, 2, tmp_path)
 
@@ -90,6 +91,7 @@ def waits_for_a_reduction_after_the_next_chunk():
     assert fully_sharded.Reductions is runtimes_own
 
 
+@pytest.mark.slow
 def test_a_sharded_chunks_reduction_is_waited_for_after_the_next_chunk_and_nothing_stays_replaced(tmp_path):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     run_job(waits_for_a_reduction_after_the_next_chunk, 4, tmp_path)
@@ -102,6 +104,7 @@ def _second_message(cards, start_s, told):
     told.put(cards.wait(ticket) - start_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_duplex", [True, False])
 def test_a_message_and_a_collective_on_one_card_slow_each_other_down_in_all_processes(full_duplex):
     from megatron_bfpp.bench.emulate.shared_card import SharedCards

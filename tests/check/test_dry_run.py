@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+import gpt
 import jobs
 
 from megatron_bfpp.check.answers import Chunk, Job, PlanLine, Question, Rank
@@ -49,6 +50,7 @@ def check(tmp_path, *words, flags=(), gpus=2):
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -59,7 +61,7 @@ def check(tmp_path, *words, flags=(), gpus=2):
 )
 def test_the_parameters_are_those_of_a_model_that_trains(tmp_path, flags):
     world = 4 if "--tensor-model-parallel-size" in flags else 2
-    codes, outputs = jobs.run_ranks(jobs._train, world, tmp_path, str(tmp_path / "steps"), [*FLAGS, *flags])
+    codes, outputs = jobs.run_ranks(gpt.pretrain, world, tmp_path, str(tmp_path / "steps"), [*FLAGS, *flags])
     assert codes == [0] * world, outputs[0][-2000:]
     line = r"number of parameters on .*model parallel rank \((\d), (?:\d, )?(\d)\): (\d+)"
     built = {(int(tp), int(pp)): int(count) for tp, pp, count in re.findall(line, "\n".join(outputs))}
@@ -68,6 +70,7 @@ def test_the_parameters_are_those_of_a_model_that_trains(tmp_path, flags):
     assert [rank["parameters"] for rank in found["ranks"]] == [built[0, 0], built[0, 1]]
 
 
+@pytest.mark.slow
 def test_the_table_names_layers_plans_memory_and_what_was_changed(tmp_path, capsys):
     flags = ["--tokenizer-type", "GPT2BPETokenizer", "--data-path", "${DATA_PATH}", "--fp16"]
     words = [word for word in FLAGS if word != "--mock-data"]
@@ -85,6 +88,7 @@ def test_the_table_names_layers_plans_memory_and_what_was_changed(tmp_path, caps
     assert "found nothing wrong" in output
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_found(tmp_path, capsys):
     code, found = check(tmp_path, "--gpu", "v100-32", flags=[*LARGE, "--num-layers", "16"])
     assert code == 1
@@ -94,6 +98,7 @@ def test_a_model_that_does_not_fit_is_found(tmp_path, capsys):
     assert f"FOUND: {finding}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_model_fits_into_a_larger_gpu_and_on_more_ranks(tmp_path):
     flags = [*LARGE, "--num-layers", "16", "--pipeline-model-parallel-size", "8"]
     code, found = check(tmp_path, "--gpu", "a100-80", "--rank", "0,7", flags=flags, gpus=8)
@@ -103,6 +108,7 @@ def test_the_same_model_fits_into_a_larger_gpu_and_on_more_ranks(tmp_path):
     assert state["parameters"] == 2 * found["ranks"][0]["parameters"]
 
 
+@pytest.mark.slow
 def test_uneven_layers_are_counted_where_the_plugin_puts_them(tmp_path):
     code, found = check(tmp_path, "--gpu", "a100-80", flags=["--num-layers", "7", *UNTIED])
     assert code == 0
@@ -114,6 +120,7 @@ def test_uneven_layers_are_counted_where_the_plugin_puts_them(tmp_path):
     assert found["ranks"][0]["memory"]["parameters"] == pytest.approx(4 * found["ranks"][0]["parameters"])
 
 
+@pytest.mark.slow
 def test_sharded_parameters_have_a_plan_that_gathers(tmp_path):
     flags = [*UNTIED, "--bf16", "--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist"]
     code, found = check(tmp_path, "--gpu", "a100-80", flags=flags, gpus=4)
@@ -124,12 +131,14 @@ def test_sharded_parameters_have_a_plan_that_gathers(tmp_path):
     assert found["ranks"][0]["parameters"] == replicated["ranks"][0]["parameters"]
 
 
+@pytest.mark.slow
 def test_megatrons_own_schedule_is_checked_too(tmp_path):
     code, found = check(tmp_path, flags=["--pipeline-schedule", "1f1b"])
     assert code == 0
     assert [(plan["what"], plan["num_microbatches"]) for plan in found["plans"]] == [("Megatron's", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -162,6 +171,7 @@ BAD_JOBS = {  # Megatron's words or ours
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", BAD_JOBS)
 def test_a_refused_job_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags):
     path = tmp_path / "found.json"
@@ -283,6 +293,7 @@ def test_an_unsound_plan_is_found():
     assert answer.findings() == ["the evaluation plan of 8 micro-batches is unsound: no rank can run its next action"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("BFPP_ALL_CASES"), reason="takes half a minute; with BFPP_ALL_CASES=1")
 @pytest.mark.parametrize(
     ("name", "gpu", "pp"), [("gpt_52b_64_v100", "v100-32", 8), ("gpt_52b_64_a100_h100", "a100-80", 4)]

@@ -162,6 +162,7 @@ def ended(script) -> tuple[int, str]:
     return script.returncode, said
 
 
+@pytest.mark.slow
 def test_killing_the_torchrun_of_an_arm_takes_its_ranks_along_and_leaves_the_others_whole(ab, tmp_path):
     out = tmp_path / "out"
     script = ab(out, HANGS="breadth-first.1")
@@ -186,6 +187,7 @@ def test_killing_the_torchrun_of_an_arm_takes_its_ranks_along_and_leaves_the_oth
     assert "0 of 1: killed" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_ab_on_a_full_disk_says_so_keeps_the_finished_arms_and_goes_on_later(ab, disk):
     code, said = ended(ab(disk, FILLS="breadth-first.1"))
     assert code == 2 and "No space left on device" in said, said

@@ -204,6 +204,7 @@ def test_the_verdict_needs_every_step_and_every_bit():
     assert "not all written" in doctor_trial.verdict(_run({}), _run({}))
 
 
+@pytest.mark.slow
 def test_the_equality_run_on_this_machine(tmp_path, capsys):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     path = tmp_path / "doctor.json"

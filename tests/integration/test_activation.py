@@ -15,6 +15,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_enable_twice_and_disable_leave_megatron_as_it_was():
     run(
         """
@@ -47,6 +48,7 @@ assert ProcessGroup.send is send and not seams._undo and not process.ON_END
     )
 
 
+@pytest.mark.slow
 def test_megatrons_chooser_returns_the_breadth_first_function_for_code_without_megatron_training():
     run(
         """

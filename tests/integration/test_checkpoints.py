@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs import train
+from gpt import ZERO_1, train
+
+pytestmark = pytest.mark.slow
 
 BREADTH_FIRST = ("--pipeline-schedule", "breadth-first")
 DEFAULT = ("--pipeline-schedule", "1f1b")
-ZERO_1 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 # Saved after step 2 of 4. The learning rate decays over the 4 steps, so a scheduler that is not restored shows.
 STEPS = ("--train-iters", "4", "--save-interval", "2")
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from jobs import MODEL, _train, run_ranks
-from test_equality import flags_of
+from gpt import MODEL, flags_of, pretrain
+from jobs import run_ranks
 
 from megatron_bfpp.compare.runs import read
+
+pytestmark = pytest.mark.slow
 
 
 def without_room() -> None:
@@ -33,7 +35,7 @@ def without_data() -> None:
 def test_a_job_that_dies_before_it_trains_leaves_its_configuration_and_the_reason(prepare, reason, tmp_path):
     run = tmp_path / "breadth-first.2"
     flags = [*MODEL, *flags_of(2, 2, 1, 1, 4), "--pipeline-schedule", "breadth-first", "--bfpp-run-dir", str(run)]
-    codes, outputs = run_ranks(_train, 2, tmp_path, str(tmp_path / "steps.jsonl"), flags, prepare)
+    codes, outputs = run_ranks(pretrain, 2, tmp_path, str(tmp_path / "steps.jsonl"), flags, prepare)
     assert any(codes) and any(reason in output for output in outputs)
     header = json.loads((run / "run.json").read_text())
     assert header["arm"] == "breadth-first" and header["shape"]["pp"] == 2 and header["args"]["num_layers"] == 8

@@ -1,36 +1,12 @@
 """Breadth-first trains to the very bits of Megatron's default schedule: fp32 and bf16, on real processes."""
 
-import functools
 import os
-import tempfile
-from pathlib import Path
 
 import pytest
-from jobs import JobError, train
+from gpt import UNTIED, ZERO_1, assert_same, flags_of, train
+from jobs import JobError
 
-ZERO_1 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-UNTIED = ("--untie-embeddings-and-output-weights",)
-
-
-@functools.cache
-def losses(ranks: int, *flags: str) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        return train(Path(folder), ranks, *flags)
-
-
-def flags_of(pp: int, chunks: int, tp: int, dp: int, microbatches: int) -> tuple[str, ...]:
-    return (
-        "--pipeline-model-parallel-size", str(pp), "--tensor-model-parallel-size", str(tp),
-        "--num-virtual-stages-per-pipeline-rank", str(chunks), "--global-batch-size", str(microbatches * dp),
-    )  # fmt: skip
-
-
-def assert_same(ranks: int, flags: tuple[str, ...], *ours: str) -> None:
-    reference = losses(ranks, *flags)
-    assert len(reference) == 3 and {"lm loss hex", "grad norm hex"} <= reference[0].keys()
-    assert len({step["lm loss hex"] for step in reference}) == 3, "the losses do not move: nothing is compared"
-    assert losses(ranks, *flags, "--pipeline-schedule", "breadth-first", *ours) == reference
-
+pytestmark = pytest.mark.slow
 
 SHAPES = [
     (2, 2, 1, 1),

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from faults import fault, happened
-from jobs import MODEL, Seen, _train, run_ranks, train
+from gpt import MODEL, pretrain, train
+from jobs import Seen, run_ranks
+
+pytestmark = pytest.mark.slow
 
 BREADTH_FIRST = (
     *("--pipeline-schedule", "breadth-first", "--pipeline-model-parallel-size", "4", "--global-batch-size", "8"),
@@ -39,7 +42,7 @@ class Failed:
         every = [*MODEL, *BREADTH_FIRST, "--bfpp-timeout-seconds", str(TIMEOUT_S), *flags]
         prepare = fault(kind, at_rank, folder, **when)
         self.codes, self.outputs = run_ranks(
-            _train, 4, folder, str(folder / "steps.jsonl"), every, prepare, seen=self.seen
+            pretrain, 4, folder, str(folder / "steps.jsonl"), every, prepare, seen=self.seen
         )
         self.others = [rank for rank in range(4) if rank != at_rank]
         assert not self.seen.left, "processes are left behind"
@@ -138,7 +141,12 @@ def test_a_rank_started_otherwise_is_refused_by_all_before_a_model_is_built(tmp_
 
 def test_a_rank_that_is_refused_alone_says_so(tmp_path):
     codes, outputs = run_ranks(
-        _train, 4, tmp_path, str(tmp_path / "steps.jsonl"), [*MODEL, *BREADTH_FIRST], fault("a_wrong_flag", 2, tmp_path)
+        pretrain,
+        4,
+        tmp_path,
+        str(tmp_path / "steps.jsonl"),
+        [*MODEL, *BREADTH_FIRST],
+        fault("a_wrong_flag", 2, tmp_path),
     )
     assert codes[2] == 2
     assert "megatron_bfpp: rank 2 is refused: --breadth-first-backward soon does not exist." in outputs[2]

@@ -17,7 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from jobs import train
+from gpt import train
+
+pytestmark = pytest.mark.slow
 
 PP_2 = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
 PP_4 = ("--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2")

@@ -8,16 +8,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs import refused, run_job, train, validation_losses
+from gpt import refused, train, validation_losses
+from jobs import run_job
 from sharded_job import Watch
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
+pytestmark = pytest.mark.slow
+
 ALL_CASES = bool(os.environ.get("BFPP_ALL_CASES"))
 BREADTH_FIRST = ("--pipeline-schedule", "breadth-first", "--untie-embeddings-and-output-weights")
 SHARDED = ("--use-torch-fsdp2",)
-LAYERS = 8  # of jobs.MODEL
+LAYERS = 8  # of gpt.MODEL
 
 
 def flags_of(pp: int, chunks: int, dp: int, microbatches: int) -> tuple[str, ...]:

@@ -6,11 +6,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from gpt import ZERO_1, flags_of, losses, train
 from hostile import hostile
 from jobs import run_job
-from test_equality import ZERO_1, flags_of, losses, train
 
 from megatron_bfpp.runtime import p2p
+
+pytestmark = pytest.mark.slow
 
 
 def use_the_hostile_transport():

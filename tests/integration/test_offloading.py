@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from chunks import MICRO_BATCH, SEQUENCE, assert_same, schedules, start, step
 from jobs import run_job
+
+pytestmark = pytest.mark.slow
 
 VOCABULARY, HIDDEN, CHUNKS, STEPS = 64, 16, 2, 3
 # Megatron keeps the last groups that the next backward needs at once, and with one layer per chunk, which is all of them,

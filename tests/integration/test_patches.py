@@ -76,6 +76,7 @@ def test_the_patch_of_the_installed_release_applies_and_goes_back(tool, tree):
     assert (tree / FILE).read_bytes() == original == (site / FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_patched_megatron_leaves_the_package_alone_until_the_schedule_is_named(fork):
     done = python(
         fork,
@@ -117,8 +118,9 @@ parse("--pipeline-schedule", "breadth-first", "--breadth-first-group-size", "8")
     assert last == "--pipeline-schedule breadth-first needs the package megatron_bfpp, which is not installed."
 
 
+@pytest.mark.slow
 def test_a_patched_megatron_trains_breadth_first_without_a_launcher_to_the_bits_of_an_unpatched_one(fork, tmp_path):
-    from jobs import MODEL, train
+    from gpt import MODEL, train
 
     reference = train(tmp_path, 2, *SHAPE)
     script, log = tmp_path / "pretrain.py", tmp_path / "fork.jsonl"

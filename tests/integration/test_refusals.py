@@ -1,7 +1,9 @@
 """Wrong input is refused before a model is built, on every rank, in at most three lines that name what to change."""
 
 import pytest
-from jobs import refused
+from gpt import refused
+
+pytestmark = pytest.mark.slow
 
 BREADTH_FIRST = ("--pipeline-schedule", "breadth-first", "--global-batch-size", "8")
 PP_4 = ("--pipeline-model-parallel-size", "4")

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from jobs import train
-from test_equality import UNTIED, ZERO_1, assert_same, flags_of
+from gpt import UNTIED, ZERO_1, assert_same, flags_of, train
+
+pytestmark = pytest.mark.slow
 
 # Small enough that Megatron makes several buckets of the first chunk of the first rank.
 BUCKETS = ("--ddp-bucket-size", "20000")

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from chunks import assert_same, batch, both, chunks, forward_step, mean_square, schedules, start, step
 from jobs import run_job
 
+pytestmark = pytest.mark.slow
+
 MICROBATCHES = 4
 
 

@@ -1,10 +1,12 @@
 """Placements and batch sizes that are not the plain case train to the very bits of Megatron's default with the same placement."""
 
 import pytest
-from jobs import train, validation_losses
+from gpt import train, validation_losses
 from megatron.core import num_microbatches_calculator
 
 from megatron_bfpp.integration.flags.layout import layers_of_stages, layout_of
+
+pytestmark = pytest.mark.slow
 
 BREADTH_FIRST = ("--pipeline-schedule", "breadth-first")
 UNTIED = ("--untie-embeddings-and-output-weights",)

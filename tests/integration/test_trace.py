@@ -9,12 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from jobs import run_job, train
-from test_equality import UNTIED, ZERO_1, flags_of, losses
+from gpt import UNTIED, ZERO_1, flags_of, losses, train
+from jobs import run_job
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
 from megatron_bfpp.timeline.document import COMPUTE_LANE, LANES, RECEIVING, SENDING, WAITING
 from megatron_bfpp.timeline.measured import steps_of
+
+pytestmark = pytest.mark.slow
 
 OURS = ("--pipeline-schedule", "breadth-first")
 

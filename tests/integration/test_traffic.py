@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from jobs import train
-from test_equality import UNTIED, ZERO_1, flags_of
+from gpt import UNTIED, ZERO_1, flags_of, train
+from jobs import run_job
+
+pytestmark = pytest.mark.slow
 
 FLAGS = (*flags_of(2, 2, 1, 2, 4), *ZERO_1, *UNTIED)  # fp32; 4 micro-batches per replica
 
@@ -42,8 +44,6 @@ def log(folder: Path, rank: int) -> str:
 
 
 def test_the_bytes_of_a_ring(tmp_path):
-    from jobs import run_job
-
     run_job(every_kind, 2, tmp_path)
 
 

@@ -7,14 +7,15 @@ from functools import partial
 from types import ModuleType
 
 import pytest
-from jobs import train
-from test_equality import flags_of
+from gpt import flags_of, train
 
 from megatron_bfpp.cli import main
 from megatron_bfpp.compare.text import COLUMNS
 
 pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")
 from offline_wandb import OfflineRun
+
+pytestmark = pytest.mark.slow
 
 EVERY_STEP = {
     "bfpp/peak_memory_gib_max_rank", "bfpp/bubble_fraction_predicted",

@@ -109,6 +109,7 @@ def test_a_model_of_flags(capsys):
     assert "GPT of 52.0B parameters" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_52b_on_4096_gpus_is_searched_in_time():
     started = time.monotonic()
     command = [sys.executable, "-m", "megatron_bfpp.cli", "plan", CONFIG, "--gpu", "v100-32", "--gpus", "4096"]

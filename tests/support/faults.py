@@ -1,4 +1,4 @@
-"""Faults to put into one rank of a job, as `prepare` of jobs.py: what happens, when, to whom."""
+"""Faults to put into one rank of a job, as `prepare` of gpt.train: what happens, when, to whom."""
 
 from __future__ import annotations
 

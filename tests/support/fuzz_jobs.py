@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fuzz
 import fuzz_words
-from jobs import MODEL
+from gpt import MODEL
 
 import megatron_bfpp
 from megatron_bfpp import pretrain_gpt, run

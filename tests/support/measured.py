@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import gpt
 import jobs
 import torch
 
@@ -13,8 +14,8 @@ MARK = "MEASURED "
 
 def measure(folder: Path, ranks: int, *flags: str) -> list[dict]:
     """Start a training job and measure instead of training; one dict of bytes for each rank."""
-    arguments = [*jobs.MODEL, "--global-batch-size", "4", "--no-create-attention-mask-in-dataloader", *flags]
-    outputs = jobs.run_job(jobs._train, ranks, folder, str(folder / "steps.jsonl"), arguments, _measure_instead)
+    arguments = [*gpt.MODEL, "--global-batch-size", "4", "--no-create-attention-mask-in-dataloader", *flags]
+    outputs = jobs.run_job(gpt.pretrain, ranks, folder, str(folder / "steps.jsonl"), arguments, _measure_instead)
     lines = [[line for line in output.splitlines() if line.startswith(MARK)] for output in outputs]
     return [json.loads(found[0].removeprefix(MARK)) for found in lines]
 

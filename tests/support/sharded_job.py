@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Watch:
-    """For jobs.train's `prepare`: writes seen<rank>.json when the rank has trained.
+    """For gpt.train's `prepare`: writes seen<rank>.json when the rank has trained.
 
     gathers, reductions: all-gathers and reduce-scatters on the data-parallel group, and the bytes each has sent to the
     other replicas. parameters: of each chunk. peak bytes: the most that parameters, gradients and the optimizer's state
