@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_bfpp import __version__
-from megatron_bfpp.cli import main
+from megatron_bfpp.cli import WORDS, main
 
 SHOW = ["show", "--pp", "4", "--chunks", "2", "--microbatches", "4"]
 
@@ -196,6 +196,45 @@ def test_the_command_starts_without_torch_and_megatron():
         check=False, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_only_the_module_of_a_command_is_imported():
+    code = (
+        "import sys, megatron_bfpp.cli as cli\n"
+        "cli.main(sys.argv[1:])\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('megatron_bfpp.')}\n"
+        "sys.exit(' '.join(sorted(rooms - {'cli', 'console', 'schedule', 'timeline'})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *SHOW], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_word_is_listed_with_its_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = capsys.readouterr().out.split("positional arguments:")[1].split("options:")[0]
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("    ")] == list(WORDS)
+    with pytest.raises(SystemExit) as stop:
+        main(["shwo"])
+    assert stop.value.code == 2 and "invalid choice: 'shwo'" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_a_traceback_and_no_mistake_of_the_user(monkeypatch, capsys):
+    def fails(path):
+        raise ValueError("a list has no such entry")
+
+    monkeypatch.setattr("megatron_bfpp.check.plan.read", fails)
+    assert main(["check", "plan.csv"]) == 3
+    message = capsys.readouterr().err
+    assert "Traceback" in message and "ValueError: a list has no such entry" in message
+    assert "bfpp check: this is a fault of megatron_bfpp" in message
+
+
+def test_a_file_whose_name_is_not_utf8_is_written_and_named(tmp_path):
+    command = [sys.executable, "-m", "megatron_bfpp.cli", *SHOW, "--svg", b"\xff.svg"]
+    done = subprocess.run(command, check=False, capture_output=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0 and done.stderr == b""
+    assert os.listdir(bytes(tmp_path)) == [b"\xff.svg"]
 
 
 def test_version(capsys):

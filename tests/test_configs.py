@@ -1,4 +1,4 @@
-"""Every file of configs/ is a command line that Megatron and this plugin accept, and that fits where its comment says."""
+"""Every file of configs/ is a command line that Megatron and this plugin accept, and that fits on its cluster."""
 
 import json
 import os
@@ -10,21 +10,14 @@ import pytest
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 import jobs
 
-from megatron_bfpp.console.config_file import load
+from megatron_bfpp.console.config_file import cluster, load
 from megatron_bfpp.planner.flags import gpt_of, parse, precision_of, strategy_of
 from megatron_bfpp.planner.hardware import load_gpu
 from megatron_bfpp.planner.search import Request, estimate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-GPUS = {  # file: GPUs, of what kind
-    "gpt_52b_64_v100": (64, "v100-32"),
-    "gpt_52b_64_a100_h100": (64, "a100-80"),
-    "gpt_52b_512_h100": (512, "h100-80"),
-    "gpt_52b_4096_v100": (4096, "v100-32"),
-    "gpt_6p6b": (16, "a100-80"),
-    "gpt_175b": (128, "h100-80"),
-    "llama3_70b": (64, "h100-80"),
-}
+# A model alone, for any cluster, and the quickstart's on CPUs name no cluster.
+GPUS = {path.stem: (found.gpus, found.gpu) for path in CONFIGS if (found := cluster(path)).gpus}
 BILLIONS = {
     "gpt_52b": 52.4,
     "gpt_52b_4k": 52.4,
@@ -46,15 +39,15 @@ def _parse_all(paths: list[str], data: str) -> None:
     found = {}
     for path in paths:
         words = load(path)[1]
-        sizes = {flag: int(words[words.index(flag) + 1]) if flag in words else 1
-                 for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--global-batch-size")}  # fmt: skip
-        model = sizes["--tensor-model-parallel-size"] * sizes["--pipeline-model-parallel-size"]
-        os.environ["WORLD_SIZE"] = str(GPUS.get(Path(path).stem, (model, ""))[0])
+        tp, pp = (int(words[words.index(flag) + 1]) if flag in words else 1
+                  for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"))  # fmt: skip
+        os.environ["WORLD_SIZE"] = str(GPUS.get(Path(path).stem, (tp * pp, ""))[0])
         sys.argv = ["pretrain_gpt.py", *words]
         args = arguments.parse_args()
         arguments.validate_args(args, {})
-        names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size", "data_parallel_size",
-                 "virtual_pipeline_model_parallel_size", "global_batch_size", "pipeline_schedule", "num_query_groups")  # fmt: skip
+        names = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size",
+                 "data_parallel_size", "virtual_pipeline_model_parallel_size", "global_batch_size",
+                 "pipeline_schedule", "num_query_groups")  # fmt: skip
         found[path] = {name: getattr(args, name) for name in names}
     print("\nPARSED " + json.dumps(found), flush=True)
 
@@ -101,3 +94,60 @@ def test_the_configuration_fits_into_its_gpus(name):
     found = estimate(request, strategy, exact=True)
     assert found.memory.total < gpu.memory - request.reserve
     assert 0.2 < found.tflops_per_gpu * 1e12 / gpu.peak_flops[gpu.precision] < 0.7
+
+
+# The flags of a job with gpt_52b.yaml or one of its variants: those of the model, and those of the variant.
+MODEL = (
+    "--num-layers 64 --hidden-size 8192 --num-attention-heads 64 --seq-length 1024 --max-position-embeddings 1024 "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --vocab-size 50257 "
+    "--tokenizer-type GPT2BPETokenizer --vocab-file ${VOCAB_FILE} --merge-file ${MERGE_FILE} --data-path ${DATA_PATH} "
+    "--split 99,1,0 --train-iters 100 --lr 0.0001 --min-lr 1e-05 --lr-decay-style cosine --lr-warmup-iters 10 "
+    "--clip-grad 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --micro-batch-size 1"
+)
+BF16, FP16 = "--bf16 ", "--fp16 --initial-loss-scale 65536 --transformer-impl local "
+ZERO1 = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+PARALLEL = (
+    "--tensor-model-parallel-size {} --sequence-parallel --pipeline-model-parallel-size {} "
+    "--num-virtual-stages-per-pipeline-rank 8 --pipeline-schedule breadth-first --global-batch-size {} "
+)
+VARIANTS = {
+    "gpt_52b": "--global-batch-size 64",
+    "gpt_52b_4k": "--seq-length 4096 --max-position-embeddings 4096 --global-batch-size 64",
+    "gpt_52b_64_v100": PARALLEL.format(8, 8, 16) + FP16,
+    "gpt_52b_4096_v100": PARALLEL.format(8, 8, 1024) + FP16 + ZERO1,
+    "gpt_52b_512_h100": PARALLEL.format(4, 8, 256) + BF16 + ZERO1,
+    "gpt_52b_64_a100_h100": PARALLEL.format(8, 4, 32) + BF16 + ZERO1,
+}
+
+
+def _by_flag(words: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            assert word not in found, f"{word} is given twice"
+            found[word] = values = []
+        else:
+            values.append(word)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.startswith("gpt_52b")], ids=lambda path: path.stem
+)
+def test_a_variant_of_the_52b_model_has_the_flags_of_its_base_and_its_own(path):
+    environment, words = load(path, expand=False)
+    assert _by_flag(words) == _by_flag(MODEL.split()) | _by_flag(VARIANTS[path.stem].split())
+    has_tensor_parallelism = "--tensor-model-parallel-size" in words
+    assert environment == ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if has_tensor_parallelism else {})
+
+
+def test_the_clusters_are_those_that_the_configurations_were_made_for():
+    assert GPUS == {
+        "gpt_52b_64_v100": (64, "v100-32"),
+        "gpt_52b_64_a100_h100": (64, "a100-80"),
+        "gpt_52b_512_h100": (512, "h100-80"),
+        "gpt_52b_4096_v100": (4096, "v100-32"),
+        "gpt_6p6b": (16, "a100-80"),
+        "gpt_175b": (128, "h100-80"),
+        "llama3_70b": (64, "h100-80"),
+    }

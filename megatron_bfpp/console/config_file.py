@@ -4,13 +4,12 @@ The two maps are those of Megatron's own functional tests; every line of them ca
     ENV_VARS:   {OMP_NUM_THREADS: 1}
     MODEL_ARGS: {--num-layers: 8, --bf16: true, --no-load-optim: false, --split: "99,1,0", --data-path: [a, b]}
 Two keys are ours:
-    base:       gpt_52b.yaml                  another such file, relative to this one. This file's entries replace its entries
-                                              of the same name; `--flag: false` takes a flag of the base away.
-    cluster:    {gpu: v100-32, gpus: 4096}    what `bfpp plan` and `bfpp check` plan for without --gpu and --gpus: a profile's
-                                              name (or the path of one, relative to this file) and the number of GPUs
+    base: gpt_52b.yaml                  Another such file, relative to this one. Entries of this file replace those of
+                                        the base by name; `--flag: false` takes a flag of the base away.
+    cluster: {gpu: v100-32, gpus: 4096} The GPUs that `bfpp plan` and `bfpp check` take without --gpu and --gpus: a
+                                        profile's name, or its path relative to this file, and their number.
 
-Written by hand: OmegaConf and Hydra would bring their own override syntax beside Megatron's flags, and report mistakes in a
-traceback.
+By hand: OmegaConf and Hydra bring an override syntax of their own beside Megatron's flags, and report in tracebacks.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Cluster(NamedTuple):
 def load(path: str | os.PathLike[str], expand: bool = True) -> tuple[dict[str, str], list[str]]:
     """Return the environment variables and the command-line flags of a file, those of its bases included.
 
-    true is a bare flag, false leaves the flag out, a list gives several words, and ${VAR} is taken from the environment.
+    true is a bare flag, false leaves the flag out, a list gives several words, ${VAR} is taken from the environment.
     expand: False leaves ${VAR} as it stands, for readers of the other flags.
     """
     environment, words = {}, []

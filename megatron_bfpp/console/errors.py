@@ -7,13 +7,7 @@ __all__ = ["UserError", "require", "shown"]
 
 _LINES, _LETTERS = 3, 600
 # Extras of this package that bring an optional library; any other library is installed under its own name.
-_EXTRAS = {
-    "jinja2": "report",
-    "matplotlib": "report",
-    "scipy": "report",
-    "transformer_engine": "te",
-    "wandb": "wandb",
-}
+_EXTRAS = {"matplotlib": "report", "scipy": "report", "transformer_engine": "te", "wandb": "wandb"}
 _PACKAGES = {"yaml": "PyYAML"}
 
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all. Standard library only."""
+"""Writes files whole or not at all. Standard library only."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ from .errors import UserError
 
 
 def write_figure(figure: Any, path: str, flag: str) -> None:
-    """Write a figure of matplotlib's; its ending says in which format, PNG without one."""
+    """Write a figure of matplotlib in the format of the path's ending, PNG without one."""
     picture = io.BytesIO()
     try:
         figure.savefig(picture, dpi=150, format=os.path.splitext(path)[1].lstrip(".") or "png")
@@ -21,10 +21,10 @@ def write_figure(figure: Any, path: str, flag: str) -> None:
 
 
 def write_whole(path: str, content: str | bytes, flag: str) -> None:
-    """Write `content` to `path` under another name first; UserError, naming `flag`, where that is impossible.
+    """Write `content` under another name and rename that to `path`. Raises UserError, naming `flag`, where it cannot.
 
-    A link stays a link: the file that it names is replaced. What is no regular file (/dev/null, /dev/stdout, a pipe) is
-    written to as it is: renaming over it would replace the device, and containers run as root.
+    A link stays a link: its target is replaced. A device or a pipe (/dev/null, /dev/stdout) is written to in place:
+    renaming over it would replace the device, and containers run as root.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -34,7 +34,7 @@ def write_whole(path: str, content: str | bytes, flag: str) -> None:
         if target.exists() and not target.is_file():
             Path(path).write_bytes(data)
             return
-        # Short, so that it is no longer than a file name may be when the user's own is not.
+        # Short, so that it fits wherever the user's own name does.
         temporary = target.with_name(f".bfpp-{os.getpid()}")
         try:
             temporary.write_bytes(data)
@@ -47,7 +47,7 @@ def write_whole(path: str, content: str | bytes, flag: str) -> None:
 
 
 def append_line(path: str | Path, entry: dict[str, Any]) -> None:
-    """A whole line in one write, or nothing and OSError: neither a kill nor a full disk leaves a part of one."""
+    """Append a line of JSON in one write, or nothing and raise OSError: no kill or full disk leaves a part of it."""
     line = (json.dumps(entry) + "\n").encode()
     with open(path, "ab", buffering=0) as file:
         before = file.tell()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bfpp.console.config_file import load
+from megatron_bfpp.console.config_file import Cluster, cluster, load
 from megatron_bfpp.console.errors import UserError
 
 
@@ -53,6 +53,61 @@ def test_variables_may_be_left_as_they_stand(tmp_path: Path) -> None:
     assert load(path, expand=False) == ({}, ["--data-path", "${BFPP_NOT_SET}/text", "--num-layers", "8"])
 
 
+def test_a_base_is_completed_and_overruled(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "large.yaml").write_text(
+        "cluster: {gpu: h200, gpus: 8}\nENV_VARS: {A: 1, B: 2}\n"
+        "MODEL_ARGS: {--num-layers: 8, --bf16: true, --data-path: [a, b], --lr: 1}\n"
+    )
+    (tmp_path / "folder" / "more.yaml").write_text(
+        "base: large.yaml\ncluster: {gpus: 64}\nMODEL_ARGS: {--seed: 3, --lr: 2}\n"
+    )
+    path = write(
+        tmp_path,
+        "base: folder/more.yaml\nENV_VARS: {B: 3}\n"
+        "MODEL_ARGS: {--bf16: false, --data-path: c, --num-layers: 16, --fp16: true}\n",
+    )
+    assert load(path) == (
+        {"A": "1", "B": "3"},
+        ["--num-layers", "16", "--data-path", "c", "--lr", "2", "--seed", "3", "--fp16"],
+    )
+    assert cluster(path) == Cluster("h200", 64)
+
+
+def test_a_profile_of_a_cluster_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "base.yaml").write_text("cluster: {gpu: mine.yaml}\n")
+    path = write(tmp_path, "base: folder/base.yaml\n")
+    assert cluster(path) == Cluster(str(tmp_path / "folder" / "mine.yaml"), None)
+    assert cluster(write(tmp_path, "MODEL_ARGS: {}\n")) == Cluster(None, None)
+
+
+def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
+    for name, base in (("one", "two"), ("two", "three"), ("three", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\nMODEL_ARGS: {{}}\n")
+    with pytest.raises(UserError, match=r"three\.yaml: base one\.yaml leads in a circle") as raised:
+        load(tmp_path / "one.yaml")
+    assert len(str(raised.value).splitlines()) <= 3
+    alone = write(tmp_path, "base: 'config file.yaml'\n")
+    with pytest.raises(UserError, match="leads in a circle"):
+        cluster(alone)
+
+
+def test_a_mistake_in_a_base_is_named_with_the_path_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("MODEL_ARGS: {num-layers: 8}\n")
+    with pytest.raises(UserError, match=r"base\.yaml: MODEL_ARGS: 'num-layers' is not a flag"):
+        load(write(tmp_path, "base: base.yaml\n"))
+
+
+def test_files_of_megatrons_functional_tests_load(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "ENV_VARS:\n  CUDA_DEVICE_MAX_CONNECTIONS: 1\nTEST_TYPE: regular\nMETRICS: [lm loss]\n"
+        "MODEL_ARGS:\n  --num-layers: 12\n  --bf16: true\n",
+    )
+    assert load(path) == ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, ["--num-layers", "12", "--bf16"])
+
+
 def test_an_empty_map_gives_nothing(tmp_path: Path) -> None:
     assert load(write(tmp_path, "ENV_VARS:\nMODEL_ARGS:\n")) == ({}, [])
 
@@ -68,6 +123,14 @@ def test_an_empty_map_gives_nothing(tmp_path: Path) -> None:
         ("MODEL_ARGS: {--split: [1, [2]]}", "--split is a list"),
         ("MODEL_ARGS: {--data-path: '${BFPP_NOT_SET}'}", "BFPP_NOT_SET"),
         ("ENV_VARS: {NAME: [1]}", "NAME is a list"),
+        ("base: [a.yaml]", "base is a list"),
+        ("base: ''", "base is a text"),
+        ('base: "a\\0b"', "null"),
+        ("cluster: 8", "cluster is a int"),
+        ("cluster: {gpu: [1]}", "cluster: gpu is a list"),
+        ("cluster: {gpus: 0}", "cluster: gpus is 0; it must be a number of at least 1"),
+        ("cluster: {gpus: true}", "cluster: gpus is True"),
+        ("cluster: {nodes: 8}", "cluster: unknown key 'nodes'. Known are gpu and gpus"),
         ("ENV_VARS: {'NO SPACE': 1}", "NO SPACE"),
         ("- a\n- b\n", "holds a list"),
         ("", "holds a missing value"),
@@ -78,8 +141,9 @@ def test_a_mistake_is_named_with_the_path_in_at_most_three_lines(tmp_path: Path,
     path = write(tmp_path, text)
     with pytest.raises(UserError) as raised:
         load(path)
+        cluster(path)
     message = str(raised.value)
-    assert str(path) in message and named in message
+    assert str(tmp_path) in message and named in message
     assert len(message.splitlines()) <= 3
 
 
