@@ -72,22 +72,21 @@ def test_precision_and_recomputation_keep_the_bits(features):
     assert_same(2, flags_of(2, 2, 1, 1, 4) + features)
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Return the folder of a checkpoint of four ranks after three steps."""
+    folder = tmp_path_factory.mktemp("start")
+    saving = ("--save", str(folder / "saved"), "--save-interval", "3", "--no-save-optim", "--no-save-rng")
+    train(folder, 4, *flags_of(4, 2, 1, 1, 4), *UNTIED, *saving, "--pipeline-schedule", "breadth-first")
+    return folder / "saved"
+
+
 @pytest.mark.parametrize("microbatches", [1, 3, 5])
-def test_shapes_that_megatron_refuses_train_to_the_bits_of_a_run_without_pipeline(microbatches, tmp_path):
-    # M < P, and M not a multiple of P. The reference starts from the same checkpoint on one rank. No clipping: the norm
-    # sums in another order there, and would scale the gradients by other bits.
-    start = ("--save", str(tmp_path / "start"), "--save-interval", "3", "--no-save-optim", "--no-save-rng")
-    train(tmp_path, 4, *flags_of(4, 2, 1, 1, 4), *UNTIED, *start, "--pipeline-schedule", "breadth-first")
-    more = (
-        "--load",
-        str(tmp_path / "start"),
-        "--finetune",
-        "--no-load-optim",
-        "--no-load-rng",
-        "--clip-grad",
-        "0",
-        *UNTIED,
-    )
+def test_shapes_that_megatron_refuses_train_to_the_bits_of_a_run_without_pipeline(microbatches, start, tmp_path):
+    # M < P, and M not a multiple of P. The reference starts from the same checkpoint on one rank. Gradients are not
+    # clipped: the norm sums in another order there, and would scale the gradients by other bits.
+    loading = ("--load", str(start), "--finetune", "--no-load-optim", "--no-load-rng")
+    more = (*loading, "--clip-grad", "0", *UNTIED)
     reference = train(tmp_path, 1, "--global-batch-size", str(microbatches), *more)
     ours = train(tmp_path, 4, *flags_of(4, 2, 1, 1, microbatches), *more, "--pipeline-schedule", "breadth-first")
     assert [step["lm loss hex"] for step in ours] == [step["lm loss hex"] for step in reference]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import fault, happened
-from gpt import MODEL, pretrain, train
+from gpt import MODEL, losses, pretrain, train
 from jobs import Seen, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ BREADTH_FIRST = (
     *("--pipeline-schedule", "breadth-first", "--pipeline-model-parallel-size", "4", "--global-batch-size", "8"),
     *("--num-virtual-stages-per-pipeline-rank", "2", "--train-iters", "4"),
 )
-TIMEOUT_S = 30  # the machine may be busy; a stopped rank costs a test 30 s
+TIMEOUT_S = 30  # the machine may be busy
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -81,7 +81,8 @@ def test_sigkill(tmp_path, at_rank):
 
 
 def test_sigstop(tmp_path):
-    job = Failed(tmp_path, "stop", 2)
+    # The others wait for the whole time limit of the watchdog.
+    job = Failed(tmp_path, "stop", 2, "--bfpp-timeout-seconds", "15")
     assert job.codes[2] is None
     job.check_others(within_s=TIMEOUT_S)
     assert "  rank 2 says nothing" in job.summary()
@@ -115,7 +116,7 @@ def test_a_loss_that_is_nan_again_when_megatron_repeats_the_step_ends_with_a_che
 
 
 def test_a_slow_rank_is_waited_for_and_named_while_it_is(tmp_path):
-    usual = train(tmp_path, 4, *BREADTH_FIRST)
+    usual = losses(4, *BREADTH_FIRST)
     prepare = fault("sleep", 2, tmp_path)
     assert train(tmp_path, 4, *BREADTH_FIRST, "--bfpp-timeout-seconds", "16", prepare=prepare) == usual
     warnings = re.findall(r"megatron_bfpp: WARNING: rank 3 .*", (tmp_path / "rank3.log").read_text())
@@ -161,7 +162,7 @@ def test_a_full_disk_while_saving_loses_the_steps_since_the_checkpoint_before(tm
         pytest.skip("mounting a small disk needs root")
     try:
         saving = ("--save", str(small / "saved"), "--save-interval", "2")
-        whole = train(tmp_path, 4, *BREADTH_FIRST)
+        whole = losses(4, *BREADTH_FIRST)
         job = Failed(tmp_path, "fill_disk", 2, *saving, step=3)
         assert all(job.codes), "the save failed and a rank has gone on"
         assert "No space left" in "".join(job.outputs) or "unexpected pos" in "".join(job.outputs)
@@ -173,7 +174,7 @@ def test_a_full_disk_while_saving_loses_the_steps_since_the_checkpoint_before(tm
 
 
 def test_sigterm_with_megatrons_handler_saves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path):
-    whole = train(tmp_path, 4, *BREADTH_FIRST)
+    whole = losses(4, *BREADTH_FIRST)
     handler = ("--exit-signal-handler", "--save", str(tmp_path / "saved"), "--save-interval", "1000")
     job = Failed(tmp_path, "terminate", 2, *handler)
     assert job.codes == [0] * 4, job.outputs[2][-3000:]
@@ -189,7 +190,7 @@ def test_a_message_in_the_wrong_place_is_named_by_both_its_ends(tmp_path):
 
 
 def test_the_handshake_changes_no_bit(tmp_path):
-    usual = train(tmp_path, 4, *BREADTH_FIRST)
+    usual = losses(4, *BREADTH_FIRST)
     assert train(tmp_path, 4, *BREADTH_FIRST, "--bfpp-debug-p2p") == usual
 
 

@@ -45,6 +45,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 KillWait=10
+# How often SLURM looks for a job that may start again; its defaults are 60 and 30 s.
+SchedulerParameters=sched_interval=2,bf_interval=2
 NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first},{second}] CPUs={cpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
