@@ -76,7 +76,9 @@ def together(key: Hashable) -> Iterator[ExitStack]:
 
 def put(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     """Set owner.name to value until the stack is closed. An inherited attribute is then inherited again."""
-    previous = vars(owner).get(name, _MISSING)
+    # Slots, such as a function's __code__, stand in no dictionary.
+    is_slot = hasattr(getattr(type(owner), name, None), "__set__")
+    previous = getattr(owner, name) if is_slot else vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     stack.callback(*((delattr, owner, name) if previous is _MISSING else (setattr, owner, name, previous)))
 

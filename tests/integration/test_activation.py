@@ -98,6 +98,13 @@ def test_changes_that_belong_together_are_undone_together_also_when_one_of_them_
     seams.undo("a test")
     seams.undo("a test")
     assert told == ["undone"] and "size" not in vars(Derived) and Derived.size == 1
+
+    def answer():
+        return 1
+
+    with seams.changed(answer, __code__=(lambda: 2).__code__):
+        assert answer() == 2
+    assert answer() == 1
     with pytest.raises(KeyError), seams.changed(Derived, size=4):
         assert Derived.size == 4
         raise KeyError

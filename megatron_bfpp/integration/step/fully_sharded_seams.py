@@ -33,12 +33,8 @@ def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
     would mislead other checks that depend on both.
     """
     function = inspect.unwrap(validate)
-    code = function.__code__
-    function.__code__ = _without_assertion(function)
-    try:
+    with seams.changed(function, __code__=_without_assertion(function)):
         yield
-    finally:
-        function.__code__ = code
 
 
 def _without_assertion(function: Any) -> CodeType:
