@@ -1,4 +1,4 @@
-"""What differs in the configurations of runs, and whether arms differ in the schedule alone. Standard library only."""
+"""Finds where the configurations of runs differ, and whether arms differ in the schedule alone. Standard library only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SECTIONS = (("args", ""), ("environment", ""), ("versions", "version of "), ("c
 
 
 def differences(one: Run, other: Run) -> Differences:
-    """Every setting in which two runs differ. A part of the configuration that one did not record is left out."""
+    """Return every setting in which two runs differ. A part that one of them did not record is left out."""
     found: Differences = {}
     for name, prefix in _SECTIONS:
         ours, theirs = (_part(run, name) for run in (one, other))
@@ -42,17 +42,15 @@ def differences(one: Run, other: Run) -> Differences:
         for key in sorted(ours.keys() | theirs.keys()):
             if key not in _PLACES and (key in ours, ours.get(key)) != (key in theirs, theirs.get(key)):
                 found[prefix + _shown(key)] = _value(ours, key), _value(theirs, key)
-    for key, label in (("device", "device"), ("tokens_per_step", "tokens per step")):
-        if key in one.header and key in other.header and one.header[key] != other.header[key]:
-            found[label] = _value(one.header, key), _value(other.header, key)
-    world = [section(run.header, "shape").get("world_size") for run in (one, other)]
-    if None not in world and world[0] != world[1]:
-        found["world size"] = _shown(repr(world[0])), _shown(repr(world[1]))
+    for key, label in (("device", "device"), ("tokens_per_step", "tokens per step"), ("world_size", "world size")):
+        ours, theirs = (section(run.header, "shape") if key == "world_size" else run.header for run in (one, other))
+        if key in ours and key in theirs and ours[key] != theirs[key]:
+            found[label] = _value(ours, key), _value(theirs, key)
     return found
 
 
 def unexpected(found: Differences) -> list[str]:
-    """Of what differs between two arms: the settings that are not the schedule's, nor follow from full sharding."""
+    """Return the settings in which two arms differ beyond the schedule and what follows from full sharding."""
     allowed = _WITH_SHARDING if _SHARDING in found else frozenset()
     if "None" in found.get(_CHUNKS, ()):
         allowed |= _WITHOUT_CHUNKS
@@ -60,13 +58,14 @@ def unexpected(found: Differences) -> list[str]:
 
 
 def unknown(run: Run) -> bool:
+    """Return whether the run did not record its configuration."""
     return not section(run.header, "args")
 
 
 def _part(run: Run, name: str) -> dict[str, Any]:
-    """A part of run.json. Without the commit that Megatron-Core adds to its version: that of any repository around it.
+    """Return a part of run.json, without the commit that Megatron-Core adds to its version.
 
-    An environment in a checkout of something else would seem to have another Megatron after each commit there.
+    That is the commit of whatever repository lies around it: Megatron would seem to change with each commit there.
     """
     values = section(run.header, name)
     version = values.get("megatron-core")

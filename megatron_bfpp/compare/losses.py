@@ -1,8 +1,8 @@
-"""Whether runs computed the same bits: losses and gradient norms of common steps. Standard library only."""
+"""Compares the losses and gradient norms of two runs bit by bit. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .runs import Run, number
@@ -13,7 +13,7 @@ _HEX = " hex"
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one value between two runs."""
+    """How one value differs between two runs."""
 
     name: str
     first_step: int
@@ -39,35 +39,32 @@ class Match:
 
 
 def match(reference: Run, run: Run) -> Match:
+    """Compare every loss and gradient norm of the steps that both runs have."""
     ours, theirs = ({step.number: step.values for step in each.steps} for each in (run, reference))
     common = sorted(ours.keys() & theirs.keys())
     names: dict[str, None] = {}
     unmatched: dict[str, None] = {}
-    all_bits = True
     found: dict[str, Difference] = {}
+    all_bits = True
     for step in common:
         one, two = ours[step], theirs[step]
         for name in _names(one) | _names(two):
-            values = [(_bits(each, name), _value(each, name)) for each in (two, one)]
-            if any(bits is None and value is None for bits, value in values):
+            (bits, value), (other_bits, other) = ((_bits(each, name), _value(each, name)) for each in (one, two))
+            if (bits is None and value is None) or (other_bits is None and other is None):
                 unmatched[name] = None
                 continue
             names[name] = None
-            (bits, value), (other_bits, other) = values
-            if bits is None or other_bits is None:
-                all_bits, is_same = False, value == other and value is not None
-            else:
-                is_same = bits == other_bits
-            if not is_same:
+            has_bits = bits is not None and other_bits is not None
+            all_bits &= has_bits
+            if bits != other_bits if has_bits else value != other or value is None:
                 found[name] = _wider(found.get(name), name, step, relative(value, other))
     losses = [found[name] for name in found if name != GRADIENT_NORM]
-    return Match(
-        run.name, len(common), _worst(losses), found.get(GRADIENT_NORM), all_bits, tuple(names), tuple(unmatched)
-    )
+    norm = found.get(GRADIENT_NORM)
+    return Match(run.name, len(common), _worst(losses), norm, all_bits, tuple(names), tuple(unmatched))
 
 
 def relative(one: float | None, two: float | None) -> float:
-    """|one - two| / max(|one|, |two|), infinite where one of them is unknown or not a number."""
+    """Return |one - two| / max(|one|, |two|), infinite where one of them is unknown or not a number."""
     if one is None or two is None:
         return float("inf")
     scale = max(abs(one), abs(two))
@@ -93,12 +90,12 @@ def _value(values: dict[str, Any], name: str) -> float | None:
 def _wider(before: Difference | None, name: str, step: int, size: float) -> Difference:
     if before is None:
         return Difference(name, step, size, step)
-    return before if size <= before.largest else Difference(name, before.first_step, size, step)
+    return before if size <= before.largest else replace(before, largest=size, largest_step=step)
 
 
 def _worst(differences: list[Difference]) -> Difference | None:
-    """The largest, with the first step at which any of them differed."""
+    """Return the largest, with the first step at which any of them differed."""
     if not differences:
         return None
-    largest = max(differences, key=lambda each: each.largest)
-    return Difference(largest.name, min(each.first_step for each in differences), largest.largest, largest.largest_step)
+    first = min(each.first_step for each in differences)
+    return replace(max(differences, key=lambda each: each.largest), first_step=first)

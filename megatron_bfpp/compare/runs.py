@@ -1,4 +1,4 @@
-"""Directories of runs (--bfpp-run-dir), read in whatever state a run left them. Standard library only.
+"""Reads directories of runs (--bfpp-run-dir) in whatever state a run left them. Standard library only.
 
     DIR/run.json     what was run; DIR/steps.jsonl a line per step; DIR/end.json how it ended, absent after a kill
     DIR/trace.json, DIR/timeline.svg    of the traced steps
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..console.errors import UserError
 
+_FORMAT = "megatron_bfpp run 1"
 FILES = ("run.json", "steps.jsonl", "end.json")
 _ROUND = re.compile(r"[._-]r?(\d{1,6})$")  # breadth-first.2, gpt-52b_breadth-first_r2
 _LARGEST_STEP = 2**53  # a damaged number with a hundred digits is no step
@@ -25,7 +26,7 @@ _LARGEST_STEP = 2**53  # a damaged number with a hundred digits is no step
 
 @dataclass(frozen=True)
 class Step:
-    """A line of steps.jsonl. since_start: steps of its process before it, from which the warm-up counts."""
+    """A line of steps.jsonl. since_start: how many steps of its process came before it; the warm-up counts them."""
 
     number: int
     since_start: int
@@ -33,14 +34,14 @@ class Step:
 
     @property
     def time_s(self) -> float | None:
-        """None for the first step of a process, which has nothing to count from."""
+        """Return seconds; None for the first step of a process, which has nothing to count from."""
         value = number(self.values.get("step_time_s"))
         return value if value is not None and value > 0 else None
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run left. header: run.json, {} where it cannot be read. Of a step that ran twice the later line counts."""
+    """The files of a run. header: run.json, {} where it cannot be read. A step that ran twice has the later line."""
 
     path: Path
     header: dict[str, Any]
@@ -58,9 +59,8 @@ class Run:
 
     @cached_property
     def round(self) -> int | None:
-        """From BFPP_ROUND, else the number at the end of the run's name or of its directory's."""
-        told = (section(self.header, "environment").get("BFPP_ROUND"), self.header.get("round"))
-        for value in told:
+        """Return BFPP_ROUND, else the number at the end of the run's name or of its directory's."""
+        for value in (section(self.header, "environment").get("BFPP_ROUND"), self.header.get("round")):
             if re.fullmatch(r"\d{1,6}", str(value), re.ASCII):
                 return int(str(value))
         found = _ROUND.search(self.name) or _ROUND.search(self.path.name)
@@ -72,24 +72,22 @@ class Run:
 
     @cached_property
     def reason(self) -> str:
-        """Why the run did not finish, in one line; empty if it did."""
+        """Say in one line why the run did not finish; empty if it did."""
         if self.is_finished:
             return ""
         if not self.end:
             last = f"after step {self.steps[-1].number}" if self.steps else "before its first step"
             return f"no end.json: killed {last}, or still running"
-        return (
-            text(self.end.get("reason"))
-            or f"end.json has status {text(self.end.get('status')) or 'unknown'!r} and no reason"
-        )
+        status = text(self.end.get("status")) or "unknown"
+        return text(self.end.get("reason")) or f"end.json has status {status!r} and no reason"
 
     @cached_property
     def traced(self) -> set[int]:
-        """The steps under the recorder."""
+        """Return the steps under the recorder."""
         return {step.number for step in self.steps if step.values.get("bubble_fraction_measured") is not None}
 
     def timed(self, warmup: int) -> list[float]:
-        """Step times in seconds, without the first `warmup` steps of each process of the run.
+        """Return step times in seconds, without the first `warmup` steps of each process of the run.
 
         Traced steps are left out, and the step after them, in which the trace may still be gathered and written.
         """
@@ -99,7 +97,7 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -109,23 +107,23 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any) -> str:
-    """One printable line, "" for what is no text: names end up in terminals and pages."""
+    """Return one printable line, "" for what is no text: names end up in terminals and pages."""
     if not isinstance(value, str):
         return ""
     return "".join(letter if letter.isprintable() else " " for letter in value).strip()
 
 
 def section(header: dict[str, Any], name: str) -> dict[str, Any]:
-    """A map in run.json, {} where it is missing."""
+    """Return a map in run.json, {} where it is missing."""
     value = header.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def load(paths: list[str]) -> list[Run]:
-    """The runs at `paths`: directories of a run, or directories that hold some. UserError for anything else.
+    """Read the runs at `paths`: directories of a run, or directories that hold some. UserError for anything else.
 
-    Beside others, one that is gone, or is named as one (ARM.1) and holds nothing, is a run of which nothing is left: an
-    A/B that lost it is still reported.
+    A directory that is gone, or named like a run (ARM.1) and empty, counts as a run of which nothing is left, if others
+    are there: an A/B that lost it is still reported.
     """
     found: list[Path] = []
     gone: list[UserError] = []
@@ -157,17 +155,16 @@ def _is_run(path: Path) -> bool:
 
 
 def read(path: Path) -> Run:
-    """The run in one directory."""
+    """Read the run in one directory."""
     if not _is_run(path):
         lost = "holds no file of a run" if path.exists() else "does not exist"
         return Run(path, {}, [], {"status": "lost", "reason": f"its directory {text(str(path))} {lost}"}, [])
     notes: list[str] = []
     header = _object(path / "run.json", notes, "its configuration is not known")
     form = header.get("format")
-    if header and form != "megatron_bfpp run 1":
-        notes.append(
-            f"run.json has the format {text(form) or repr(form)[:80]}, not megatron_bfpp run 1: names may mean else"
-        )
+    if header and form != _FORMAT:
+        found = text(form) or repr(form)[:80]
+        notes.append(f"run.json has the format {found}, not {_FORMAT}: its names may mean something else")
     steps = _steps(path / "steps.jsonl", notes)
     end = _object(path / "end.json", notes, "") if (path / "end.json").exists() else {}
     count = number(end.get("steps"))
@@ -177,7 +174,7 @@ def read(path: Path) -> Run:
 
 
 def _content(path: Path, notes: list[str], loss: str) -> str | None:
-    """A file's text; None, and a note, where it cannot be read."""
+    """Return a file's text; None, and add a note, where it cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(None, "there is none")
@@ -188,7 +185,7 @@ def _content(path: Path, notes: list[str], loss: str) -> str | None:
 
 
 def _parse(content: str) -> Any:
-    """The JSON value, without halves of surrogate pairs, which nothing can print. ValueError for what is none."""
+    """Return the JSON value, without halves of surrogate pairs, which nothing can print. ValueError for no JSON."""
     try:
         value = json.loads(content)
         if "\\u" in content:

@@ -1,4 +1,7 @@
-"""An A/B for a terminal and as Markdown: the same cells and the same sentences in both, and in the HTML page."""
+"""An A/B for a terminal and as Markdown: the same cells and the same sentences in both, and in the HTML page.
+
+The table is padded by hand: pipes, logs and mails take plain ASCII, whatever the width of a terminal.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,62 @@ import math
 import re
 from collections.abc import Callable
 
-from .losses import GRADIENT_NORM, Difference
+from .losses import GRADIENT_NORM, Difference, Match
 from .numbers import Arm, Comparison
 
 _MISSING = "-"
-# In a reason: its name in the table. The first that is found counts.
-_KINDS = (
-    ("out of memory", "out of memory"),
-    ("outofmemory", "out of memory"),
-    ("no end.json", "no end"),
-    ("kill", "killed"),
-)
+# Word in a reason: its name in the table. The first that is found counts.
+_KINDS = {"out of memory": "out of memory", "outofmemory": "out of memory", "no end.json": "no end", "kill": "killed"}
 _REASON_WIDTH = 160  # characters of a reason below the table
+
+
+def _number(value: float | None, form: str, form_of_10: str = "", form_of_100: str = "") -> str:
+    """Format a number; the forms for those of at least 10 and 100 differ where they are given."""
+    if value is None:
+        return _MISSING
+    return format(value, (value >= 100 and form_of_100) or (value >= 10 and form_of_10) or form)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return _MISSING
+    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def _runs(arm: Arm) -> str:
+    """Return how many runs finished, and in short why the others did not."""
+    if not arm.failures:
+        return str(arm.runs)
+    reasons = [each.lower() for each in arm.failures]
+    kinds = dict.fromkeys(next((kind for word, kind in _KINDS.items() if word in each), "failed") for each in reasons)
+    return f"{arm.runs - len(arm.failures)} of {arm.runs}: {', '.join(kinds)}"
+
+
+def _peak(arm: Arm) -> str:
+    rank = "" if arm.peak_memory_rank is None else f" ({arm.peak_memory_rank})"
+    return _number(arm.peak_memory_gib, ".2f") + rank
+
+
+def _interval(arm: Arm) -> str:
+    found = arm.interval
+    if found is None:
+        return _MISSING
+    if found.low is None or found.high is None:
+        return found.kind
+    return f"{found.low:.4f} to {found.high:.4f}"
+
 
 COLUMNS: dict[str, Callable[[Arm], str]] = {
     "arm": lambda arm: arm.name,
-    "runs": lambda arm: _runs(arm),
-    "step time p50 / p90": lambda arm: _step_time(arm),
-    "tokens/s/GPU": lambda arm: _number(
-        arm.tokens_per_s_per_gpu, ",.0f" if (arm.tokens_per_s_per_gpu or 0) >= 100 else ".3g"
-    ),
-    "TFLOP/s/GPU": lambda arm: _number(arm.tflops_per_gpu, ".1f" if (arm.tflops_per_gpu or 0) >= 10 else ".3g"),
-    "peak GiB (rank)": lambda arm: _peak(arm),
+    "runs": _runs,
+    "step time p50 / p90": lambda arm: f"{_seconds(arm.step_s_p50)} / {_seconds(arm.step_s_p90)}",
+    "tokens/s/GPU": lambda arm: _number(arm.tokens_per_s_per_gpu, ".3g", form_of_100=",.0f"),
+    "TFLOP/s/GPU": lambda arm: _number(arm.tflops_per_gpu, ".3g", form_of_10=".1f"),
+    "peak GiB (rank)": _peak,
     "bubble (predicted)": lambda arm: f"{_number(arm.bubble_measured, '.1%')} ({_number(arm.bubble_predicted, '.1%')})",
     "exposed dp": lambda arm: _seconds(arm.exposed_dp_s),
     "time / first arm": lambda arm: _number(arm.ratio, ".4f"),
-    "95% interval": lambda arm: interval(arm),
+    "95% interval": _interval,
 }
 
 
@@ -41,7 +74,7 @@ def cells(arm: Arm) -> list[str]:
 
 def terminal(comparison: Comparison) -> str:
     rows = [list(COLUMNS), *map(cells, comparison.arms)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for title, sentences in sections(comparison).items():
         lines += ["", f"{title}:", *(f"  {each}" for each in sentences)]
@@ -56,17 +89,26 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _escaped(words: str) -> str:
+    """Show Markdown's own letters in names and reasons as they are."""
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", words)
+
+
 def sections(comparison: Comparison) -> dict[str, list[str]]:
-    """What stands below the table: title -> sentences. Empty ones are left out."""
-    first = comparison.arms[0]
-    failures = [_cut(each) for arm in comparison.arms for each in arm.failures]
-    losses = [each for arm in comparison.arms for each in _losses(arm, comparison.loss_tolerance)]
-    changed = [f"{name}: {_changed(found)}" for name, found in comparison.changed.items()]
+    """Return title -> sentences of what follows the table, without empty ones."""
+    failures = [each for arm in comparison.arms for each in arm.failures]
     named = {
         "Result": headline(comparison),
-        "Did not finish": failures,
-        "Losses": losses,
-        f"Configuration, against {first.name}": changed,
+        "Did not finish": [
+            each if len(each) <= _REASON_WIDTH else each[: _REASON_WIDTH - 3] + "..." for each in failures
+        ],
+        "Losses": [each for arm in comparison.arms for each in _losses(arm, comparison.loss_tolerance)],
+        f"Configuration, against {comparison.arms[0].name}": [
+            f"{name}: {', '.join(f'{key} {ours} -> {theirs}' for key, (ours, theirs) in found.items())}"
+            if found
+            else f"{name}: nothing that is recorded"
+            for name, found in comparison.changed.items()
+        ],
         "Notes": comparison.notes,
         "What was compared": [f"{name}: {value}" for name, value in comparison.facts.items()],
         "How to read it": _explained(comparison),
@@ -93,39 +135,13 @@ def _headline(arm: Arm, first: str) -> str:
         return f"No difference between {arm.name} and {first} can be told: step time {between} (95% interval)"
     low, high = sorted(abs(1 - bound) for bound in (found.low, found.high))
     faster = "faster" if found.high < 1 else "slower"
-    # The interval is of the mean ratio: where runs scatter unevenly, the ratio of medians can lie outside.
     return f"{arm.name} is {faster} than {first}: {less} (95% interval {low:.1%} to {high:.1%})"
 
 
-def interval(arm: Arm) -> str:
-    found = arm.interval
-    if found is None:
-        return _MISSING
-    if found.low is None or found.high is None:
-        return found.kind
-    return f"{found.low:.4f} to {found.high:.4f}"
-
-
 def _losses(arm: Arm, tolerance: float) -> list[str]:
-    """A sentence for all runs of the arm whose losses are the reference's, and one for each other run."""
+    """Return a sentence for all runs of the arm with the losses of the reference, and one for each other run."""
     same = [each for each in arm.losses if each.is_comparable and each.losses is None]
-    sentences = []
-    if same:
-        steps = min(each.steps for each in same)
-        how = (
-            "bit-identical"
-            if all(each.all_bits for each in same)
-            else "equal as printed (not all values have their bits in the files)"
-        )
-        norms = [each.gradient_norm for each in same if each.gradient_norm]
-        more = ""
-        if norms:
-            more = "; gradient norms differ: " + _difference(max(norms, key=lambda each: each.largest))
-        elif all(GRADIENT_NORM in each.names for each in same):
-            more = ", gradient norms too"
-        sentences.append(
-            f"{arm.name}: {how} over {_steps(steps)} in {len(same)} of {len(arm.losses)} compared runs{more}"
-        )
+    sentences = [_same(arm, same)] if same else []
     for each in arm.losses:
         if not each.is_comparable:
             sentences.append(f"{each.run}: nothing to compare: {_steps(each.steps)}")
@@ -134,27 +150,31 @@ def _losses(arm: Arm, tolerance: float) -> list[str]:
             sentences.append(f"{each.run}: losses DIFFER{within}: {_difference(each.losses)}, of {_steps(each.steps)}")
     unmatched = sorted({name for each in arm.losses for name in each.unmatched})
     if unmatched:
-        sentences.append(
-            f"{arm.name}: only one side has {', '.join(map(repr, unmatched))} at some step, which is left out"
-        )
+        names = ", ".join(map(repr, unmatched))
+        sentences.append(f"{arm.name}: only one side has {names} at some step, which is left out")
     return sentences
+
+
+def _same(arm: Arm, same: list[Match]) -> str:
+    steps = _steps(min(each.steps for each in same))
+    all_bits = all(each.all_bits for each in same)
+    how = "bit-identical" if all_bits else "equal as printed (not all values have their bits in the files)"
+    norms, more = [each.gradient_norm for each in same if each.gradient_norm], ""
+    if norms:
+        more = f"; gradient norms differ: {_difference(max(norms, key=lambda each: each.largest))}"
+    elif all(GRADIENT_NORM in each.names for each in same):
+        more = ", gradient norms too"
+    return f"{arm.name}: {how} over {steps} in {len(same)} of {len(arm.losses)} compared runs{more}"
 
 
 def _difference(found: Difference) -> str:
     size = f"{found.largest:.2g}" if math.isfinite(found.largest) else "not a number"
-    return (
-        f"from step {found.first_step} on, largest relative difference {size} ({found.name}, step {found.largest_step})"
-    )
+    where = f"({found.name}, step {found.largest_step})"
+    return f"from step {found.first_step} on, largest relative difference {size} {where}"
 
 
 def _steps(count: int) -> str:
     return f"{count} common step{'' if count == 1 else 's'}"
-
-
-def _changed(found: dict[str, tuple[str, str]]) -> str:
-    return (
-        ", ".join(f"{name} {ours} -> {theirs}" for name, (ours, theirs) in found.items()) or "nothing that is recorded"
-    )
 
 
 def _explained(comparison: Comparison) -> list[str]:
@@ -168,41 +188,3 @@ def _explained(comparison: Comparison) -> list[str]:
         "TFLOP/s by Megatron's formula, which counts the same for every arm.",
         "Peak memory: the largest of any rank and step, in GiB.",
     ]
-
-
-def _runs(arm: Arm) -> str:
-    """How many finished, and in short why the others did not."""
-    if not arm.failures:
-        return str(arm.runs)
-    kinds = dict.fromkeys(
-        next((kind for word, kind in _KINDS if word in each.lower()), "failed") for each in arm.failures
-    )
-    return f"{arm.runs - len(arm.failures)} of {arm.runs}: {', '.join(kinds)}"
-
-
-def _step_time(arm: Arm) -> str:
-    return f"{_seconds(arm.step_s_p50)} / {_seconds(arm.step_s_p90)}"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return _MISSING
-    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
-
-
-def _peak(arm: Arm) -> str:
-    rank = "" if arm.peak_memory_rank is None else f" ({arm.peak_memory_rank})"
-    return _number(arm.peak_memory_gib, ".2f") + rank
-
-
-def _number(value: float | None, form: str) -> str:
-    return _MISSING if value is None else format(value, form)
-
-
-def _cut(sentence: str) -> str:
-    return sentence if len(sentence) <= _REASON_WIDTH else sentence[: _REASON_WIDTH - 3] + "..."
-
-
-def _escaped(words: str) -> str:
-    """Names and reasons with Markdown's own letters shown as they are."""
-    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", words)
