@@ -11,16 +11,17 @@ set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd -- "${root}"
-export PYTHON="${VENV:-${root}/.venv}/bin/python" OMP_NUM_THREADS=1 # 4 processes on few cores
 out="${root}/.quickstart"
 
 section() { printf '\n== %s ==\n' "$*"; }
 bfpp() { "${PYTHON}" -m megatron_bfpp.cli "$@"; }
 
-bash scripts/setup_env.sh
+bash scripts/setup_env.sh # reads PYTHON, the interpreter to build with; from here on it is the one of the environment
+export PYTHON="${VENV:-${root}/.venv}/bin/python" OMP_NUM_THREADS=1 # 4 processes on few cores
 mkdir --parents -- "${out}"
 "${PYTHON}" -m megatron_bfpp.data --output "${out}/text"
 export DATA_PATH="${out}/text_text_document"
+unset TP PP VP MBS GBS GPUS_PER_NODE MEGATRON_PATH WARMUP LOSS_TOLERANCE WANDB_PROJECT # settings of other A/Bs
 
 section "1 of 3: three trainings on this CPU, 40 steps each, about 40 s each on 2 cores"
 rm --recursive --force -- "${out}/ab" # each call trains anew

@@ -105,7 +105,7 @@ class Ranks:
         return codes
 
     def end(self) -> None:
-        """End what still runs: SIGTERM, SIGKILL after grace_s. A second interruption comes to SIGKILL at once."""
+        """End what still runs: SIGTERM, SIGKILL after grace_s. An exception meanwhile comes to SIGKILL at once."""
         try:
             if self.grace_s and None in self.codes():
                 self._signal(signal.SIGTERM)

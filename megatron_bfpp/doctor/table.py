@@ -19,11 +19,8 @@ def judged(facts: Facts) -> list[Line]:
 
 def table(lines: list[Line]) -> str:
     """Return a line per thing, with its advice below it. Names are not broken: they are copied."""
-    wrap, indent = (
-        partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False),
-        " " * (MARGIN + 6),
-    )
-    rows = []
+    wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+    rows, indent = [], " " * (MARGIN + 6)
     for line in lines:
         start = f"{line.status:<6}{line.name:<{MARGIN}}"
         rows += wrap(line.found, initial_indent=start, subsequent_indent=indent) or [start.rstrip()]
