@@ -107,7 +107,7 @@ def test_nothing_is_wrong_with_a_good_gpu_node():
         ("network.loopback", "timed out", "loopback", "fail", "timed out"),
     ],
 )
-def test_one_wrong_fact_is_told_with_what_would_be_right(path, value, name, status, words):
+def test_one_wrong_fact_is_reported_with_its_remedy(path, value, name, status, words):
     line = next(line for line in judged(changed(path, value)) if line.name == name)
     assert line.status == status
     assert words in f"{line.found} {line.advice}"
@@ -156,7 +156,7 @@ def test_nvidia_smi_is_read_with_commas_in_names_and_without_memory():
         (["apex/__init__.py", "apex/models.py"], False, False),  # as PyPI's apex 0.9.10dev
     ],
 )
-def test_nvidias_apex_is_told_from_pypis(files, is_nvidia, extension, tmp_path, monkeypatch):
+def test_nvidias_apex_is_not_taken_for_pypis(files, is_nvidia, extension, tmp_path, monkeypatch):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -174,9 +174,10 @@ def test_a_library_that_ends_its_process_is_an_answer(tmp_path, monkeypatch):
     assert doctor_facts.probe("te", "transformer_engine") == {"error": "OSError: undefined symbol"}
 
 
-def test_without_torch_and_megatron_the_table_says_so(tmp_path):
+def test_without_torch_and_megatron_the_table_reports_it(tmp_path):
     # -I -S: no site-packages, as in a Python in which nothing was installed.
-    code = f"import sys; sys.path.insert(0, {str(Path(megatron_bfpp.__file__).parents[1])!r}); import megatron_bfpp.cli as cli; sys.exit(cli.main(sys.argv[1:]))"
+    root = str(Path(megatron_bfpp.__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); from megatron_bfpp.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-I", "-S", "-c", code, "doctor", "--json", str(tmp_path / "doctor.json")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr == ""
@@ -215,7 +216,7 @@ def test_the_equality_run_on_this_machine(tmp_path, capsys):
     assert "breadth-first computes the bits of interleaved" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_arm_that_fails_is_told_with_its_last_words(monkeypatch):
+def test_an_arm_that_fails_is_reported_with_its_first_error(monkeypatch):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     monkeypatch.setitem(doctor_trial.ARMS, "interleaved", ["--breadth-first-group-size", "0"])
     trial = doctor_trial.run_trial("cpu", lambda arm, steps: None)
