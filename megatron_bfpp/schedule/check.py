@@ -1,4 +1,4 @@
-"""Prove a plan: complete, in order, its messages matched, and free of deadlock. Standard library only.
+"""Prove a plan: complete, in order, its messages matched, and free of deadlock.
 
 The transport that the proof assumes is NCCL's, the strictest in use, on the communicators that the runtime makes
 (`lower.communicator`):
@@ -10,8 +10,8 @@ The transport that the proof assumes is NCCL's, the strictest in use, on the com
     earlier. The runtime waits in these places (runtime/executor.py, runtime/p2p.py) and in one more, which cannot
     block: before its backward, for the send of the same output. The gradient that the backward has waited for was
     computed from that output, so the send is complete.
-On GPUs the plan of a rank is the order of its compute stream: torch starts a send or receive only after all that this
-stream held when it was launched.
+On GPUs the plan of a rank is the order of its compute stream: torch starts a send or receive only after everything that
+this stream held when it was launched.
 With variable shapes a message is its shape and then its tensor. The runtime then waits for messages alone, each after
 those before it on its channel, and never for a send before the end: less than what is proved here.
 """
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .ir import CHUNK_OPS, COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
+from .ir import CHUNK_OPS, COMPUTE, MESSAGE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
 from .lower import Communicator, channel, communicator, peer
 from .sharding import check_sharding, is_sharded
 from .simulate import ScheduleError
@@ -35,9 +35,8 @@ SEND_WINDOW = 2
 
 # What must stand before an action in the list of its rank: the same stage and microbatch, these ops.
 _CAUSES = {Op.F: [Op.RECV_F], Op.B: [Op.RECV_B, Op.F], Op.SEND_F: [Op.F], Op.SEND_B: [Op.B]}
-_MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
 
-# Where each action of a rank stands: steps[stage, op][microbatch], _ABSENT if nowhere.
+# The position of each action of a rank: steps[stage, op][microbatch], or _ABSENT.
 Steps = dict[tuple[int, Op], dict[int | None, int]]
 _ABSENT = -1
 
@@ -46,8 +45,8 @@ def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False, resi
     """Raise ScheduleError, naming ranks and actions, unless `plan` is sound for all ranks.
 
     plan: the lowered actions of every rank. forward_only: no backward is expected (evaluation).
-    resident_chunks: parameters are fully sharded, and this many chunks of a rank may be gathered at one time. None: they
-        are not, unless the plan says so by a RESHARD; then any number may be.
+    resident_chunks: parameters are fully sharded, and this many chunks of a rank may be gathered at a time. None: they
+        are not, unless the plan has a RESHARD; then any number may be.
     """
     if resident_chunks is None and is_sharded(plan):
         resident_chunks = shape.num_chunks
@@ -65,9 +64,9 @@ def check(plan: Schedule, shape: PipelineShape, forward_only: bool = False, resi
 def _check_complete(
     actions: list[Action], pp_rank: int, shape: PipelineShape, forward_only: bool, sharded: bool
 ) -> Steps:
-    """Every action that the rank owes stands exactly once in its list, and no other. Returns where each stands.
+    """Raise ScheduleError unless a rank has each action that it owes once, and no other. Return all positions.
 
-    Gathers of sharded parameters may repeat: `check_sharding` says where.
+    Gathers of sharded parameters may repeat: `check_sharding` proves those.
     """
     microbatches = range(shape.num_microbatches)
     repeated = {Op.UNSHARD, Op.RESHARD} if sharded else set()
@@ -94,14 +93,14 @@ def _check_complete(
 
 
 def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool) -> Iterator[tuple[int, Op]]:
-    """The stages and ops of which a rank owes one action per microbatch."""
+    """Yield the stages and ops of which a rank owes one action per microbatch."""
     ops = (Op.F, Op.RECV_F, Op.SEND_F) if forward_only else (Op.F, Op.B, *RECEIVES, *SENDS)
     for stage in shape.stages_on(pp_rank):
         yield from ((stage, op) for op in ops if op in COMPUTE or peer(Action(stage, op), shape) is not None)
 
 
 def _check_order(steps: Steps, pp_rank: int, shape: PipelineShape) -> None:
-    """Within a rank: cause before effect, and the microbatches of a stage in order.
+    """Raise ScheduleError unless, within a rank, causes precede effects and the microbatches of a stage are in order.
 
     The order of the microbatches is the order of the data iterator (F) and of gradient accumulation (B): another one
     would train on other batches, or to other bits than Megatron's schedule.
@@ -113,7 +112,7 @@ def _check_order(steps: Steps, pp_rank: int, shape: PipelineShape) -> None:
 
 
 def _disorder(steps: Steps, shape: PipelineShape) -> Iterator[tuple[int, Action, str]]:
-    """Each action out of order with its step, and what it should have come after or before."""
+    """Yield each action out of order with its step, and what it should have come after or before."""
     for (stage, op), row in steps.items():
         for cause in _CAUSES.get(op, ()):
             causes = steps.get((stage, cause), {})  # empty at the ends of the model, where nothing is received
@@ -133,7 +132,7 @@ def _disorder(steps: Steps, shape: PipelineShape) -> Iterator[tuple[int, Action,
 
 
 def _check_chunk_ops(plan: Schedule, shape: PipelineShape) -> None:
-    """Gradient reductions and parameter gathers stand in the plan for all stages or for none (no data parallelism).
+    """Raise ScheduleError unless reductions, and gathers, are in the plan for all stages or none (no data parallelism).
 
     A chunk left out would train on the gradients of its own replica alone.
     """
@@ -155,19 +154,19 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """What all sends of one stage have in common; also of its receives, of either kind."""
+    """What the sends, or the receives, of one kind and one stage have in common."""
 
-    stream: _Stream  # that they are launched on
-    far: _Stream  # that their other ends are launched on
+    stream: _Stream  # they are launched on it
+    far: _Stream  # their other ends are launched on it
     peer_stage: int
     peer_op: Op
 
 
 class _Run:
-    """A dry run of all ranks, each as far as it comes, until all are done or none can move.
+    """A dry run of all ranks, each as far as it gets, until all are done or none can move.
 
-    In which order the ranks take turns does not matter: each puts its actions on streams of its own, and what one of
-    them does never takes away what another can do.
+    The order in which ranks take turns does not matter: each puts its actions on streams of its own, and no action of
+    one rank takes away what another can do.
     """
 
     def __init__(self, plan: Schedule, shape: PipelineShape):
@@ -176,7 +175,7 @@ class _Run:
         self.blocker: list[Action | None] = [None] * shape.pp_size  # the send or receive that the rank waits for
         self.ready = list(range(shape.pp_size))
         self.complete: set[Action] = set()  # sends and receives
-        # Per rank, what it sent after each of its last compute actions; with SEND_WINDOW of them, the oldest is due.
+        # Per rank, the sends after each of its last compute actions; with SEND_WINDOW of them, the oldest are due.
         self.sent: list[deque[list[Action]]] = [deque([[]], SEND_WINDOW) for _ in plan]
         self.streams: dict[tuple[int, Communicator], _Stream] = {}
         self.ends = dict(self._ends())
@@ -195,7 +194,7 @@ class _Run:
         return self.streams.setdefault((pp_rank, name), _Stream(pp_rank))
 
     def to_the_end(self) -> None:
-        """ScheduleError with every blocked rank, unless all compute actions run.
+        """Raise ScheduleError with every blocked rank unless all compute actions run.
 
         Then the messages are complete too: each receive is waited for by an action, and a send ends with its receive.
         """
@@ -226,9 +225,9 @@ class _Run:
                     self._meet(end.stream)
 
     def _blocker_of(self, action: Action, sent: deque[list[Action]]) -> Action | None:
-        """What `action` waits for: its own message, or a send whose tensor is due for reuse."""
+        """Return what `action` waits for: its own message, or a send whose tensor is due for reuse."""
         stage, op, microbatch = action
-        message = stage, _MESSAGE[op], microbatch  # a plain tuple equals the Action, and costs a quarter of it
+        message = stage, MESSAGE[op], microbatch  # a plain tuple equals the Action, and costs a quarter of it
         if message not in self.complete and message[:2] in self.ends:
             return Action(*message)
         if len(sent) == SEND_WINDOW:
@@ -238,7 +237,7 @@ class _Run:
         return None
 
     def _meet(self, stream: _Stream) -> None:
-        """Complete the first action of `stream` if its other end is a first one too; then those behind the two."""
+        """Complete the first action of `stream` if its other end comes first too; then those behind the two."""
         changed = [stream]
         while changed:
             near = changed.pop()
@@ -264,7 +263,7 @@ class _Run:
             self.ready.append(stream.pp_rank)
 
     def _check_not_crossed(self, near: _Stream, far: _Stream) -> None:
-        """The heads of two streams, not meant for each other, must not be a send and a receive between the two ranks.
+        """Raise ScheduleError if the heads of two streams are a send and a receive between the two ranks, not its pair.
 
         NCCL would pair them: nothing else tells messages apart.
         """

@@ -1,4 +1,4 @@
-"""When the data-parallel collectives of one rank run, for `replay`. Standard library only."""
+"""When the data-parallel collectives of one rank run, for `replay`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .ir import Action, Op
 
 @dataclass(eq=False, slots=True)
 class Collective:
-    """One that has been launched. end: None as long as it is not known, which depends on what else its card carries."""
+    """A collective that has been launched."""
 
     launched: float
     duration: float
-    end: float | None = None
+    end: float | None = None  # None until known: it depends on what else the card carries
 
 
 class Collectives:
-    """One after the other, in the order of their launch, beside everything else that the rank does.
+    """The collectives of a rank: one after the other, in the order of their launch, beside everything else it does.
 
-    A chunk whose gather does not stand in the plan is gathered when its first forward would start, as Megatron's hooks do.
-    carry: puts one on a card that is shared, and tells its end later; without it each takes its duration.
+    A chunk whose gather is not in the plan is gathered when its first forward would start, as Megatron's hooks do.
+    carry: puts a collective on a shared card and sets its end later; without it each takes its duration.
     """
 
     def __init__(
@@ -34,9 +34,8 @@ class Collectives:
         self._carry = carry
         self._gathered: dict[int, list[Collective]] = {}  # stage -> its buckets; empty once they were waited for
         self._backwards: dict[int, int] = {}  # stage -> how many
-        self._reducing: dict[
-            int, tuple[int, float]
-        ] = {}  # stages whose backward launches it -> launched buckets, and until when
+        # Stages whose last backward launches their reduction -> buckets launched, and the time until when.
+        self._reducing: dict[int, tuple[int, float]] = {}
         self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
         self._free = 0.0
         self._last: Collective | None = None  # reduction
@@ -44,19 +43,22 @@ class Collectives:
 
     @property
     def reduced(self) -> float:
-        """When the last reduction is done."""
+        """The end of the last reduction."""
         return 0.0 if self._last is None else self._last.end or 0.0
 
     def launch(self, action: Action, now: float) -> None:
-        """An UNSHARD, RESHARD or REDUCE_GRAD of the plan."""
+        """Launch an UNSHARD or REDUCE_GRAD of the plan; a RESHARD takes no time."""
         stage, op, _ = action
         if op is Op.UNSHARD:
             self._gather(stage, now)
         elif op is Op.REDUCE_GRAD and stage not in self._reducing:
-            self._last = self._begin(Action(stage, op), now, self._costs.reduction)
+            self._last = self._begin(action, now, self._costs.reduction)
 
     def compute(self, action: Action, start: float) -> tuple[float, float] | None:
-        """When a forward or backward starts that could at `start`, and when it is done; None while that is not known: ask again."""
+        """Return (start, end) of a forward or backward that could start at `start`.
+
+        None while that is not known: ask again when a collective has ended.
+        """
         stage, op, microbatch = action
         duration = self._costs.of(action)
         if op is Op.F and microbatch == 0 and stage not in self._gathered:
@@ -71,7 +73,8 @@ class Collectives:
             start = max(start, parts[-1].end)
         if op is Op.B:
             count = self._backwards.get(stage, 0) + 1
-            if count == self._microbatches and self._reduces_in_backward(stage):
+            in_backward = self._is_sharded or self._waits.for_reductions or self._buckets(stage) > 1
+            if count == self._microbatches and in_backward:
                 end = self._reduce(stage, start, duration)
                 return None if end is None else (start, end)
             self._backwards[stage] = count
@@ -79,7 +82,7 @@ class Collectives:
 
     @staticmethod
     def _in_parts(parts: list[Collective], start: float, duration: float) -> tuple[float, float]:
-        """Of a forward whose layers run as they are gathered."""
+        """Return (start, end) of a forward whose layers run as they are gathered."""
         ends = [part.end for part in parts if part.end is not None]
         begin = now = max(start, ends[0])
         for end in ends:
@@ -89,10 +92,10 @@ class Collectives:
     def _begin(self, action: Action, now: float, duration: float) -> Collective:
         collective = Collective(now, duration)
         self.log.append((action, collective))
-        if self._carry is None or not duration:
+        if self._carry is not None and duration:
+            self._carry(collective)
+        else:
             self._free = collective.end = max(now, self._free) + duration
-            return collective
-        self._carry(collective)
         return collective
 
     def _buckets(self, stage: int) -> int:
@@ -104,11 +107,11 @@ class Collectives:
         size = self._costs.gather / buckets
         self._gathered[stage] = [self._begin(Action(stage, Op.UNSHARD), now, size) for _ in range(buckets)]
 
-    def _reduces_in_backward(self, stage: int) -> bool:
-        return self._is_sharded or self._waits.for_reductions or self._buckets(stage) > 1
-
     def _reduce(self, stage: int, start: float, duration: float) -> float | None:
-        """When the last backward of a stage is done. Sharded gradients of one chunk at most wait for their reduction."""
+        """Return the end of a stage's last backward, which launches its reductions; None while that is not known.
+
+        Sharded: the gradients of at most one chunk wait for their reduction, so this backward waits for older ones.
+        """
         buckets = self._buckets(stage)
         launched, now = self._reducing.get(stage, (0, start))
         for part in range(launched, buckets):

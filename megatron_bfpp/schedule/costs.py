@@ -13,8 +13,8 @@ class Costs:
     """Durations, in one unit of the caller's choice.
 
     forward, backward: one number for all stages, or one for each stage in order.
-    hop, transfer, shared_card: one value for all messages, or one for each edge of the ring of ranks. Edge e joins ranks
-        e and e + 1, the last edge the last rank and the first.
+    hop, transfer, shared_card: one value for all messages, or one for each edge of the ring of ranks. Edge e joins
+        ranks e and e + 1, the last edge the last rank and the first.
     """
 
     forward: float | Sequence[float] = 1.0
@@ -23,8 +23,8 @@ class Costs:
     transfer: float | Sequence[float] = 0.0  # size / bandwidth of a message
     gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
     reduction: float = 0.0  # of the gradients of a chunk (REDUCE_GRAD)
-    # Parts in which a chunk is gathered during a forward and reduced during its last backward: all chunks if fully sharded
-    # (FSDP's units), else the first rank's first chunk (Megatron's buckets).
+    # Parts in which a chunk is gathered during a forward and reduced during its last backward: all chunks if fully
+    # sharded (FSDP's units), else the first rank's first chunk (Megatron's buckets).
     buckets: int = 1
     # True: messages share the bandwidth of a rank's network card with each other and with its collectives (cards.py).
     # False: each channel and the collectives have a card to themselves.

@@ -1,4 +1,4 @@
-"""Schedule IR: the ordered actions of every pipeline rank. Standard library only; no torch, no Megatron.
+"""Schedule IR: the ordered actions of every pipeline rank.
 
 An action prints as PyTorch prints it (`2F0` = forward of microbatch 0 on stage 2), so that a schedule saved by
 `formats.to_csv` also loads in torch.distributed.pipelining.
@@ -22,7 +22,7 @@ from ..console.errors import UserError
 
 
 class Op(StrEnum):
-    """What an action does, named as in torch.distributed.pipelining."""
+    """The kinds of action, named as in torch.distributed.pipelining."""
 
     F = "F"  # forward of a microbatch through a stage
     B = "B"  # backward, of weights and input together
@@ -39,6 +39,7 @@ COMPUTE = frozenset({Op.F, Op.B})
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 CHUNK_OPS = frozenset({Op.UNSHARD, Op.RESHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
+MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}  # the receive that a compute action waits for
 
 _OPS = "|".join(sorted((op.value for op in Op), key=len, reverse=True))
 _PATTERN = re.compile(rf"(\d+)({_OPS})(\d*)", re.ASCII)
@@ -57,7 +58,7 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action that prints as `text`; raises ValueError for any other text."""
+        """Return the action that prints as `text`; raise ValueError for any other text."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             word = text if len(text) <= 40 else text[:37] + "..."
@@ -99,9 +100,12 @@ class PipelineShape:
         return stage // self.pp_size
 
     def edges_between_nodes(self, node_size: int) -> list[bool]:
-        """Of each edge of the ring of ranks, whether it leads out of a node of `node_size` ranks; edge e joins ranks e and e + 1."""
+        """Return for each edge of the ring of ranks whether it leaves a node of `node_size` ranks.
+
+        Edge e joins ranks e and e + 1.
+        """
         return [rank // node_size != (rank + 1) % self.pp_size // node_size for rank in range(self.pp_size)]
 
     def stages_on(self, pp_rank: int) -> range:
-        """The stages of a rank, first chunk first."""
+        """Return the stages of a rank, first chunk first."""
         return range(pp_rank, self.num_stages, self.pp_size)

@@ -1,4 +1,4 @@
-"""Lowering: passes that add communication to an order. List in, list out; no pass knows the runtime."""
+"""Lowering: passes that add communication to an order. Lists in, lists out; no pass knows the runtime."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, 
 def lower(
     order: Schedule, shape: PipelineShape, timeline: Timeline | None = None, resident_chunks: int | None = None
 ) -> Schedule:
-    """The plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions.
+    """Return the plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions.
 
-    timeline: what `simulate(order, shape)` returned, from a caller that has it; made here otherwise.
-    resident_chunks: with fully sharded parameters, how many chunks of a rank may be gathered at one time; None for
+    timeline: the result of `simulate(order, shape)`, from a caller that has it; made here otherwise.
+    resident_chunks: with fully sharded parameters, how many chunks of a rank may be gathered at a time; None for
         replicated ones and ZeRO-1.
     """
     plan = add_send_recv(order, shape, timeline)
@@ -36,7 +36,7 @@ def lower(
 
 
 def peer(action: Action, shape: PipelineShape) -> Action | None:
-    """The receive that belongs to the send `action`, or the send that belongs to the receive.
+    """Return the receive that belongs to the send `action`, or the send that belongs to the receive.
 
     None at the two ends of the model, where nothing is sent.
     """
@@ -46,7 +46,7 @@ def peer(action: Action, shape: PipelineShape) -> Action | None:
 
 
 def channel(send: Action, shape: PipelineShape) -> Channel:
-    """The in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
+    """Return the in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
 
     NCCL matches the sends and receives of a pair of ranks by order alone. With a channel to itself, each kind keeps the
     sender's own order, and neither kind of traffic can block the other. With 2 ranks the forward traffic of both ranks
@@ -58,12 +58,12 @@ def channel(send: Action, shape: PipelineShape) -> Channel:
 
 
 def communicator(key: Channel, pp_size: int) -> Communicator:
-    """(kind, colour): the communicator, a process group of all ranks, that carries a channel.
+    """Return (kind, colour): the communicator, a process group of all ranks, that carries a channel.
 
     The operations of a rank on one communicator may be serialized (torch does that where it initializes NCCL eagerly),
     so no two channels of a rank may share one: a receive that is posted ahead would stand in the way of later sends.
-    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges that
-    meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
+    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges
+    that meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
     """
     kind, source, target = key
     edge = source if kind is Op.SEND_F else target
@@ -137,19 +137,17 @@ def add_unshard(plan: Schedule, shape: PipelineShape) -> Schedule:
 
 
 def _send_after(action: Action, shape: PipelineShape) -> Action | None:
-    """The send of the result of a forward or backward; None where the model ends."""
-    stage, op, microbatch = action
-    if op is Op.F:
-        return Action(stage, Op.SEND_F, microbatch) if stage < shape.num_stages - 1 else None
-    return Action(stage, Op.SEND_B, microbatch) if stage > 0 else None
+    """Return the send of the result of a forward or backward; None where the model ends."""
+    send = action._replace(op=Op.SEND_F if action.op is Op.F else Op.SEND_B)
+    return None if peer(send, shape) is None else send
 
 
 def aligned(plan: Schedule, shape: PipelineShape) -> Schedule:
     """Move the reductions and gathers of a lowered plan to where Megatron's interleaved loop launches them by default.
 
-    --align-grad-reduce and --align-param-gather launch them at the same time on all pipeline ranks: pp_rank r launches a
-    reduction r backwards after the last of the chunk, and a gather r forwards before the first of the chunk before; the
-    first two chunks are gathered at the start.
+    --align-grad-reduce and --align-param-gather launch them at the same time on all pipeline ranks: pp_rank r launches
+    a reduction r backwards after the last of the chunk, and a gather r forwards before the first of the chunk before;
+    the first two chunks are gathered at the start.
 
     Source: megatron.core.pipeline_parallel.schedules, forward_backward_pipelining_with_interleaving.
     """

@@ -72,9 +72,11 @@ def word_of(
 ) -> str:  # fmt: skip
     """Return the word for the schedule of a job.
 
-    flag: the value of --pipeline-schedule, where 1f1b stands for all of Megatron's own. group: micro-batches per group of
-    Megatron's interleaved order; None for its default, the pipeline size. backward, engine: values of the plugin's flags.
-    Options combined are words of SCHEDULES with several endings, such as breadth-first-late-sharded.
+    flag: the value of --pipeline-schedule, where 1f1b stands for all of Megatron's own.
+    group: micro-batches per group of Megatron's interleaved order; None for its default, the pipeline size.
+    backward, engine: the values of --breadth-first-backward and --breadth-first-engine.
+    The word has an ending for each option, so it can have several that SCHEDULES has only one by one, such as
+    breadth-first-late-sharded.
     """
     if flag != "1f1b":
         endings = (("-late", backward == "late"), ("-megatron", engine == "megatron"), ("-sharded", is_sharded))

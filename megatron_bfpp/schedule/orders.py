@@ -13,7 +13,7 @@ from .ir import Action, Op, PipelineShape, Schedule
 
 
 def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward: bool = True) -> Schedule:
-    """All microbatches of a group through one chunk before the next chunk; backward with the chunks reversed.
+    """Run all microbatches of a group through one chunk before the next chunk; backward with the chunks reversed.
 
     group: microbatches per group, 1 <= group <= M; None for all of them (the paper's schedule). Groups follow each
         other without a flush of the pipeline. If M is no multiple of it, groups are made even.
@@ -22,8 +22,8 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
         False: a whole group of forwards first; with all microbatches in it, the paper's plain order.
 
     Live activations on rank r, at most: min(M V, C G + 2 min(P-r-1, g) + 1), where C is V-1 if eager and V if late, and
-    G and g are the sizes of the longest and the shortest group (both M for group None). They are the forwards ahead of
-    the first backward and the one after them; from there on each forward is followed by a backward.
+    G and g are the sizes of the longest and the shortest group. They are the forwards ahead of the first backward and
+    the one after them; from there on each forward is followed by a backward.
 
     Source: Lamy-Poirier 2022, "Breadth-First Pipeline Parallelism", arXiv:2211.05953. Backwards keep the order
     0..M-1, unlike torch.distributed.pipelining's LoopedBFS, which reverses them.
@@ -45,13 +45,13 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
 
 
 def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule:
-    """Megatron's interleaved 1F1B, from which every comparison starts.
+    """Return the order of Megatron's interleaved 1F1B, from which every comparison starts.
 
     group: contiguous microbatches per chunk, Megatron's --microbatch-group-size-per-virtual-pipeline-stage;
         None for Megatron's default, the pipeline size.
 
     Source: megatron.core.pipeline_parallel.schedules, get_schedule_table and get_pp_rank_microbatches.
-    Raises UserError for the shapes that Megatron refuses: a group outside [P, M], or a last group shorter than P.
+    Raises UserError for the shapes that Megatron refuses: a group outside [P, M], a last group shorter than P.
     """
     size = shape.pp_size if group is None else group
     if not shape.pp_size <= size <= shape.num_microbatches:
@@ -68,7 +68,9 @@ def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule
 
 
 def one_f_one_b(shape: PipelineShape) -> Schedule:
-    """Megatron's 1F1B without model chunks (num_chunks 1): rank r runs P-r-1 forwards, then one forward and one backward in turn.
+    """Return the order of Megatron's 1F1B without model chunks (num_chunks 1).
+
+    Rank r runs P-r-1 forwards, then one forward and one backward in turn.
 
     Source: megatron.core.pipeline_parallel.schedules, forward_backward_pipelining_without_interleaving.
     """
@@ -79,7 +81,7 @@ def one_f_one_b(shape: PipelineShape) -> Schedule:
 
 
 def forward_only(shape: PipelineShape) -> Schedule:
-    """The forward half of `breadth_first`, for evaluation."""
+    """Return the forward half of `breadth_first`, for evaluation."""
     return [
         [Action(stage, Op.F, mb) for stage in shape.stages_on(rank) for mb in range(shape.num_microbatches)]
         for rank in range(shape.pp_size)
@@ -87,7 +89,7 @@ def forward_only(shape: PipelineShape) -> Schedule:
 
 
 def _groups(shape: PipelineShape, size: int) -> list[range]:
-    """Even groups of at most `size`; fewer and longer ones where a short group could not fill the pipeline."""
+    """Return even groups of at most `size`; fewer and longer ones where a short group could not fill the pipeline."""
     total = shape.num_microbatches
     count = -(-total // size)
     if total // count < min(size, shape.pp_size):
@@ -97,7 +99,7 @@ def _groups(shape: PipelineShape, size: int) -> list[range]:
 
 
 def _alternate(shape: PipelineShape, pp_rank: int, groups: list[range], warmup: int) -> list[Action]:
-    """`warmup` forwards, then one forward and one backward in turn, then the remaining backwards."""
+    """Return `warmup` forwards, then one forward and one backward in turn, then the remaining backwards."""
     stages = shape.stages_on(pp_rank)
     forwards = [Action(stage, Op.F, mb) for group in groups for stage in stages for mb in group]
     backwards = [Action(stage, Op.B, mb) for group in groups for stage in reversed(stages) for mb in group]

@@ -12,7 +12,7 @@ from .sharding import count_gathers
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan of all ranks and what is told about it."""
+    """A checked plan of all ranks, and what is reported of it."""
 
     actions: Schedule
     digest: str
@@ -25,7 +25,10 @@ class Plan:
 def plan_of(
     shape: PipelineShape, group_size: int | None, eager: bool, evaluation: bool, resident_chunks: int | None = None
 ) -> Plan:
-    """Made and checked once per shape; ScheduleError if it were unsound. resident_chunks: None unless fully sharded."""
+    """Return the breadth-first plan of a shape. resident_chunks: None unless fully sharded.
+
+    Raises ScheduleError if the plan is unsound.
+    """
     group = None if group_size is None else min(group_size, shape.num_microbatches)
     order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
     timeline = simulate(order, shape)

@@ -1,15 +1,14 @@
-"""Predict a step from its plan: the very actions that the executor runs, with the time that messages and reductions take.
+"""Predict a step from its plan: the actions that the executor runs, with the time of messages and collectives.
 
 `simulate` knows dependencies only. Here every send, receive, gather and reduction of the plan counts where it stands:
   - A message begins when it is sent, its receive is posted and the message before it has left the channel; it takes the
-    channel for `transfer` and arrives `hop` later. Both may differ between the edges of the ring: within a node, across nodes.
+    channel for `transfer` and arrives `hop` later. Both may differ between edges of the ring, within and across nodes.
   - A compute action waits for its message, for the last gather of its chunk, and for the sends that its rank launched
     SEND_WINDOW or more compute actions earlier, as the executor does.
-  - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends with the
-    last of them.
-  - With a shared card messages and collectives slow each other down (cards.py). When a transfer ends then depends on what begins
-    meanwhile: ranks run as far as they can without that, then the cards go on to the next end.
-Standard library only.
+  - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends
+    with the last of them.
+  - With a shared card messages and collectives slow each other down (cards.py). The end of a transfer then depends on
+    what begins meanwhile: ranks run as far as they can without it, then the cards go on to the next end.
 """
 
 from __future__ import annotations
@@ -24,30 +23,28 @@ from .cards import Cards, Transfer, receiving, sending
 from .check import SEND_WINDOW
 from .collectives import Collective, Collectives
 from .costs import OURS, UNIT, Costs, Waits, at
-from .ir import COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
-from .lower import channel, peer
+from .ir import COMPUTE, MESSAGE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
+from .lower import Channel, channel, peer
 from .sharding import is_sharded
 from .simulate import Key, ScheduleError, Span, Timeline
 
-_MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}
-
 
 class Message(NamedTuple):
-    """A send with its receive, and when each was launched and done: the one when its tensor has left, the other with the hop."""
+    """A send with its receive, and the times of both."""
 
     send: Action
     receive: Action
-    sent: float
-    posted: float
-    left: float
-    arrived: float
+    sent: float  # launch of the send
+    posted: float  # launch of the receive
+    left: float  # the tensor may be reused
+    arrived: float  # `hop` later
 
 
 @dataclass(frozen=True)
 class Prediction(Timeline):
-    """A timeline of a plan; also when the last reduction of each rank ends, and what was under way between the ranks."""
+    """A timeline of a plan, with what was under way between the ranks."""
 
-    reduced: list[float] = field(default_factory=list)
+    reduced: list[float] = field(default_factory=list)  # [pp_rank], the end of the last reduction
     messages: list[Message] = field(default_factory=list)
     collectives: list[list[tuple[Action, Collective]]] = field(default_factory=list)  # [pp_rank]
 
@@ -57,16 +54,16 @@ class Prediction(Timeline):
 
     @property
     def exposed_reduction(self) -> float:
-        """How much of the step stands behind the last backward."""
+        """Return the part of the step that comes after the last backward."""
         return self.step_time - super().step_time
 
     def waiting(self) -> list[float]:
-        """Per rank, the time before its last action in which it does not compute."""
+        """Return, per rank, the time before its last action in which it does not compute."""
         return [spans[-1].end - sum(span.end - span.start for span in spans) for spans in self.spans]
 
 
 def replay(plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, waits: Waits = OURS) -> Prediction:
-    """Run a lowered plan; ScheduleError where no rank can go on (`check` says why)."""
+    """Run a lowered plan; raise ScheduleError if no rank can go on (`check` gives the reason)."""
     return _Replay(plan, shape, costs, waits).to_the_end()
 
 
@@ -109,8 +106,8 @@ class _Replay:
         self.channels = dict(self._channels())
 
     def _channels(self) -> Iterator[tuple[tuple[int, Op], _Channel]]:
-        """The channel of each kind of message of each stage, the same for both ends."""
-        made: dict[object, _Channel] = {}
+        """Yield the channel of each kind of message of each stage, the same for both ends."""
+        made: dict[Channel, _Channel] = {}
         costs, size = self.costs, self.shape.pp_size
         for stage in range(self.shape.num_stages):
             for op in SENDS:
@@ -119,14 +116,10 @@ class _Replay:
                 if received is not None:
                     key = channel(send, self.shape)
                     edge = key[1] if op is Op.SEND_F else key[2]
-                    shared = (
-                        costs.shared_card if isinstance(costs.shared_card, bool) else costs.shared_card[edge % size]
-                    )
-                    found = made.setdefault(
-                        key, _Channel(key[1:], at(costs.hop, edge), at(costs.transfer, edge), shared)
-                    )
-                    yield (stage, op), found
-                    yield (received.stage, received.op), found
+                    shared = bool(at(costs.shared_card, edge % size))
+                    new = _Channel(key[1:], at(costs.hop, edge), at(costs.transfer, edge), shared)
+                    for end in (send, received):
+                        yield end[:2], made.setdefault(key, new)
 
     def to_the_end(self) -> Prediction:
         self._go_on()
@@ -143,7 +136,7 @@ class _Replay:
         return Prediction(self.shape, self.spans, reduced=reduced, messages=self.messages, collectives=logs)
 
     def _go_on(self) -> None:
-        """All ranks, as far as it is known when what they wait for is there."""
+        """Run all ranks up to actions whose start is not known yet."""
         while self.ready:
             rank = self.ready.pop()
             self.blocked[rank] = False
@@ -182,9 +175,9 @@ class _Replay:
         self.position[rank], self.clock[rank] = len(actions), now
 
     def _start(self, action: Action, now: float, window: deque[list[Key]]) -> float | None:
-        """When a compute action of a rank that is free from `now` on starts; None while that is not known."""
+        """Return the start of a compute action of a rank that is free from `now` on; None while that is not known."""
         stage, op, microbatch = action
-        message = _MESSAGE[op]
+        message = MESSAGE[op]
         if (stage, message) in self.channels:
             arrival = self.arrived.get((stage, message, microbatch))
             if arrival is None:
@@ -225,12 +218,12 @@ class _Replay:
     def _carry(
         self, then: Callable[[float], None], start: float, size: float, sender: int, receiver: int, queue: Hashable
     ) -> None:
-        """Put a transfer on shared cards. then: what to do when it has ended."""
+        """Put a transfer on shared cards. then: called with the time of its end."""
         assert self.cards is not None, "no card is shared"
         self.cards.begin(Transfer(then, size, (sending(sender), receiving(receiver)), queue), start)
 
     def _carry_collective(self, rank: int, collective: Collective) -> None:
-        """As in a ring it takes a card in both directions."""
+        """Put a collective on the card of a rank, in both directions as in a ring."""
 
         def end(now: float) -> None:
             collective.end = now

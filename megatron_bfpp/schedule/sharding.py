@@ -1,8 +1,8 @@
-"""Full sharding in a plan: which chunks of a rank hold gathered parameters, and when. Standard library only.
+"""Full sharding in a plan: which chunks of a rank hold gathered parameters, and when.
 
 A rank keeps its parameters sharded over its data-parallel group. A chunk can run only while it is gathered, and at most
-`resident_chunks` of a rank's chunks may be gathered at one time: 1 is the least memory, 2 hides a gather behind the chunk
-before, all of them is ZeRO-2 (every chunk gathered once per step, gradients and optimizer sharded).
+`resident_chunks` of a rank's chunks may be gathered at a time: 1 takes the least memory, 2 hides a gather behind the
+chunk before, all of them is ZeRO-2 (each chunk gathered once per step, gradients and optimizer sharded).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class _Place:
 
 
 def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> Schedule:
-    """Gather every chunk before it runs, and give it up after its last use or where another chunk needs its place.
+    """Gather every chunk before it runs; free it after its last use, or where another chunk needs its place.
 
-    What is given up is the chunk that is needed last (Belady 1966), so no plan with as many places has fewer gathers.
-    A gather stands where the chunk gathered before it begins to run, or later if its place is still in use: at most one
-    gather is under way ahead of need. Breadth-first with all micro-batches in one group has 2V - resident_chunks gathers
-    per rank (V with resident_chunks 1 or 2: 2V-1, 2V-2), whatever M is: between forward and backward the last chunks stay.
+    The chunk to be freed is the one needed last (Belady 1966), so no plan with as many places has fewer gathers. A
+    gather stands where the chunk gathered before it begins to run, or later if its place is still in use: at most one
+    gather is under way ahead of need. Breadth-first with all micro-batches in one group has 2V - resident_chunks
+    gathers per rank, whatever M is: the last chunks stay gathered between forward and backward.
     """
     if resident_chunks < 1:
         raise UserError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
@@ -43,18 +43,18 @@ def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> 
 def _sharded(actions: list[Action], places: int) -> list[Action]:
     computes = [position for position, action in enumerate(actions) if action.op in COMPUTE]
     runs = [(stage, next(run)) for stage, run in groupby(computes, key=lambda position: actions[position].stage)]
+    starts = [0, *(position for _, position in runs[1:]), len(actions)]
     changes: dict[int, list[Action]] = defaultdict(list)
     for run, action in _changes([stage for stage, _ in runs], places):
-        changes[0 if run == 0 else runs[run][1] if run < len(runs) else len(actions)].append(action)
+        changes[starts[run]].append(action)
     lowered: list[Action] = []
     for position, action in enumerate(actions):
-        lowered += changes[position]
-        lowered.append(action)
+        lowered += [*changes[position], action]
     return lowered + changes[len(actions)]
 
 
 def _changes(runs: list[int], places: int) -> list[tuple[int, Action]]:
-    """(run, UNSHARD or RESHARD to put before it), in order; run len(runs) stands for the end.
+    """Return (run, UNSHARD or RESHARD to put before it), in order; run len(runs) stands for the end.
 
     runs: the stage of each run of a rank; a run is a series of its compute actions of one stage.
     """
@@ -75,12 +75,12 @@ def _changes(runs: list[int], places: int) -> list[tuple[int, Action]]:
         if place.next_use == math.inf:
             changes.append((run + 1, Action(stage, Op.RESHARD)))
             place.stage = None
-    # What is given up comes first, so that the places suffice at every moment.
+    # Frees come first, so that the places suffice at every moment.
     return sorted(changes, key=lambda change: (change[0], change[1].op is Op.UNSHARD))
 
 
 def _following_uses(runs: list[int]) -> list[float]:
-    """For each run, the next one of the same stage; infinity if there is none."""
+    """Return for each run the next one of the same stage; infinity if there is none."""
     found: list[float] = []
     coming: dict[int, int] = {}
     for run in range(len(runs) - 1, -1, -1):
@@ -90,12 +90,12 @@ def _following_uses(runs: list[int]) -> list[float]:
 
 
 def is_sharded(plan: Schedule) -> bool:
-    """Whether a plan gives up gathered parameters; a replicated one gathers each chunk once and keeps it."""
+    """Return whether a plan frees gathered parameters; a replicated one gathers each chunk once and keeps it."""
     return any(action.op is Op.RESHARD for actions in plan for action in actions)
 
 
 def check_sharding(plan: Schedule, resident_chunks: int) -> None:
-    """ScheduleError unless every chunk is gathered while it runs, none in vain, and never more than `resident_chunks`.
+    """Raise ScheduleError unless each chunk is gathered while it runs, none in vain, and no more than may be.
 
     A gather counts from its launch. At the end of a step nothing is gathered: the optimizer changes the shards.
     """
@@ -110,7 +110,7 @@ def check_sharding(plan: Schedule, resident_chunks: int) -> None:
 
 
 def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) -> str | None:
-    """What is wrong with running `action` now. Keeps `gathered` up to date."""
+    """Return what is wrong with running `action` now, or None; keep `gathered` up to date."""
     stage, op, _ = action
     if op is Op.UNSHARD:
         if stage in gathered:
@@ -129,7 +129,7 @@ def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) 
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """What is kept of a parameter, in bytes. The defaults: fp32, Adam."""
+    """Bytes kept per parameter. The defaults are for fp32 and Adam."""
 
     gathered: int = 4  # the parameter; 2 in bf16
     summed: int = 4  # its gradient, unreduced: added up in fp32 also for bf16
@@ -140,33 +140,30 @@ class ParameterBytes:
 def peak_parameter_bytes(
     actions: list[Action], shape: PipelineShape, parameters: Sequence[int], replicas: int, each: ParameterBytes
 ) -> float:
-    """The most that parameters, gradients and optimizer take on one rank during a step with full sharding, in bytes.
+    """Return the most bytes that parameters, gradients and optimizer take on a fully sharded rank during a step.
 
-    actions: the rank's plan. parameters: of each of its chunks. replicas: that the parameters are sharded over.
-    Of all parameters the shard's bytes / replicas; beside that, at every moment: the gathered chunks, counted from the
-    launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the chunk
-    reduced last, which are kept until the next is reduced; and the reduced ones' shards.
-    With 2 resident chunks of n parameters each, and P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and 4 n /
-    replicas for each chunk but the first.
+    actions: the rank's plan. parameters: how many each of its chunks has. replicas: that they are sharded over.
+    The shards of all parameters are always there. Beside them, at any moment: the gathered chunks, counted from the
+    launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the
+    chunk reduced last, which are kept until the next is reduced; and the shards of the reduced ones.
+    With 2 resident chunks of n parameters each, P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and
+    4 n / replicas for each chunk but the first.
     """
     gathered: set[int] = set()
     summed: set[int] = set()
     reduced: set[int] = set()
     leaving: set[int] = set()  # the chunk that was reduced last
+    entered = {Op.UNSHARD: gathered, Op.B: summed, Op.REDUCE_GRAD: reduced}
 
     def elements(stages: set[int]) -> int:
         return sum(parameters[shape.chunk_of(stage)] for stage in stages)
 
     peak = 0.0
     for stage, op, _ in actions:
-        if op is Op.UNSHARD:
-            gathered.add(stage)
-        elif op is Op.RESHARD:
+        if op is Op.RESHARD:
             gathered.discard(stage)
-        elif op is Op.B:
-            summed.add(stage)
-        elif op is Op.REDUCE_GRAD:
-            reduced.add(stage)
+        elif op in entered:
+            entered[op].add(stage)
         held = elements(gathered) * each.gathered + elements(summed | leaving) * each.summed
         peak = max(peak, held + elements(reduced) * each.reduced / replicas)
         if op is Op.REDUCE_GRAD:  # only now the reduction before this one is waited for
@@ -176,5 +173,5 @@ def peak_parameter_bytes(
 
 
 def count_gathers(actions: list[Action]) -> int:
-    """How often a rank gathers a chunk in a step."""
+    """Return how often a rank gathers a chunk in a step."""
     return sum(action.op is Op.UNSHARD for action in actions)

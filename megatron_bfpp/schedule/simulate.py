@@ -1,4 +1,4 @@
-"""Predict when every action of a schedule runs. Standard library only.
+"""Predict when every action of a schedule runs.
 
 The simulation follows data dependencies and the order of each rank. Given equal stages and no network it reproduces
 the exact step time of the looped schedules, (V-1) max(M, P) + M + P - 1 in units of forward plus backward, also for
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
 
-Key = tuple[int, Op, int | None]  # of an Action in dicts: equal to it, and made in a quarter of the time
+Key = tuple[int, Op, int | None]  # equals an Action as the key of a dict, and is made in a quarter of the time
 
 
 class ScheduleError(ValueError):
@@ -29,13 +29,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When every rank computes: spans[pp_rank] in running order."""
+    """When every rank computes."""
 
     shape: PipelineShape
-    spans: list[list[Span]]
-    chunks_per_stage: int = (
-        1  # 1F1B without chunks has the chunks of a rank as one stage, with the activations of all of them
-    )
+    spans: list[list[Span]]  # [pp_rank], in running order
+    # 1F1B without chunks takes the chunks of a rank as one stage, with the activations of all of them.
+    chunks_per_stage: int = 1
 
     @property
     def step_time(self) -> float:
@@ -43,12 +42,12 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """1 - busy / (pp_size * step time), over all ranks."""
+        """Return 1 - busy / (pp_size * step time), over all ranks."""
         busy = sum(span.end - span.start for spans in self.spans for span in spans)
         return 1 - busy / (self.shape.pp_size * self.step_time)
 
     def peak_live_activations(self) -> list[int]:
-        """Per rank, the most microbatch-and-chunk pairs that await their backward at one time."""
+        """Return, per rank, the most pairs of microbatch and chunk that await their backward at a time."""
         peaks = []
         for spans in self.spans:
             live = peak = 0
@@ -101,7 +100,7 @@ def simulate(
 
 
 def dependency(action: Action, last_stage: int) -> Key | None:
-    """The compute action whose result `action` (F or B) needs, beside those before it on its own rank."""
+    """Return the compute action whose result `action` (F or B) needs, beside those before it on its own rank."""
     stage, op, microbatch = action
     if op is Op.F:
         return (stage - 1, op, microbatch) if stage > 0 else None

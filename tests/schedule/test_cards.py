@@ -84,7 +84,8 @@ def test_a_message_during_a_reduction_takes_twice_its_time_and_prolongs_it_by_it
     assert times[0]["2B0"] == 7.0 and times[1]["2B0"] == 7.5
     # 2B0 ends at 8.5; rank 0 reduces stage 2 from then on, rank 1 is at it until 11: 2SEND_B0 takes 1 on both.
     assert times[1]["1B0"] == 9.5
-    # Rank 1 ends 1B0 at 10.5. Its first reduction, 4 and twice 0.5 of messages, one each way, ends at 11.5; in it falls 1SEND_B0 too.
+    # Rank 1 ends 1B0 at 10.5. Its first reduction, 4 and twice 0.5 of messages, one each way, ends at 11.5.
+    # 1SEND_B0 falls in it too.
     assert times[1]["0B0"] == 11.5
     assert shared.reduced[1] == pytest.approx(6.5 + 2 * 4 + 3 * 0.5)
     assert alone.reduced[1] == pytest.approx(6.5 + 2 * 4)
@@ -120,7 +121,8 @@ def test_sharing_ends_for_every_runtime_and_costs_no_more_than_all_messages(shap
             replay(plan, shape, Costs(1, 2, **costs, shared_card=each), *more).step_time for each in (False, True)
         )
         messages = 2 * (shape.num_stages - 1) * shape.num_microbatches
-        # Each message can be held up, and hold up a collective at either end, by its own time; where two share, one of them ends sooner.
+        # Each message can be held up, and hold up a collective at either end, by its own time. Where two share, one of
+        # them ends sooner.
         assert alone - messages * transfer - 1e-9 <= shared <= alone + 3 * messages * transfer + 1e-9
 
 

@@ -1,6 +1,6 @@
-"""Of random mutations of sound plans of every order, the checker rejects all that change what is computed, and no other.
+"""The checker rejects exactly those random mutations of sound plans, of every order, that change what is computed.
 
-What changes the meaning the oracle decides (oracle.py), which runs a plan on symbols and shares no code with the checker.
+The oracle (oracle.py) decides that: it runs a plan on symbols and shares no code with the checker.
 BFPP_ALL_CASES=1 runs 10,000 mutations, the default 1500. One case again: python tests/schedule/test_mutations.py SEED
 """
 
@@ -29,14 +29,17 @@ ORDERS = (
     "evaluation",
 )
 
-# Of the checker, that random mutations must meet: each rule of its own.
-REASONS = ("are missing", "does not belong to this rank", "and again at step", " comes before ", "no rank can run", "are crossed",
-           "parameters are sharded", "gathers what is gathered", "gives up what is not gathered", "more than the", "at the end of the step")  # fmt: skip
+# Complaints of the checker, one per rule, that random mutations must meet.
+REASONS = (
+    "are missing", "does not belong to this rank", "and again at step", " comes before ", "no rank can run",
+    "are crossed", "parameters are sharded", "gathers what is gathered", "gives up what is not gathered",
+    "more than the", "at the end of the step",
+)  # fmt: skip
 
 
 @cache
 def sound_plan(name, sizes, group, resident):
-    """(plan, what it computes: with its reductions and gathers, and as a job without data parallelism, which has none)."""
+    """Return a plan and what it computes, with its reductions and gathers and as a job without data parallelism."""
     shape = PipelineShape(*sizes)
     if name == "1f1b":
         order = one_f_one_b(shape)
@@ -191,7 +194,8 @@ def late_receives(rng, plan, shape):
 
 
 MUTATIONS = (
-    drop, double, swap, swap_neighbours, move, move_a_little, exchange_ranks, exchange_between_ranks, give_away, other_microbatch,
+    drop, double, swap, swap_neighbours, move, move_a_little, exchange_ranks, exchange_between_ranks, give_away,
+    other_microbatch,
     other_stage, other_kind, exchange_microbatches, reverse_a_stretch, late_receives,
 )  # fmt: skip
 
@@ -211,7 +215,8 @@ def run_case(seed):
     except ScheduleError as error:
         verdict = str(error)
     found = meaning(plan, shape, resident=resident)
-    detail = f"{name}, {shape}, resident {resident}\n{verdict}\n{found if isinstance(found, str) else ''}\n{formats.to_text(plan)}"
+    hang = found if isinstance(found, str) else ""
+    detail = f"{name}, {shape}, resident {resident}\n{verdict}\n{hang}\n{formats.to_text(plan)}"
     return mutation.__name__, name, verdict == "accepted", found in wanted, detail
 
 

@@ -128,7 +128,7 @@ def test_a_reduction_as_long_as_the_backwards_of_its_chunk_is_exposed_as_the_ari
     shape = PipelineShape(*sizes)
     pp, chunks, microbatches = sizes
     costs = Costs(1, 2, reduction=2 * microbatches)
-    # The default leaves P backwards between the ends of two chunks, breadth-first M; the last reduction is exposed in both.
+    # The default leaves P backwards between the ends of two chunks, breadth-first M. Both expose the last reduction.
     order, plan = interleaved_1f1b(shape), lower(breadth_first(shape), shape)
     assert replay(plan, shape, costs).exposed_reduction == 2 * microbatches
     default = replay(lower(order, shape), shape, costs).exposed_reduction
@@ -156,7 +156,8 @@ def test_full_sharding_hides_its_second_gather_under_the_backwards_of_the_next_c
     shape = PipelineShape(2, 3, 4)
     replicated, sharded = lower(breadth_first(shape), shape), lower(breadth_first(shape), shape, resident_chunks=2)
     alone = replay(replicated, shape).step_time
-    # A reduction and a gather under 4 backwards of 2: the first gather and the last reduction are exposed, as without sharding.
+    # A reduction and a gather under 4 backwards of 2: as without sharding, the first gather and the last reduction are
+    # exposed.
     hidden = Costs(1, 2, gather=3, reduction=4)
     assert replay(sharded, shape, hidden).step_time == replay(replicated, shape, hidden).step_time == alone + 3 + 4
     # Too long for that, and each of V - 2 = 1 chunks that are gathered again exposes what is too much.
