@@ -73,7 +73,7 @@ class Rounds:
             folder.mkdir(parents=True)
             log.parent.mkdir(exist_ok=True)
             log.unlink(missing_ok=True)
-        except OSError as error:  # the others may still have room, and the report says that this one is missing
+        except OSError as error:  # the others may still have room; the report names the missing run
             say(f"{name} FAILED: {error}")
             return
         say(f"{name}: {self.steps} steps, log in {log}")
@@ -137,7 +137,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _status(folder: Path) -> str:
-    """Return what end.json says of a run: finished, failed, or nothing."""
+    """Return the status in the end.json of a run: finished, failed, or ""."""
     try:
         end = json.loads((folder / "end.json").read_bytes())
         return str(end["status"])

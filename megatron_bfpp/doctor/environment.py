@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from .line import Facts, Line, fail, gpus, has_gpus, ok, section, warn
 
 BLACKWELL = 10  # compute capability from which Megatron asks for no CUDA_DEVICE_MAX_CONNECTIONS
-RECORD_STREAMS_IGNORED = (2, 8)  # torch from which ProcessGroupNCCL ignores the variable, and says so
+RECORD_STREAMS_IGNORED = (2, 8)  # since this torch ProcessGroupNCCL ignores the variable, with a warning
 LEAST_SHM = 1 << 30
 LEAST_DISK = 10 * 10**9  # a checkpoint of 0.7B parameters at Megatron's 14 bytes each
 Environment = dict[str, str]

@@ -276,14 +276,17 @@ def test_help_is_the_header_of_the_script(script, stubs):
     )
 
 
-def test_without_an_allocation_the_slurm_script_says_so(stubs):
+def test_without_an_allocation_the_slurm_script_is_refused(stubs):
     done = run("ab_throughput.sbatch", stubs, VOCAB_FILE="v", MERGE_FILE="m")
     assert done.returncode == 2 and "there is no allocation" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"])
+@pytest.mark.parametrize(
+    "name", ["quickstart.sh", "slurm_common.sh", "ab_local.sh", "ab_throughput.sbatch", "pretrain_52b.sbatch"]
+)
 def test_the_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
+    assert len((SCRIPTS / name).read_text().splitlines()) < 50  # the work is done in Python
 
 
 @pytest.mark.skipif("not os.environ.get('BFPP_ALL_CASES')", reason="takes 10 s; BFPP_ALL_CASES=1 runs it")

@@ -108,8 +108,8 @@ def test_a_training_that_is_requeued_goes_on_from_its_last_checkpoint(cluster, s
 def test_what_a_dry_run_prints_is_accepted_by_slurm(script, cluster, text, tmp_path):
     settings = settings_of(text, tmp_path) | {"NNODES": "2"}
     path = ROOT / "scripts" / script
-    told = cluster.run("bash", str(path), "--dry-run", **settings)
-    commands = re.findall(r"would run: (srun .*)", told)
+    printed = cluster.run("bash", str(path), "--dry-run", **settings)
+    commands = re.findall(r"would run: (srun .*)", printed)
     assert len(commands) == (12 if script.startswith("ab") else 1)
     head = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
     job = tmp_path / "job.sh"
