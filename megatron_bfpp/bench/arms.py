@@ -1,4 +1,4 @@
-"""The arms of `bfpp bench`: every schedule that is compared, on the same emulated stages and network. Runs in each rank."""
+"""The arms of `bfpp bench`: every schedule of the table, on the same emulated stages and network. Runs in each rank."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 from ..integration.flags.settings import Settings
 from ..integration.seams import changed
 from ..integration.step import forward_backward
-from ..schedule import Action, PipelineShape, Schedule
+from ..schedule import Action, Schedule
 from . import data_parallel
-from .data_parallel import ALONE, ReplicaTimes
 from .emulate.collectives import Collectives
 from .emulate.network import Network
-from .emulate.stages import HIDDEN, EmulatedChunk, StageTimes
+from .emulate.stages import HIDDEN, EmulatedChunk
 
 Step = Callable[[], None]
 
 
 class Arms:
-    """The arms of one shape on this rank, whose process groups exist. `steps` has a function per arm that runs one step."""
+    """The arms of a case on this rank, whose process groups exist. steps: per arm, a function that runs one step."""
 
-    def __init__(self, shape: PipelineShape, times: StageTimes, network: Network, replicas: ReplicaTimes = ALONE):
-        self.shape, self.times, self.network, self.replicas = shape, times, network, replicas
-        is_replicated = replicas.size > 1
+    def __init__(self, network: Network):
+        self.network, self.shape = network, network.case.shape
+        is_replicated = network.case.replicas > 1
         self.collectives = Collectives(network, parallel_state.get_data_parallel_group()) if is_replicated else None
-        self.plans: dict[str, Schedule] = {}
-        self._chunks = self._model([self._chunk(self._config(True), chunk) for chunk in range(shape.num_chunks)])
+        self.plans: dict[str, Schedule] = {}  # of torch's arms, once they are made
+        self._chunks = self._model(self._new_chunks())
         late, megatron = Settings("breadth-first", "late"), Settings("breadth-first", engine="megatron")
         interleaved = schedules.forward_backward_pipelining_with_interleaving
         interleaved = getattr(interleaved, "__wrapped__", interleaved)
         self.steps: dict[str, Step] = {
             "1f1b": self._not_interleaved(),
-            "interleaved": lambda: self._grouped(interleaved, shape.pp_size),
-            "interleaved-grouped": lambda: self._grouped(interleaved, shape.num_microbatches),
+            "interleaved": lambda: self._grouped(interleaved, self.shape.pp_size),
+            "interleaved-grouped": lambda: self._grouped(interleaved, self.shape.num_microbatches),
             "breadth-first": lambda: self._run(forward_backward.run, Settings("breadth-first")),
             "breadth-first-late": lambda: self._run(forward_backward.run, late),
             "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
@@ -50,7 +49,7 @@ class Arms:
         }
 
     def _config(self, has_chunks: bool) -> Any:
-        """As Megatron's command line makes it, with the flag that overlaps the messages of warm-up and cool-down."""
+        """Make the config that Megatron's command line makes, with warm-up's and cool-down's messages overlapped."""
         size = self.shape.pp_size
         return TransformerConfig(
             num_layers=self.shape.num_stages, hidden_size=HIDDEN, num_attention_heads=1,
@@ -60,16 +59,15 @@ class Arms:
             overlap_p2p_comm=has_chunks, batch_p2p_comm=not has_chunks, overlap_p2p_comm_warmup_flush=has_chunks,
         )  # fmt: skip
 
-    def _chunk(self, config: Any, vp_stage: int | None, repeat: int = 1) -> EmulatedChunk:
-        return EmulatedChunk(config, vp_stage, self.times, self.network, self.replicas.buckets, repeat)
+    def _new_chunks(self) -> list[EmulatedChunk]:
+        return [EmulatedChunk(self._config(True), chunk, self.network) for chunk in range(self.shape.num_chunks)]
 
     def _model(self, chunks: list[Any]) -> list[Any]:
-        """The chunks with what Megatron's training loop puts around them and into their config."""
+        """Wrap the chunks, and fill in their config, as Megatron's training loop does."""
         if self.collectives is None:
             return chunks
         model = [
-            data_parallel.under_ddp(chunk, self.replicas, self.collectives, not index)
-            for index, chunk in enumerate(chunks)
+            data_parallel.under_ddp(chunk, self.collectives, in_buckets=not index) for index, chunk in enumerate(chunks)
         ]
         for ddp in model:
             config, has_chunks = ddp.config, len(model) > 1 or ddp.module.vp_stage is not None
@@ -96,20 +94,19 @@ class Arms:
             self._run(interleaved)
 
     def _not_interleaved(self) -> Step:
-        (chunk,) = self._model([self._chunk(self._config(False), None, repeat=self.shape.num_chunks)])
+        (chunk,) = self._model([EmulatedChunk(self._config(False), None, self.network, repeat=self.shape.num_chunks)])
         return lambda: self._run(schedules.forward_backward_pipelining_without_interleaving, model=chunk)
 
     def _sharded(self) -> Step:
         if self.collectives is None:
             return _nothing_to_shard
-        chunks = [self._chunk(self._config(True), chunk) for chunk in range(self.shape.num_chunks)]
-        model = [data_parallel.under_fsdp(chunk, self.replicas, self.collectives) for chunk in chunks]
+        model = [data_parallel.under_fsdp(chunk, self.collectives) for chunk in self._new_chunks()]
         for chunk in model:
             chunk.config.finalize_model_grads_func = data_parallel.finish
         collectives = self.collectives
 
         def step() -> None:
-            with data_parallel.emulated_reductions(self.replicas, collectives):
+            with data_parallel.emulated_reductions(collectives):
                 self._run(forward_backward.run, Settings("breadth-first"), model=model)
 
         return step
@@ -119,8 +116,9 @@ class Arms:
         example = torch.ones(1, 1, HIDDEN, dtype=torch.float64)
         stages = [
             self._stage(
-                self._chunk(None, chunk), stage, shape.num_stages, torch.device("cpu"), group=group,
-                input_args=example if stage == 0 else example.clone().requires_grad_(), output_args=example.clone().requires_grad_(),
+                EmulatedChunk(None, chunk, self.network), stage, shape.num_stages, torch.device("cpu"), group=group,
+                input_args=example if stage == 0 else example.clone().requires_grad_(),
+                output_args=example.clone().requires_grad_(),
             )
             for chunk, stage in enumerate(shape.stages_on(group.rank()))
         ]  # fmt: skip
@@ -128,12 +126,11 @@ class Arms:
             stages, shape.num_microbatches, loss_fn=lambda output, target: _loss(output)[0], scale_grads=False
         )
         plan = schedule.pipeline_order_with_comms
-        self.plans[
-            arm
-        ] = [  # without UNSHARD, RESHARD and REDUCE_GRAD, which do nothing for a module that is not sharded
+        # Without UNSHARD, RESHARD and REDUCE_GRAD, which do nothing for a module that is not sharded.
+        self.plans[arm] = [
             [Action.parse(str(each)) for each in plan[rank] if each.microbatch_index is not None]
             for rank in range(shape.pp_size)
-        ]
+        ]  # fmt: skip
         batch = torch.ones(shape.num_microbatches, 1, HIDDEN, dtype=torch.float64)
 
         def step() -> None:
@@ -146,7 +143,7 @@ class Arms:
     def _stage(self, chunk: EmulatedChunk, *args: Any, **kwargs: Any) -> PipelineStage:
         if self.collectives is None:
             return PipelineStage(chunk, *args, **kwargs)
-        return data_parallel.ReplicatedStage(chunk, *args, times=self.replicas, collectives=self.collectives, **kwargs)
+        return data_parallel.ReplicatedStage(chunk, *args, collectives=self.collectives, **kwargs)
 
 
 def _nothing_to_shard() -> None:

@@ -8,7 +8,7 @@ __all__ = ["UserError", "require", "shown"]
 _LINES, _LETTERS = 3, 600
 # Extras of this package that bring an optional library; any other library is installed under its own name.
 _EXTRAS = {"matplotlib": "report", "scipy": "report", "transformer_engine": "te", "wandb": "wandb"}
-_PACKAGES = {"yaml": "PyYAML"}
+_PACKAGES = {"megatron": "megatron-core", "yaml": "PyYAML"}
 
 
 class UserError(ValueError):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
@@ -30,13 +31,15 @@ _ANSWER, _REFUSED, _DONE = range(3)
 class Forks:
     """Processes that answer. Leaving the `with` block ends those that still run.
 
-    preload: modules that the server imports. context: multiprocessing's, for memory that the processes share.
+    preload: modules that the server imports. at_most: how many processes run at a time; None for all.
+    context: multiprocessing's, for memory that the processes share.
     """
 
-    def __init__(self, *preload: str):
+    def __init__(self, *preload: str, at_most: int | None = None):
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["megatron_bfpp.console.quiet_preload", *preload])
-        self._ranks = Ranks()
+        self._ranks, self._at_most = Ranks(), at_most
+        self._waiting: deque[tuple[str, Callable[..., Iterator[Any]], tuple[Any, ...]]] = deque()
         self._running: dict[Connection, tuple[str, Forked]] = {}
 
     def __enter__(self) -> Self:
@@ -46,11 +49,19 @@ class Forks:
         self._ranks.end()
 
     def __len__(self) -> int:
-        """Count the processes that have not said that they are done."""
-        return len(self._running)
+        """Count the processes that are not done."""
+        return len(self._running) + len(self._waiting)
 
     def start(self, name: str, target: Callable[..., Iterator[Any]], *args: Any) -> None:
         """Run target(*args), which yields its answers, in a new process. name: for messages of errors."""
+        self._waiting.append((name, target, args))
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and (self._at_most is None or len(self._running) < self._at_most):
+            self._start(*self._waiting.popleft())
+
+    def _start(self, name: str, target: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_answer, args=(target, args, theirs), daemon=True)
         process.start()
@@ -68,7 +79,7 @@ class Forks:
         while self._running:
             ready = wait(list(self._running), timeout_s)
             if not ready:
-                raise UserError(f"no process has answered for {timeout_s:.0f} s: one of {len(self)} hangs.")
+                raise UserError(f"no process has answered for {timeout_s:.0f} s: one of {len(self._running)} hangs.")
             pipe = next(each for each in self._running if each in ready)
             name, process = self._running[pipe]
             try:
@@ -84,6 +95,7 @@ class Forks:
             if kind == _ANSWER:
                 return name, content
             del self._running[pipe]
+            self._start_waiting()
         return None
 
 

@@ -1,4 +1,4 @@
-"""Silence for what torch and Megatron print, on every import, of libraries that a machine without GPUs does without."""
+"""Silence for what torch and Megatron always print on a machine without GPUs and their libraries."""
 
 import logging
 import warnings
@@ -8,6 +8,7 @@ __all__ = ["silence_imports"]
 _OF_MEGATRON = (
     r"(?s).*\b(is|are) not installed\b",  # Transformer Engine, Apex, absl.logging
     r"Only transformer-engine",  # the version of one that is not installed
+    r"full scope is deprecated",  # of CUDA graphs, which its own default asks for
 )
 
 

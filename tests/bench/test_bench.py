@@ -1,12 +1,18 @@
 """bfpp bench: what it computes of measurements, and one short run of every arm in real processes."""
 
+import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_bfpp.bench import command
+from megatron_bfpp.bench.command import add_command
 from megatron_bfpp.bench.results import Result, as_json, lower_bound_s, markdown, table
+from megatron_bfpp.bench.settings import settings
 from megatron_bfpp.cli import main
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 from megatron_bfpp.schedule.costs import Costs
@@ -82,33 +88,40 @@ def test_torchs_arms_are_predicted_from_torchs_plan():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--shape", "4x2x8"], "--shape 4x2x8 is not PP,CHUNKS,MICROBATCHES"),
+        (["--shape", "4x2x8"], "--shape: '4x2x8' is not PP,CHUNKS,MICROBATCHES as in 4,2,8\n"),
         (["--shape", "1,2,8"], "pp_size is 1"),
-        (["--forward-ms", "0"], "--forward-ms is 0"),
-        (["--repeat", "0"], "--repeat is 0"),
-        (["--jitter", "2"], "jitter 2"),
-        (["--dp", "1"], "--dp is 1"),
-        (["--reduction", "-1"], "--reduction is -1"),
-        (["--arm", "gpipe"], "--arm gpipe does not exist"),
+        (["--forward-ms", "0"], "--forward-ms: '0' is not a number from 0.1 to 10000"),
+        (["--repeat", "0"], "--repeat: '0' is not a whole number"),
+        (["--jitter", "2"], "--jitter: '2' is not a number from 0 to 0.99"),
+        (["--dp", "1"], "--dp: '1' is not a whole number from 2"),
+        (["--reduction", "-1"], "--reduction: '-1' is not a number from 0"),
+        (["--arm", "gpipe"], "--arm: invalid choice: 'gpipe' (choose from '1f1b', 'interleaved'"),
+        (["--node-hop", "0.1"], "Add --node-size N."),
     ],
 )
 def test_bad_input_is_one_short_message(arguments, words, capsys):
-    pytest.importorskip("megatron.core")
-    assert main(["bench", *arguments]) == 2
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2
     message = capsys.readouterr().err
     assert words in message and len(message.strip().splitlines()) <= 3
 
 
-def test_a_model_runs_in_slow_motion_with_the_times_that_plan_estimates():
-    from megatron_bfpp.bench.command import settings
-    from megatron_bfpp.cli import parser
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    return parser.parse_args(["bench", *words])
 
+
+def test_a_model_runs_in_slow_motion_with_the_times_that_plan_estimates():
     configuration = str(ROOT / "configs" / "gpt_52b_512_h100.yaml")
-    args = parser().parse_args(["bench", "--model", configuration, "--gpu", "h100-80", "--gpus", "512"])
+    args = parsed("--model", configuration, "--gpu", "h100-80", "--gpus", "512")
     (setting,) = settings(args)
-    assert setting.sizes == (8, 8, 16) and setting.is_replicated
+    assert setting.shape == PipelineShape(8, 8, 16) and setting.is_replicated
     assert 1.5 < args.backward_time < 2.5 and 0 < setting.hop < 0.1 and 0 < setting.transfer < 0.5
-    slower = parser().parse_args(["bench", "--model", configuration, "--gpu", "a100-80", "--gpus", "512"])
+    slower = parsed("--model", configuration, "--gpu", "a100-80", "--gpus", "512")
     assert settings(slower)[0].hop < setting.hop  # the network takes less of a slower GPU's time
 
 
@@ -174,3 +187,25 @@ def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
         assert min(each["step_times_s"]) >= each["lower_bound_s"]
         without = each["lower_bound_s"] - (each["reduction_s"] + each["gather_s"]) / 2
         assert min(each["free_step_times_s"]) >= without
+
+
+def test_nothing_but_progress_stands_on_standard_error():
+    pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+    words = ["bench", "--shape", "2,2,2", "--forward-ms", "4", "--repeat", "1", "--arm", "interleaved", "--arm", "1f1b"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_bfpp.cli", *words],
+        check=False, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    busy = "steps were run again: the machine was busy when the emulated work was due"
+    assert lines[:2] == ["bench: 1 of 2 steps", "bench: 2 of 2 steps"]
+    assert all(line.endswith(busy) for line in lines[2:]), done.stderr
+
+
+def test_a_library_that_is_missing_is_named_before_the_first_step(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured before it was known"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", "bench.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err

@@ -6,17 +6,27 @@ import time
 import pytest
 from jobs import run_job
 
+from megatron_bfpp.bench.case import NUMBERS_PER_CARD, Case
+from megatron_bfpp.schedule import PipelineShape
+from megatron_bfpp.schedule.costs import Costs
+
+
+def network_of(case):
+    """The network of this rank, alone on its cards."""
+    from megatron_bfpp.bench.emulate.network import Network
+
+    cards = multiprocessing.get_context("spawn").Array("d", NUMBERS_PER_CARD * case.ranks)
+    return Network(case, cards)
+
 
 def collectives():
     """Of this rank: what launches and waits."""
     import torch.distributed as dist
 
     from megatron_bfpp.bench.emulate.collectives import Collectives
-    from megatron_bfpp.bench.emulate.network import NUMBERS_PER_CARD, Link, Network
 
     dist.init_process_group("gloo")
-    cards = multiprocessing.get_context("spawn").Array("d", NUMBERS_PER_CARD * dist.get_world_size())
-    network = Network(Link("slow", bandwidth=1.0), 5.0, cards)
+    network = network_of(Case(PipelineShape(2, 1, 1), Costs(transfer=5.0)))
     return network, Collectives(network, dist.group.WORLD)
 
 
@@ -53,20 +63,15 @@ def waits_for_a_reduction_after_the_next_chunk():
     from megatron.core import parallel_state
 
     from megatron_bfpp.bench.arms import Arms
-    from megatron_bfpp.bench.data_parallel import ReplicaTimes
-    from megatron_bfpp.bench.emulate.network import NUMBERS_PER_CARD, Link, Network
-    from megatron_bfpp.bench.emulate.stages import StageTimes
     from megatron_bfpp.integration.cpu.mode import enable_cpu
     from megatron_bfpp.runtime import fully_sharded
-    from megatron_bfpp.schedule import PipelineShape
 
     enable_cpu()
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 2, 3)
     runtimes_own = fully_sharded.Reductions
-    cards = multiprocessing.get_context("spawn").Array("d", NUMBERS_PER_CARD * 4)
-    network = Network(Link(), 1.0, cards, replicas=2)
-    arms = Arms(PipelineShape(2, 3, 2), StageTimes(0.001, 0.001), network, ReplicaTimes(2, reduction_s=0.5))
+    network = network_of(Case(PipelineShape(2, 3, 2), Costs(0.001, 0.001, reduction=0.5), replicas=2))
+    arms = Arms(network)
     seen, numbers = [], {}
     launch, wait = arms.collectives.launch, arms.collectives.wait
 

@@ -72,6 +72,17 @@ def test_a_process_that_ends_without_its_answers_is_named_and_the_others_end(tar
     assert not is_alive(pid)
 
 
+def test_no_more_processes_run_at_a_time_than_asked_for():
+    found = []
+    with Forks(at_most=1) as forks:
+        for first in (0, 10, 20):
+            forks.start(str(first), counts, first, 2)
+        assert len(forks) == 3
+        while (answer := forks.next(60)) is not None:
+            found.append(answer[1][0])
+    assert found == [0, 1, 10, 11, 20, 21]
+
+
 def test_an_error_names_its_kind_and_its_place():
     with pytest.raises(UserError, match=r"^KeyError: 'lost' \(test_forked.py, line \d+\)$"), Forks() as forks:
         forks.start("rank 0", fails)

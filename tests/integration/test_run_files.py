@@ -190,9 +190,9 @@ ARGUMENTS = {
     ],
 )  # fmt: skip
 def test_arms_have_the_names_of_bfpp_bench(more, name):
-    from megatron_bfpp.bench.processes import ARMS
+    from megatron_bfpp.schedule.names import SCHEDULES
 
-    assert word_of_job(SimpleNamespace(**{**ARGUMENTS, **more}), 8) == name and name in ARMS
+    assert word_of_job(SimpleNamespace(**{**ARGUMENTS, **more}), 8) == name and name in SCHEDULES
 
 
 def test_charts_stand_beside_megatrons_own_in_both_writers(monkeypatch):

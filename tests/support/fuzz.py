@@ -148,7 +148,7 @@ def stop_before_processes(patch):
         raise Stopped("the command line was accepted")
 
     patch(bench, "_measure", stopped)
-    patch(dry_run, "_examined", stopped)
+    patch(dry_run, "examine_ranks", stopped)
     patch(doctor_facts, "gather", stopped)
 
 

@@ -1,7 +1,8 @@
 """One network for the messages and collectives of all ranks: schedule/cards.py, in memory that the processes share.
 
-When a transfer ends depends on what begins meanwhile. So nobody is told the end of one before it is past: who waits sleeps until
-then, and looks again. On a GPU too a wait stands in the way of what the rank does next, so that nothing comes later for it.
+The end of a transfer depends on what begins meanwhile, so it is not known before it is past: a waiting rank sleeps
+until the next possible end, and looks again. On a GPU too a wait holds back the rank's next action, so that it launches
+nothing later that belongs earlier.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ _SHORTEST_SLEEP_S = 0.0005
 
 
 class SharedCards:
-    """Of `ranks` ranks. An owner is a rank for its messages, or ranks + r for the collectives of the group that rank r is first of.
+    """The cards of `ranks` ranks.
 
-    behind_s: so far the cards stay behind real time, since ranks tell of a transfer a little after it began; shorter than any work,
-        which then starts in time. What a busy machine holds up for longer begins late: `late_s` is the worst of this process.
+    Transfers have owners: a rank for its messages, ranks + r for the collectives of the group whose first rank is r.
+    behind_s: how far the cards stay behind real time, since ranks report a transfer a little after it began; shorter
+    than
+        any work, which then starts in time. What a busy machine holds up for longer begins late: `late_s` is the worst
+        of this process.
     """
 
     def __init__(self, context: Any, ranks: int, full_duplex: bool, behind_s: float):
@@ -32,19 +36,19 @@ class SharedCards:
         self._save(Cards())
 
     def ticket(self, owner: int, number: int) -> int:
-        """What a transfer is known by: the owner's number-th. Positive."""
+        """Return the positive number that names the owner's number-th transfer."""
         return owner * _PER_OWNER + number % _PER_OWNER + 1
 
     def begin_message(self, ticket: int, start_s: float, duration_s: float, sender: int, receiver: int) -> None:
         self._begin(ticket, start_s, duration_s, (self._out(sender), self._in(receiver)), (sender, receiver))
 
     def begin_collective(self, ticket: int, start_s: float, duration_s: float, ranks: list[int]) -> None:
-        """In both directions of every member's card, as in a ring."""
+        """Begin a collective, in both directions of every member's card, as in a ring."""
         places = tuple(place for rank in ranks for place in {self._out(rank), self._in(rank)})
         self._begin(ticket, start_s, duration_s, places, ranks[0])
 
     def wait(self, ticket: int) -> float:
-        """When the transfer has ended, once that is past; of time.monotonic()."""
+        """Wait for the end of a transfer and return when it was, of time.monotonic()."""
         while True:
             with self._state.get_lock():
                 cards = self._load()

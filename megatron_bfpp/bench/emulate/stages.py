@@ -1,13 +1,12 @@
 """Emulated model chunks: the forward and the backward of a stage sleep for the time they would take.
 
-They are real modules with real autograd, a real parameter and real gradients, small ones: what a schedule, DDP and the
-messages do with them is what they do with a model. Tensors are [1, 1, 2] in float64: a number and the stamp of the network.
+They are real modules with real autograd, parameters and gradients, small ones: a schedule, DDP and the messages treat
+them as they treat a model. Tensors are [1, 1, 2] in float64: a number and the stamp of the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,13 @@ from .network import Network, sleep_until
 HIDDEN = 2  # of the tensors between stages
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """How long a stage takes, in seconds per micro-batch."""
-
-    forward_s: float
-    backward_s: float
-
-
 class Sleep(torch.autograd.Function):
-    """x -> x * weight, each way after a sleep."""
+    """Compute x * weight, each way after a sleep."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         layer.before_work()
-        until = layer.network.work(layer.times.forward_s)
+        until = layer.network.work(layer.forward_s)
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
         output = x * weight
@@ -42,7 +33,7 @@ class Sleep(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer: Layer = ctx.layer
         layer.before_work()
-        until = layer.network.work(layer.times.backward_s)
+        until = layer.network.work(layer.backward_s)
         x, weight = ctx.saved_tensors
         grad = grads[0]
         # The last number is the stamp of the message that brought it, not a gradient.
@@ -53,11 +44,12 @@ class Sleep(torch.autograd.Function):
 
 
 class Layer(torch.nn.Module):
-    """A part of a stage, with one parameter: what a bucket of gradients can hold. before_work: a wait for its parameter."""
+    """A part of a stage with one parameter, which a bucket of gradients can hold. before_work waits for it."""
 
-    def __init__(self, times: StageTimes, network: Network):
+    def __init__(self, network: Network):
         super().__init__()
-        self.times, self.network = times, network
+        self.network, case = network, network.case
+        self.forward_s, self.backward_s = case.forward_s / case.costs.buckets, case.backward_s / case.costs.buckets
         self.before_work: Callable[[], None] = lambda: None
         self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
 
@@ -67,25 +59,22 @@ class Layer(torch.nn.Module):
 
 
 class EmulatedChunk(torch.nn.Module):
-    """What Megatron's schedules ask of a model chunk.
+    """A model chunk as far as Megatron's schedules need it.
 
-    layers: parts of a stage. repeat: stages in a row, of a rank of a pipeline without chunks.
+    repeat: stages in a row, of a rank of a pipeline without chunks.
     """
 
-    def __init__(
-        self, config: Any, vp_stage: int | None, times: StageTimes, network: Network, layers: int = 1, repeat: int = 1
-    ):
+    def __init__(self, config: Any, vp_stage: int | None, network: Network, repeat: int = 1):
         super().__init__()
         self.config, self.vp_stage, self.model_type = config, vp_stage, None
-        part = StageTimes(times.forward_s / layers, times.backward_s / layers)
-        self.layers = torch.nn.ModuleList(Layer(part, network) for _ in range(layers * repeat))
+        self.layers = torch.nn.ModuleList(Layer(network) for _ in range(network.case.costs.buckets * repeat))
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
         self._received = tensors[0]
 
     def forward(self, given: torch.Tensor | None = None) -> torch.Tensor:
-        """given: the input where a framework passes it as an argument (torch.distributed.pipelining)."""
+        """Run the layers. given: the input, where it comes as an argument (torch.distributed.pipelining)."""
         x = self._received if given is None else given
         if x is None:
             x = torch.ones(1, 1, HIDDEN, dtype=torch.float64)

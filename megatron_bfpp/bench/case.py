@@ -1,0 +1,77 @@
+"""One case of `bfpp bench`: what is emulated, and which arms run on it. Imports no torch: the parent needs none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..schedule import PipelineShape
+from ..schedule.costs import UNIT, Costs
+from ..schedule.names import SCHEDULES
+from .emulate.shared_card import SharedCards
+
+SHARDED = "breadth-first-sharded"  # fully, which takes data parallelism
+FREE = ", free collectives"  # the variant of an arm whose data-parallel collectives take no time
+# In the shared memory, per rank: until when its card sends and receives, and its link within the node does. The first
+# of the two counts for both directions of a half-duplex card.
+NUMBERS_PER_CARD = 4
+ATTEMPTS = 4  # at a step that the machine held up; a host that is always too slow for the stages is part of the result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape on one network.
+
+    costs: in seconds, of equal stages. A chunk has costs.buckets layers: each is a bucket where Megatron makes buckets,
+    in the first chunk of the first rank, and a unit of FSDP. node_size: pipeline ranks in a node, within which messages
+    have their own link, which nothing else uses. replicas: of the pipeline; 1 for no data-parallel traffic. jitter:
+    standard deviation of every duration, as a part of it.
+    """
+
+    shape: PipelineShape
+    costs: Costs = UNIT
+    network: str = "free"  # its name in tables
+    node_size: int = 1
+    full_duplex: bool = True
+    jitter: float = 0.0
+    replicas: int = 1
+    arms: tuple[str, ...] = tuple(SCHEDULES)
+    repeat: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.shape.pp_size * self.replicas
+
+    @property
+    def shares_card(self) -> bool:
+        """Whether collectives share the card with messages; else they have one of their own."""
+        shared = self.costs.shared_card
+        return shared if isinstance(shared, bool) else any(shared)
+
+    @property
+    def forward_s(self) -> float:
+        return _equal(self.costs.forward)
+
+    @property
+    def backward_s(self) -> float:
+        return _equal(self.costs.backward)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """How each arm runs: also with collectives that take no time, which shows what they cost it."""
+        return ("", FREE) if self.replicas > 1 else ("",)
+
+
+def _equal(cost: object) -> float:
+    if not isinstance(cost, int | float):
+        raise TypeError("the stages of the bench are equal")
+    return cost
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the ranks of a case share. port: of rank 0's store, once it is open."""
+
+    port: Any  # multiprocessing.Value("i")
+    cards: Any  # multiprocessing.Array("d"), NUMBERS_PER_CARD of every rank
+    shared: SharedCards | None  # where collectives share the card
