@@ -1,4 +1,4 @@
-"""What the process of a rank is asked in a dry run, and what it answers: data that passes between processes. Standard library only."""
+"""The question to the process of a rank in a dry run, and its answer: data that passes between processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Question:
-    """words: Megatron's command line. environment: of the process, with the variables of the configuration."""
+    """A job. words: Megatron's command line. environment: of the process, with the configuration's variables."""
 
     words: list[str]
     environment: dict[str, str]
@@ -18,7 +18,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Chunk:
-    """As Megatron built it, in parameters of this tensor-parallel rank. layers: number in the model, from 1: parameters."""
+    """A chunk as Megatron built it, on this tensor-parallel rank. layers: parameters by number in the model, from 1."""
 
     stage: int
     layers: dict[int, int]
@@ -27,7 +27,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PlanLine:
-    """A checked plan, or how it is unsound."""
+    """A checked plan; unsound: the reason, or ""."""
 
     what: str
     num_microbatches: int
@@ -38,7 +38,7 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class Job:
-    """What validation made of the command line. stage_layers: decoder layers of every stage in order."""
+    """The job as validated. stage_layers: decoder layers of every stage in order."""
 
     tp: int
     pp: int
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Rank:
-    """The answer: the job, alike on all ranks, this rank's chunks, and the plans if this is the first rank to be examined."""
+    """The answer: the job, alike on all ranks, this rank's chunks, and the plans if it is the first rank examined."""
 
     pp_rank: int
     job: Job

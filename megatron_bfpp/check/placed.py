@@ -1,7 +1,8 @@
-"""What a job needs and takes with its layers where Megatron has put them, evenly or not.
+"""Memory and time of a job with its layers where Megatron has put them, evenly or not.
 
-Parameters, and with them gradients and optimizer state, are those of the rank's own stages. With uneven stages the time of each
-stage is its own; gathers, reductions and live activations count every chunk as the longest one: there the estimate is a bound.
+Parameters, and with them gradients and optimizer state, are those of the rank's own stages. With uneven stages the time
+of each stage is its own; gathers, reductions and live activations count every chunk as the longest one: there the
+estimate is a bound.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Placed:
         return len(set(self.stage_layers)) == 1
 
     def parameters(self, stage: int) -> int:
-        """Of a stage on one tensor-parallel rank."""
+        """Count the parameters of a stage on one tensor-parallel rank."""
         tp, last = self.strategy.tp, len(self.stage_layers) - 1
         count = self.stage_layers[stage] * self.gpt.layer_parameters(tp)
         if stage == 0:
@@ -56,22 +57,19 @@ class Placed:
         longest = replace(self, stage_layers=[max(self.stage_layers)] * len(self.stage_layers))
         part = sum(map(self.parameters, stages)) / sum(map(longest.parameters, stages))
         return replace(
-            found,
-            parameters=part * found.parameters,
-            gradients=part * found.gradients,
-            optimizer=part * found.optimizer,
-            step=part * found.step,
-        )
+            found, parameters=part * found.parameters, gradients=part * found.gradients,
+            optimizer=part * found.optimizer, step=part * found.step,
+        )  # fmt: skip
 
     def step(self, gpu: GPU) -> Step:
         times = durations(self._longest(), self.strategy, gpu, self.precision)
         if not self.is_even:
             most = max(self.stage_layers)
-            ends = [(times.forward[-1] - times.forward[0]), (times.backward[-1] - times.backward[0])]
-            layer = times.forward[0] / most, times.backward[0] / most
-            forward, backward = ([count * each for count in self.stage_layers] for each in layer)
-            forward[-1] += ends[0]
-            backward[-1] += ends[1]
+            forward, backward = (
+                [count * each[0] / most for count in self.stage_layers] for each in (times.forward, times.backward)
+            )
+            forward[-1] += times.forward[-1] - times.forward[0]  # the head and the loss
+            backward[-1] += times.backward[-1] - times.backward[0]
             times = replace(times, forward=forward, backward=backward)
         s = self.strategy
         is_short = s.pp * s.chunks * s.num_microbatches <= REPLAY_LIMIT
@@ -84,7 +82,10 @@ class Placed:
 def placed(
     words: list[str], num_gpus: int, chunks: int, stage_layers: list[int], resident_chunks: int | None
 ) -> Placed:
-    """Of Megatron's flags, with what it has made of them. UserError for a model or a strategy that the estimate does not know."""
+    """Estimate the job of Megatron's flags, with the placement that Megatron made of them.
+
+    Raises UserError for a model or a strategy that the estimate does not know.
+    """
     flags = parse(_without_placement(words))
     gpt = gpt_of(flags)
     whole = Namespace(**vars(flags))

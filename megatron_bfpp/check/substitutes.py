@@ -1,4 +1,4 @@
-"""What a dry run changes in Megatron's arguments because the machine has no data, no tokenizer and no GPU; each change is told."""
+"""Changes of Megatron's arguments for a machine without data, tokenizer and GPU; each is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _DATA_LISTS = ("data_args_path", "per_split_data_args_path")  # files that name the data
 _TOKENIZER = ("vocab_file", "merge_file", "tokenizer_model")
 
-# What would write, connect or wait: argument, value that keeps it off.
+# Arguments that make Megatron write, connect or wait, with the value that keeps it from that.
 _OUTPUTS: tuple[tuple[str, Any], ...] = (
     ("tensorboard_dir", None),
     ("wandb_project", ""),
@@ -27,7 +27,10 @@ _OUTPUTS: tuple[tuple[str, Any], ...] = (
 
 
 def before_validation(args: Any) -> list[str]:
-    """Data and tokenizer, whose absence must not hide what else may be wrong. UserError where the vocabulary is not known."""
+    """Replace data and tokenizer that are not here, lest they hide what else may be wrong; return a line for each.
+
+    Raises UserError where the size of the vocabulary is not known.
+    """
     return _mock_data(args) + _null_tokenizer(args)
 
 
@@ -61,7 +64,7 @@ def _is_weight(text: str) -> bool:
 
 
 def _null_tokenizer(args: Any) -> list[str]:
-    """NullTokenizer with the vocabulary of --vocab-size, in place of a tokenizer whose files are not all here."""
+    """Put NullTokenizer with --vocab-size words in place of a tokenizer whose files are not all here."""
     kind = args.tokenizer_type
     if kind is None or kind.startswith("Null"):
         return []
@@ -86,8 +89,11 @@ def _null_tokenizer(args: Any) -> list[str]:
 
 
 def after_validation(args: Any) -> list[str]:
-    """What Megatron has accepted for GPUs and this machine cannot build. Parameters and placement do not depend on it."""
-    # Not told: the process groups are fake, and no data is loaded.
+    """Switch off what Megatron accepted for GPUs and this machine cannot build; return a line for each change.
+
+    Parameters and placement do not depend on it.
+    """
+    # Not reported: the process groups are fake, and no data is loaded.
     args.distributed_backend, args.num_workers = "gloo", 0
     lines = [f"built without {flag}, which needs CUDA" for flag in switch_off(args)]
     lines += [f"built with {line}" for line in cpu_arguments(args)]

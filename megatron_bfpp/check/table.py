@@ -1,4 +1,4 @@
-"""The text of `bfpp check --config`: a table of the ranks, the plans, the prediction, what was changed, what was found."""
+"""The text of `bfpp check --config`: a table of the ranks, the plans, the prediction, the changes, the findings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN_LAYERS = 3  # of a row: the first, and the last
 
 
 def report(content: dict[str, Any], world_size_source: str) -> str:
-    """content: what `bfpp check --json` writes."""
+    """Return the text of what `bfpp check --json` writes."""
     parts = [_title(content, world_size_source), _table(content)]
     parts += [_plan(plan) for plan in content["plans"]]
     if "predicted" in content:
@@ -20,7 +20,7 @@ def report(content: dict[str, Any], world_size_source: str) -> str:
         parts.append("not checked: what Megatron demands on GPUs before Blackwell; --gpu names none of them")
     if content["not_compared"]:
         parts.append(f"parameters not compared with the estimate: {content['not_compared']}")
-    parts += [f"told by the plugin: {line}" for line in content["job"]["told"]]
+    parts += [f"the plugin says: {line}" for line in content["job"]["told"]]
     parts += [f"changed for the dry run: {line}" for line in content["job"]["changed"]]
     parts += [f"FOUND: {finding}" for finding in content["findings"]] or ["found nothing wrong"]
     return "\n".join(parts)
@@ -58,7 +58,7 @@ def _table(content: dict[str, Any]) -> str:
 
 
 def _rows(chunks: list[dict[str, Any]]) -> list[str]:
-    """One for chunks in a row that are alike."""
+    """Return one row for neighbouring chunks that are alike."""
     rows = []
     numbered = list(enumerate(chunks))
     for _, same in groupby(numbered, key=lambda each: (each[1]["parameters"], len(each[1]["layers"]))):
@@ -91,7 +91,8 @@ def _plan(plan: dict[str, Any]) -> str:
     name = "Megatron's order" if plan["what"] == "Megatron's" else f"plan of {plan['what']}"
     if plan["unsound"]:
         return f"{name}, {plan['num_microbatches']} micro-batches: unsound"
-    return f"{name}, {plan['num_microbatches']} micro-batches: sound, bubble {plan['bubble_fraction']:.1%}, plan {plan['digest']}"
+    bubble = f"bubble {plan['bubble_fraction']:.1%}"
+    return f"{name}, {plan['num_microbatches']} micro-batches: sound, {bubble}, plan {plan['digest']}"
 
 
 def _prediction(content: dict[str, Any]) -> str:
@@ -101,6 +102,7 @@ def _prediction(content: dict[str, Any]) -> str:
     resident = found["resident_chunks"]
     counted = f" with {resident} resident chunks" if resident != content["job"]["resident_chunks"] else ""
     return (
-        f"predicted for {found['gpu']}{counted}: {bound}{found['step_s']:.3f} s a step, {found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, "
-        f"{found['tflops_per_gpu']:.1f} TFLOP/s/GPU; exposed communication {exposed:.1%}"
+        f"predicted for {found['gpu']}{counted}: {bound}{found['step_s']:.3f} s a step, "
+        f"{found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, {found['tflops_per_gpu']:.1f} TFLOP/s/GPU; "
+        f"exposed communication {exposed:.1%}"
     )
