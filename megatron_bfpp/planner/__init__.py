@@ -1,1 +1,1 @@
-"""What a job will need and take, before it is started. Imports schedule/ only."""
+"""Predicts what a job will need and how long its steps will take, before it is started."""

@@ -148,8 +148,9 @@ def _complete_cluster(args: argparse.Namespace) -> None:
     args.gpus = named.gpus if args.gpus is None else args.gpus
     missing = [flag for flag in ("--gpu", "--gpus") if getattr(args, flag[2:]) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given.\n"
-                        "  Add --gpu KIND and --gpus N, or `cluster: {gpu: KIND, gpus: N}` to the model's file.")  # fmt: skip
+        wrong = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given"
+        add = "Add --gpu KIND and --gpus N, or `cluster: {gpu: KIND, gpus: N}` to the model's file"
+        raise UserError(f"{wrong}.\n  {add}.")
 
 
 def _calibrated(request: Request, args: argparse.Namespace, flags: argparse.Namespace) -> GPU:

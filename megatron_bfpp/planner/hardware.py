@@ -94,8 +94,8 @@ class GPU:
     def crosses(self, apart: int, pp: int) -> list[bool]:
         """Return for each edge of the ring of pipeline ranks whether some of its messages leave the node.
 
-        A pipeline rank is `apart` GPUs in a row (Megatron numbers the pipeline outermost), each the neighbour of the GPU
-        `apart` on. Edge e is within a node where both ranks are; the last edge leads back to the first rank.
+        A pipeline rank is `apart` GPUs in a row (Megatron numbers the pipeline outermost), each the neighbour of the
+        GPU `apart` on. Edge e is within a node where both ranks are; the last edge leads back to the first rank.
         """
         node = self.gpus_per_node
         inside = [edge * apart // node == ((edge + 2) * apart - 1) // node for edge in range(pp - 1)]
@@ -140,6 +140,12 @@ def load_gpu(name: str) -> GPU:
     return _Reader(name, content).gpu()
 
 
+_KEYS = (
+    "name", "precision", "peak_tflops", "memory_gb", "memory_bandwidth_gb_s", "gpus_per_node", "node_link",
+    "network_link", "flash_attention", "achievable",
+)  # fmt: skip
+
+
 class _Reader:
     """Takes a profile apart. Raises UserError for a key too few, too many, or with an impossible value."""
 
@@ -147,8 +153,7 @@ class _Reader:
         self.name, self.content = name, content
 
     def gpu(self) -> GPU:
-        top = self._map(self.content, "", ("name", "precision", "peak_tflops", "memory_gb", "memory_bandwidth_gb_s",
-                                           "gpus_per_node", "node_link", "network_link", "flash_attention", "achievable"))  # fmt: skip
+        top = self._map(self.content, "", _KEYS)
         keys = ("matmul", "memory", "link", "half_size")
         part = self._map(top["achievable"], "achievable", keys)
         achieved = {key: self._number(part, key, "achievable: ", 1.0) for key in keys[:3]}

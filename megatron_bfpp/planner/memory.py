@@ -1,10 +1,9 @@
 """Bytes that a strategy needs on each pipeline rank: parameters, gradients, optimizer state, activations.
 
-    replicated  Megatron's default: all of them on every data-parallel rank
-    zero1       Megatron's distributed optimizer: the optimizer state is divided by the data-parallel size
-    zero2       torch's FSDP2, parameters kept gathered: gradients are divided too, but for those of the resident chunks
-    zero3       torch's FSDP2: everything is divided, but for parameters and gradients of the resident chunks
-Standard library only.
+replicated  Megatron's default: all of them on every data-parallel rank
+zero1       Megatron's distributed optimizer: the optimizer state is divided by the data-parallel size
+zero2       torch's FSDP2, parameters kept gathered: gradients are divided too, except those of the resident chunks
+zero3       torch's FSDP2: everything is divided, except parameters and gradients of the resident chunks
 """
 
 from __future__ import annotations
@@ -33,12 +32,11 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "fp32": Precision(4, 4, 8, 0, linear=4),
-    "bf16": Precision(
-        2, 4, 12, 0, linear=2
-    ),  # Megatron accumulates the gradients of bf16 in fp32 unless told otherwise
+    "bf16": Precision(2, 4, 12, 0, linear=2),  # Megatron accumulates the gradients of bf16 in fp32 by default
     "fp16": Precision(2, 2, 12, 4, linear=2),
-    # The matrix products of the layers in fp8, everything else in bf16. Assumed, not measured, of Transformer Engine on Hopper with
-    # one scale per tensor: weights in fp8 and, for the backward, transposed in fp8, made once a step; inputs saved in fp8.
+    # The matrix products of the layers in fp8, everything else in bf16. Assumed, not measured, for Transformer Engine
+    # on Hopper with one scale per tensor: weights in fp8 and, for the backward, transposed in fp8, made once a step;
+    # inputs saved in fp8.
     "fp8": Precision(2, 4, 12, 0, linear=1, copies=2),
     # --fp8-param-gather: these two are the parameters, of a byte each; there is none in bf16.
     "fp8-params": Precision(2, 4, 12, 0, linear=1, gathered=1),
@@ -47,15 +45,15 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU of one pipeline rank, in bytes."""
+    """The memory of one GPU of one pipeline rank, in bytes."""
 
     pp_rank: int
     parameters: float
     gradients: float
     optimizer: float
     activations: float
-    working: float  # beside the activations, of one action at a time
-    step: float  # of the optimizer's step, when the activations are gone
+    working: float  # beside the activations, for one action at a time
+    step: float  # for the optimizer's step, when the activations are gone
 
     @property
     def total(self) -> float:
@@ -63,32 +61,29 @@ class Memory:
 
 
 def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: bool, pp_rank: int) -> Memory:
-    """Of one pipeline rank. The largest of all ranks counts: the first has the most activations, the last the logits."""
+    """Return the memory of one pipeline rank."""
     s, is_first, is_last = strategy, pp_rank == 0, pp_rank == strategy.pp - 1
     per_chunk = gpt.num_layers // (s.pp * s.chunks)
-    ends = (gpt.embedding_parameters(s.tp) if is_first else 0) + (
-        gpt.head_parameters(s.tp, s.pp == 1) if is_last else 0
-    )
+    ends = gpt.embedding_parameters(s.tp) if is_first else 0
+    ends += gpt.head_parameters(s.tp, s.pp == 1) if is_last else 0
     chunk = per_chunk * gpt.layer_parameters(s.tp)
     count = chunk * s.chunks + ends
-    # At the peak one chunk has ended its backward, is given up, and reduces its gradients while the next makes its own. The
-    # embedding is in the first chunk, the head in the last: at most one of them among these.
+    # At the peak one chunk has ended its backward, is given up, and reduces its gradients while the next makes its own.
+    # The embedding is in the first chunk, the head in the last: at most one of them is among these.
     gathered = min(s.resident_chunks or 0, max(1, s.chunks - 1)) * chunk + ends
     summed = min(count, RESIDENT_CHUNKS * chunk + ends)
     divided = count / s.dp
     element, gradient, optimizer, step = precision[:4]
     weights = element * count + precision.copies * chunk * s.chunks
-    stored = {
+    # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
+    divided_by_fsdp2 = (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided)
+    stored: dict[str, tuple[float, float, float]] = {
         "replicated": (weights, gradient * count, optimizer * count),
         "zero1": (weights, gradient * count, optimizer * divided),
-        # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
-        "zero2": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
-        "zero3": (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided),
-    }[s.sharding]
-
-    live = Activations(
-        gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, flash_attention, linear=precision.linear
-    )
+    }
+    of_state = stored.get(s.sharding, divided_by_fsdp2)
+    split = s.is_split_along_sequence
+    live = Activations(gpt, s.micro_batch, s.tp, split, element, flash_attention, linear=precision.linear)
     at_once = s.peak_live(pp_rank)
     activations = at_once * per_chunk * live.layer(s.recompute)
     if is_first:
@@ -98,4 +93,4 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
         activations += s.live_logits * live.head()
         working = max(working, live.head_working())
     at_step = step * (count if s.sharding == "replicated" else divided)
-    return Memory(pp_rank, *stored, activations, working, at_step)
+    return Memory(pp_rank, *of_state, activations, working, at_step)

@@ -1,6 +1,6 @@
 """A dense GPT as Megatron builds it: its parameters on a tensor-parallel rank, and its floating-point operations.
 
-Sizes are counted in parameters, operations in FLOPs (a multiplication and an addition are two). Standard library only.
+Sizes are counted in parameters, operations in FLOPs (a multiplication and an addition are two).
 """
 
 from __future__ import annotations
@@ -55,17 +55,14 @@ class GPT:
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-        if not self.kv_channels and self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"--hidden-size {self.hidden_size} is no multiple of --num-attention-heads {self.num_attention_heads}.\n"
-                "  Change one of them, or give the width of a head with --kv-channels."
-            )
-        if self.num_attention_heads % self.groups:
-            raise UserError(
-                f"--num-attention-heads {self.num_attention_heads} is no multiple of --num-query-groups {self.groups}."
-            )
+        heads = self.num_attention_heads
+        if not self.kv_channels and self.hidden_size % heads:
+            raise UserError(f"--hidden-size {self.hidden_size} is no multiple of --num-attention-heads {heads}.\n"
+                            "  Change one of them, or give the width of a head with --kv-channels.")  # fmt: skip
+        if heads % self.groups:
+            raise UserError(f"--num-attention-heads {heads} is no multiple of --num-query-groups {self.groups}.")
 
-    # What the zeros above stand for, as validate_args of megatron.training.arguments fills them in.
+    # The zeros above are filled in as validate_args of megatron.training.arguments does.
 
     @property
     def head_width(self) -> int:
@@ -94,7 +91,7 @@ class GPT:
         return self.ffn * (2 if self.swiglu else 1)
 
     def padded_vocab(self, tp: int) -> int:
-        """megatron.training.vocab_utils.calculate_padded_vocab_size."""
+        """Pad the vocabulary as megatron.training.vocab_utils.calculate_padded_vocab_size does."""
         multiple = self.make_vocab_size_divisible_by * tp
         return -(-self.vocab_size // multiple) * multiple
 
@@ -105,6 +102,7 @@ class GPT:
         return self.hidden_size * (1 if self.rms_norm else 2)
 
     def layer_parameters(self, tp: int = 1) -> int:
+        """Count the parameters of one layer."""
         h = self.hidden_size
         matrices = h * (self.qkv_width + self.query_width + self.fc1_width + self.ffn) // tp
         # Biases of column-parallel layers are split like their outputs, those of row-parallel layers are whole.
@@ -117,27 +115,29 @@ class GPT:
         return matrices + biases + norms
 
     def embedding_parameters(self, tp: int = 1) -> int:
-        """Of the first stage. Positions are whole on every rank."""
+        """Count the parameters before the first layer. Positions are whole on every rank."""
         words = self.padded_vocab(tp) // tp * self.hidden_size
         positions = (self.max_position_embeddings or self.seq_length) * self.hidden_size
         return words + (positions if self.learned_positions else 0)
 
     def head_parameters(self, tp: int = 1, alone: bool = False) -> int:
-        """Of the last stage: final norm and output matrix. alone: on one rank with a tied embedding, which then serves."""
+        """Count the parameters after the last layer: final norm and output matrix.
+
+        alone: on one rank with the embedding, which is the matrix if the two are tied.
+        """
         has_matrix = self.untied or not alone
         return self._norm_parameters + (self.padded_vocab(tp) // tp * self.hidden_size if has_matrix else 0)
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, a tied embedding counted once."""
-        return (
-            self.num_layers * self.layer_parameters() + self.embedding_parameters() + self.head_parameters(alone=True)
-        )
+        """Count the parameters of the whole model, a tied embedding once."""
+        ends = self.embedding_parameters() + self.head_parameters(alone=True)
+        return self.num_layers * self.layer_parameters() + ends
 
     # Operations
 
     def layer_gemms(self, micro_batch: int, tp: int) -> list[Gemm]:
-        """Matrix products of a forward of one layer on one rank, but for those of `attention_gemms`."""
+        """Return the matrix products of a layer's forward on one rank, without those of `attention_gemms`."""
         tokens, h = micro_batch * self.seq_length, self.hidden_size
         return [
             Gemm(tokens, self.qkv_width // tp, h),
@@ -147,15 +147,16 @@ class GPT:
         ]
 
     def attention_gemms(self, micro_batch: int, tp: int) -> list[Gemm]:
-        """Queries with keys, and probabilities with values, over the whole square of positions."""
+        """Return queries times keys, and probabilities times values, over the whole square of positions."""
         s, heads = self.seq_length, micro_batch * self.num_attention_heads // tp
         return [Gemm(s, s, self.head_width, heads), Gemm(s, self.head_width, s, heads)]
 
     def head_gemm(self, micro_batch: int, tp: int) -> Gemm:
+        """Return the product that makes the logits."""
         return Gemm(micro_batch * self.seq_length, self.padded_vocab(tp) // tp, self.hidden_size)
 
     def flops(self, sequences: int) -> float:
-        """Of a step over so many sequences, as Megatron reports them: megatron.training.training.num_floating_point_operations.
+        """Count the operations of a step as megatron.training.training.num_floating_point_operations does.
 
         Forward and backward (3 x forward), half of the attention's square (causal mask), no recomputation.
         """

@@ -1,14 +1,15 @@
-"""The time of a step: exact from its plan (`replay_step`), or from a formula (`formula_step`) where a plan is too long.
+"""The time of a step: exact from its plan (`replay_step`), or from a formula (`formula_step`) for long plans.
 
-Both take the durations of `time.durations`. The formula, for P ranks, V chunks, M micro-batches in groups of G, the forward f
-and backward b of a stage, c = hop + transfer:
-    busiest rank, with what must run before its first and after its last action          max over ranks
-    fill and drain of the network, summed over the edges on the way                      2 (P-1) c
-    forwards and backwards of a chunk that wait for the chunk before, each V-1 times     max(0, P (f + c) - G f), same with b
-    Megatron's loop, which waits for each send of an output to leave                     `_waits_for_sends`
-    1F1B, where each P-th micro-batch waits for the way to the last rank and back         c (2 M (P-1) / P - 2)
-    data parallelism: the first gather and last reduction, and what of the others does not fit under a group of a chunk
-It holds for M a multiple of G, and agrees with the replay within 3% where c < f and M > 2 (tested). Beyond that it underestimates.
+Both take the durations of `time.durations`. The formula adds, for P ranks, V chunks, M micro-batches in groups of G, the
+forward f and backward b of a stage, and c = hop + transfer:
+    the busiest rank, with what must run before its first and after its last action     max over ranks
+    fill and drain of the network, summed over the edges on the way                     2 (P-1) c
+    forwards of a chunk that wait for the chunk before, V-1 times; backwards alike      max(0, P (f + c) - G f)
+    Megatron's loop, which waits for each send of an output to leave                    `_waits_for_sends`
+    1F1B, where each P-th micro-batch waits for the way to the last rank and back       c (2 M (P-1) / P - 2)
+    data parallelism: the first gather, the last reduction, and what exceeds a group of a chunk of the others
+It holds for M a multiple of G, and agrees with the replay within 3% where c < f and M > 2 (tested). Beyond that it is
+too low.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .time import Durations
 
 __all__ = ["REPLAY_LIMIT", "Step", "formula_step", "replay_step"]
 
-# Stages times micro-batches up to which a plan is replayed: about a second.
+# Stages times micro-batches of the longest plan that is replayed, which takes about a second.
 REPLAY_LIMIT = 8192
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of the whole job, in seconds."""
+    """The times of a step of the whole job, in seconds."""
 
     step: float
     busy: float  # mean time that a rank computes, tensor parallelism included
@@ -39,7 +40,7 @@ class Step:
 
     @property
     def bubble_fraction(self) -> float:
-        """Of the step without network, as `bfpp show` gives it."""
+        """The idle part of the step without network, as `bfpp show` prints it."""
         return 1 - self.busy / self.without_network
 
     @property
@@ -49,10 +50,10 @@ class Step:
 
 
 def replay_step(strategy: Strategy, times: Durations) -> Step:
-    """Replays the plan of the step. One rank has no plan: there the formula is exact."""
+    """Replay the plan of the step. One rank has no plan: the formula is exact for it."""
     if strategy.pp == 1:
         return formula_step(strategy, times)
-    shape, is_chunked = strategy.shape, strategy.schedule.startswith("interleaved")
+    shape, is_chunked = strategy.shape, strategy.is_interleaved
     plan = lower(strategy.order(), shape, resident_chunks=strategy.resident_chunks)
     if is_chunked:
         plan = aligned(plan, shape)
@@ -78,6 +79,7 @@ def _step(strategy: Strategy, times: Durations, step: float, free: float, is_exa
 
 
 def formula_step(strategy: Strategy, times: Durations) -> Step:
+    """Estimate the step without its plan."""
     free = _computing(strategy, times, [0.0] * strategy.pp)
     step = _computing(strategy, times, times.messages(strategy.pp)) + _waits_for_sends(strategy, times)
     return _step(strategy, times, step + _data_parallel(strategy, times) + times.optimizer, free, strategy.pp == 1)
@@ -106,7 +108,7 @@ def _computing(strategy: Strategy, times: Durations, messages: list[float]) -> f
 
 
 def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
-    if not strategy.schedule.startswith("interleaved"):
+    if not strategy.is_interleaved:
         return 0.0
     pp, count, group = strategy.pp, strategy.num_microbatches, strategy.group
     t = max(at(times.transfer, edge) for edge in range(pp))
@@ -115,7 +117,7 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
     per_chunk = (count - group) * t + max(group * (f + t), loop) - max(group * f, loop)
     if count == group == pp:
         return (strategy.chunks - 1) * per_chunk
-    # On the last chunk a rank waits within each forward and backward, but for the time that the longest stage takes longer.
+    # On the last chunk a rank waits within each forward and backward, less what the longest stage takes longer.
     slack = max(times.forward) + max(times.backward) - f - b
     return (strategy.chunks - 1) * per_chunk + max(0.0, (count - 1) * (t - slack) - b)
 
@@ -123,24 +125,23 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
 def _data_parallel(strategy: Strategy, times: Durations) -> float:
     more, ring = strategy.chunks - 1, sum(times.messages(strategy.pp))
     # A chunk lasts as long as its group, or as the way of its first micro-batch around the ranks.
-    forward, backward = (
-        max(strategy.group * each[0], strategy.pp * each[0] + ring) for each in (times.forward, times.backward)
-    )
-    # The first gather overlaps its own forward, but for a bucket.
+    firsts = (times.forward[0], times.backward[0])
+    forward, backward = (max(strategy.group * each, strategy.pp * each + ring) for each in firsts)
+    # The first gather overlaps its own forward, except for one bucket.
     first = max(times.gather / times.buckets, times.gather - times.forward[0] * (1 - 1 / times.buckets))
     gathers = first + more * max(0.0, times.gather - forward)
     again = max(0, strategy.chunks - strategy.resident_chunks) if strategy.resident_chunks else 0
-    # A chunk that is gathered again waits for that, and it for the reduction before it.
+    # A chunk that is gathered again waits for its gather, which waits for the reduction before it.
     gathers += again * max(0.0, times.reduction + times.gather - backward)
     return gathers + _reductions(strategy, times, backward, 1 if again else more) + times.ends
 
 
 def _reductions(strategy: Strategy, times: Durations, backward: float, most: int) -> float:
-    """What of the reductions stands behind the last backward. backward: of a chunk.
+    """Return the time of reductions after the last backward. backward: time of a chunk's backwards.
 
-    They queue. The end is that of the last reductions without a gap: of all buckets of the last chunk or its last one, or of the
-    n chunks before it too, n backwards of a chunk earlier; n is 1 or `most`, as each chunk adds the same. Of those before only sharded
-    ones have buckets, of which the first is there before the backward of the chunk ends.
+    Reductions queue, so the step ends with the last of them that follow without a gap. They begin with the last bucket
+    of the last chunk, or with all its buckets, or n chunks and so n `backward` earlier; n is 1 or `most`, as each chunk
+    adds the same. Earlier chunks have buckets only if they are sharded; the first is ready before the backward ends.
     """
     reduction, early = times.reduction, times.backward[0] * (1 - 1 / times.buckets)
     ends = [reduction / times.buckets, reduction - early]

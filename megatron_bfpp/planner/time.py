@@ -1,15 +1,15 @@
 """Durations of the parts of a step on one GPU: forward and backward of a stage, messages, data-parallel collectives.
 
-a stage      matrix products at what the GPU achieves on their size; the other kernels by the bytes that they move; two
-             all-reduces of tensor parallelism forward and two backward, or the gathers and scatters of as many bytes that
-             sequence parallelism has instead. They stand between the products and are not overlapped.
-fp8          for the products of the layers only, at the same achieved part of its peak; attention, logits and messages in bf16, and
-             the other kernels move as much as in bf16: the casts are among them
-a backward   twice the products, and what is recomputed
-a message    a layer's output, for each pair of neighbours within a node or over the network. Megatron numbers the tensor ranks
-             first, then data, then pipeline: a pipeline rank is tp * dp GPUs in a row.
-a collective of a chunk's parameters or gradients, over data-parallel ranks that stand tp apart. Over the network it has the same
-             card as the messages.
+a stage      Matrix products at the speed that the GPU achieves on their size; other kernels by the bytes they move;
+             two all-reduces of tensor parallelism forward and two backward, or with sequence parallelism gathers and
+             scatters of as many bytes. They stand between the products and are not overlapped.
+fp8          Only for the products of the layers, at the same achieved part of its peak; attention, logits and messages
+             stay in bf16, and other kernels move as much as in bf16: the casts are among them.
+a backward   Twice the products, and what is recomputed.
+a message    A layer's output, for each pair of neighbours within a node or over the network. Megatron numbers the
+             tensor ranks first, then data, then pipeline: a pipeline rank is tp * dp GPUs in a row.
+a collective The parameters or gradients of a chunk, over data-parallel ranks that are tp apart. Over the network it
+             shares the card with the messages.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from .strategy import BREADTH_FIRST, Strategy
 
 __all__ = ["Durations", "durations"]
 
-# How often the kernels that are no matrix product read or write what a layer stores: once written, read by the next kernel, and
-# about once more in between. An assumption; such kernels are a tenth of a large layer.
+# How often kernels other than matrix products read or write what a layer stores: they write it, the next kernel reads
+# it, and about once more in between. An assumption; such kernels are a tenth of a large layer.
 PASSES = 3
-# Bytes that Adam reads and writes for a parameter: gradient, moments and master copy in fp32 and the new 16-bit parameter.
+# Bytes that Adam reads and writes for a parameter: gradient, moments and master copy in fp32, the new one in 16 bits.
 OPTIMIZER_TRAFFIC = 30
-# Megatron's buckets in parameters: max(40 million, 1 million x data-parallel size). They overlap a reduction with the backward that makes it.
+# Megatron's buckets in parameters: max(40 million, 1 million x data-parallel size). They overlap a reduction with the
+# backward that makes it.
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class Durations:
-    """In seconds. forward, backward: of each stage in order and one micro-batch. hop, transfer, shared_card: of every message, or for
-    each edge of the ring of pipeline ranks, as in schedule.Costs.
+    """Durations in seconds. forward, backward: of one micro-batch on each stage in order. hop, transfer, shared_card:
+    of every message, or for each edge of the ring of pipeline ranks, as in schedule.Costs.
     """
 
     forward: list[float]
@@ -49,17 +50,19 @@ class Durations:
     gather: float  # of a chunk's parameters
     reduction: float  # of a chunk's gradients
     ends: float  # reduction and gather of the embedding, which comes last
-    buckets: int  # of a chunk, which is gathered and reduced in so many parts
+    buckets: int  # in which a chunk is gathered and reduced
     optimizer: float
     shared_card: bool | Sequence[bool] = False
 
     def messages(self, pp: int) -> list[float]:
-        """hop and transfer of each edge."""
+        """Return hop + transfer of each edge."""
         return Costs(hop=self.hop, transfer=self.transfer).messages(pp)
 
 
 def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:
-    """overlap: False has Megatron's schedules wait for every message and for all data-parallel traffic, as before 2023."""
+    """Estimate the parts of a step. overlap: if False, Megatron's schedules wait for every message and for all
+    data-parallel traffic, as before 2023.
+    """
     s, element = strategy, PRECISIONS[precision].element
     live = Activations(gpt, s.micro_batch, s.tp, s.is_split_along_sequence, element, gpu.flash_attention)
     layer = _Layer(gpt, s, gpu, precision, live)
@@ -92,9 +95,9 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
 
 
 def _blocking(s: Strategy, times: Durations) -> Durations:
-    """Messages are part of the actions that exchange them, gathers and reductions stand at the two ends of the step.
+    """Move messages into the actions that exchange them, and gathers and reductions to the two ends of the step.
 
-    A rank exchanges once for each forward of its warm-up and backward of its cool-down, and once for each pair between them.
+    A rank exchanges once for each forward of its warm-up and backward of its cool-down, and once for each pair between.
     """
     total = s.chunks * s.num_microbatches
     message = max(times.messages(s.pp)) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
@@ -111,10 +114,12 @@ def _blocking(s: Strategy, times: Durations) -> Durations:
 
 
 def _buckets(s: Strategy, layers: int, parameters: int) -> int:
-    """Of FSDP2 each layer, of Megatron so many parameters; its loop with chunks launches a chunk's reduction as a whole."""
+    """Count the parts in which a chunk is gathered or reduced: layers of FSDP2, buckets of Megatron. Megatron's loop
+    with chunks launches the reduction of a chunk as a whole.
+    """
     if s.resident_chunks is not None:
         return layers
-    return 1 if s.schedule.startswith("interleaved") else max(1, parameters // max(BUCKET, BUCKET_PER_RANK * s.dp))
+    return 1 if s.is_interleaved else max(1, parameters // max(BUCKET, BUCKET_PER_RANK * s.dp))
 
 
 class _Layer:
@@ -122,14 +127,13 @@ class _Layer:
 
     def __init__(self, gpt: GPT, s: Strategy, gpu: GPU, precision: str, live: Activations):
         products = sum(gpu.gemm_s(gemm, precision) for gemm in gpt.layer_gemms(s.micro_batch, s.tp))
-        attention = sum(
-            gpu.gemm_s(gemm, beside_products(precision)) for gemm in gpt.attention_gemms(s.micro_batch, s.tp)
-        )
-        if gpu.flash_attention:  # leaves out what the causal mask hides
+        beside = beside_products(precision)
+        attention = sum(gpu.gemm_s(gemm, beside) for gemm in gpt.attention_gemms(s.micro_batch, s.tp))
+        if gpu.flash_attention:  # which skips the half that the causal mask hides
             attention /= 2
         square = PASSES * (live.layer("none") - live.layer("selective")) / gpu.memory_bytes_per_s
         others = PASSES * live.layer("selective") / gpu.memory_bytes_per_s
-        # Two all-reduces, each of twice a gather.
+        # Two all-reduces, each as long as two gathers.
         whole = live.message * (s.tp if s.is_split_along_sequence else 1)
         exchanged = 4 * gpu.link(1, s.tp, s.num_gpus).all_gather_s(whole, s.tp)
         self.forward = products + attention + square + others + exchanged
@@ -139,7 +143,7 @@ class _Layer:
 
 
 def _collectives(gpt: GPT, s: Strategy, gpu: GPU, precision: str) -> tuple[float, float, float]:
-    """Gather and reduction of a chunk, and both of the embedding."""
+    """Return the times of gather and reduction of a chunk, and of both for the embedding."""
     element, gradient = PRECISIONS[precision][:2]
     gathered = PRECISIONS[precision].gathered or element
     link = gpu.link(s.tp, s.dp, s.num_gpus)
