@@ -1,4 +1,4 @@
-"""Finds where the configurations of runs differ, and whether arms differ in the schedule alone. Standard library only."""
+"""Finds where configurations of runs differ, and whether in the schedule alone. Standard library only."""
 
 from __future__ import annotations
 

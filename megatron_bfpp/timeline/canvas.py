@@ -64,10 +64,6 @@ class Words(NamedTuple):
     anchor: str = "start"  # or middle, end
     is_bold: bool = False
 
-    @property
-    def width(self) -> float:
-        return text_width(self.text, self.size)
-
 
 def text_width(text: str, size: float) -> float:
     """An estimate in pixels; no font is asked."""

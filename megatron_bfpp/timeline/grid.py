@@ -6,20 +6,21 @@ from ..schedule import Op, Span, Timeline
 
 
 def column_time(timeline: Timeline) -> float:
-    """The time one column stands for: a forward, or the shortest action where a backward is shorter than that."""
+    """Return the time of a column: a forward, or the shortest action where a backward is shorter than that."""
     return min(1.0, *(span.end - span.start for spans in timeline.spans for span in spans))
 
 
 def grid(timeline: Timeline, width: int | None = None) -> str:
-    """`f10` = forward, chunk 1, microbatch 0; `b10` its backward; `.` idle. Rows longer than `width` end in `...`.
+    """Return a row per rank: `f10` is the forward of chunk 1 and microbatch 0, `b10` its backward, `.` idle.
 
-    A column shows what runs in its middle. As no action is shorter than a column, none is lost.
+    A column shows what runs in its middle. No action is shorter than a column, so none is lost. Rows that are longer
+    than `width` end in `...`.
     """
     shape, unit = timeline.shape, column_time(timeline)
     size = len(str(shape.num_chunks - 1)) + len(str(shape.num_microbatches - 1)) + (shape.num_microbatches > 10) + 1
     columns = round(timeline.step_time / unit)
     label = f"pp_rank {{:<{len(str(shape.pp_size - 1))}}} |"
-    # A column and its blank take size + 1 characters. Only those that can be seen are made.
+    # A column and its blank take size + 1 characters. Only columns in sight are made.
     room = columns if width is None else max(1, (width - len(label.format(0)) - len(" ...")) // (size + 1))
     is_cut = width is not None and len(label.format(0)) + columns * (size + 1) - 1 > width
     rows = []
@@ -41,7 +42,7 @@ def _name(span: Span, timeline: Timeline) -> str:
 
 
 def summary(timeline: Timeline) -> str:
-    """Step time, bubble and memory in one line."""
+    """Return step time, bubble and memory in one line."""
     peaks = timeline.peak_live_activations()
     unit = column_time(timeline)
     return (

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..console.errors import UserError
 from ..schedule import Action, Op, PipelineShape, ScheduleError, Span, Timeline, simulate
@@ -26,8 +26,7 @@ from .intervals import DP, P2P
 _MS = 1e-6  # of a nanosecond
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """A time in which a rank stood still for an action. kind: P2P or DP."""
 
     kind: str

@@ -20,6 +20,8 @@ _FIRST = {Op.F: (191, 217, 245), Op.B: (193, 230, 196)}  # colour of the first c
 _LAST = {Op.F: (24, 84, 160), Op.B: (24, 110, 62)}  # of the last one
 _COLLECTIVES = {Op.REDUCE_GRAD: ("reduction", "#7048e8", "#ffffff"), Op.UNSHARD: ("gather", "#d0bfff", "#1f2328")}
 
+UNKNOWN = "waits for messages are unknown: Megatron's own loop does not show them"
+
 
 def picture(timelines: Named, unit: str = "forward units", forward: float = 1.0, note: str = "") -> Drawing:
     """Draw named timelines. A name of names.SCHEDULES brings its colour and what it stands for.
@@ -95,13 +97,12 @@ class _Panel:
             for pp_rank in range(self.shape.pp_size):
                 for span in collectives(self.timeline, pp_rank):
                     self._collective(span, self.y(pp_rank) + _ROW + 1)
-        for pp_rank in range(self.shape.pp_size):
+        for pp_rank, spans in enumerate(self.timeline.spans):
             y = self.y(pp_rank)
             self.add(Words(_LEFT - 8, y + 15, f"pp_rank {pp_rank}", anchor="end"))
             self.add(Box(_LEFT, y, self.timeline.step_time * self.scale, _ROW, "idle"))
-        for pp_rank, spans in enumerate(self.timeline.spans):
             for span in spans:
-                self._compute(span, self.y(pp_rank))
+                self._compute(span, y)
         if isinstance(self.timeline, Measured):
             self._waits(self.timeline)
 
@@ -122,42 +123,35 @@ class _Panel:
         self.add(Lines(lines, "message", max(0.3, min(0.8, 0.08 * self.scale))))
 
     def _collective(self, span: Span, y: float) -> None:
-        (stage, op, _), start, end = span
-        chunk = self.shape.chunk_of(stage)
-        name, color, ink = _COLLECTIVES[op]
-        x, wide = self.x(start), (end - start) * self.scale
-        self.add(
-            Box(x, y, max(wide - 0.8, 0.8), _LANE - 1, name, color, f"{name}, chunk {chunk}: {start:.6g} to {end:.6g}")
-        )
-        for label in (f"{name}, chunk {chunk}", name, name[0].upper()):
-            if text_width(label, 10) + 4 <= wide:
-                self.add(Words(x + wide / 2, y + 10, label, 10, color=ink, anchor="middle"))
-                return
+        name, color, ink = _COLLECTIVES[span.action.op]
+        whole = f"{name}, chunk {self.shape.chunk_of(span.action.stage)}"
+        self._bar(span, Box(0, y, 0, _LANE - 1, name, color, whole), (whole, name, name[0].upper()), 10, ink)
 
     def _compute(self, span: Span, y: float) -> None:
         stage, op, microbatch = span.action
         chunk = self.shape.chunk_of(stage)
         color, is_dark = shade(op, chunk, self.shape.num_chunks)
+        box = Box(0, y, 0, _ROW, op.value, color, f"{span.action} (chunk {chunk})")
+        self._bar(span, box, (str(microbatch),), 10.5, "#ffffff" if is_dark else "#1f2328")
+
+    def _bar(self, span: Span, box: Box, labels: tuple[str, ...], size: float, ink: str) -> None:
+        """Add a box from the start to the end of a span, with the longest of its labels that fits."""
         x, wide = self.x(span.start), (span.end - span.start) * self.scale
-        about = f"{span.action} (chunk {chunk}): {span.start:.6g} to {span.end:.6g}"
-        self.add(Box(x, y, max(wide - 0.8, 0.8), _ROW, op.value, color, about))
-        if wide >= text_width(str(microbatch), 10.5) + 2:
-            ink = "#ffffff" if is_dark else "#1f2328"
-            self.add(Words(x + wide / 2 - 0.4, y + 14.5, str(microbatch), 10.5, color=ink, anchor="middle"))
+        about = f"{box.about}: {span.start:.6g} to {span.end:.6g}"
+        self.add(box._replace(x=x, width=max(wide - 0.8, 0.8), about=about))
+        label = next((each for each in labels if text_width(each, size) + 2 <= wide), None)
+        if label is not None:
+            middle = x + wide / 2 - 0.4
+            self.add(Words(middle, box.y + box.height / 2 + 0.36 * size, label, size, color=ink, anchor="middle"))
 
     def _waits(self, measured: Measured) -> None:
-        """A bar along the foot of the row, which leaves the action that waits to be seen."""
+        """Draw bars along the foot of the rows, which leaves the actions that wait to be seen."""
         for pp_rank, waits in enumerate(measured.waits):
-            for wait in waits:
-                wide = (wait.end - wait.start) * self.scale
-                if wide >= 0.3:
-                    about = f"waits for {wait.action}: {wait.end - wait.start:.6g}"
-                    self.add(
-                        Box(self.x(wait.start), self.y(pp_rank) + _ROW - 5, wide, 5, f"wait-{wait.kind}", "", about)
-                    )
-
-
-UNKNOWN = "waits for messages are unknown: Megatron's own loop does not show them"
+            y = self.y(pp_rank) + _ROW - 5
+            for kind, action, start, end in waits:
+                if (end - start) * self.scale >= 0.3:
+                    about = f"waits for {action}: {end - start:.6g}"
+                    self.add(Box(self.x(start), y, (end - start) * self.scale, 5, f"wait-{kind}", "", about))
 
 
 def takes_time(predicted: Prediction) -> bool:
@@ -172,7 +166,7 @@ def _ops(predicted: Prediction) -> set[Op]:
 
 
 def _axis(drawing: Drawing, scale: float, end: float) -> None:
-    """Ticks at least 60 pixels apart, at round numbers."""
+    """Draw ticks at least 60 pixels apart, at round numbers."""
     y, step = drawing.height, round_step(60 / scale)
     for count in range(int(end / step) + 1):
         x = _LEFT + count * step * scale

@@ -1,9 +1,4 @@
-"""A measured step beside the planned one: picture and table.
-
-    bfpp trace RUN/trace.json --svg timeline.svg
-
-Standard library only.
-"""
+"""bfpp trace: a measured step beside the planned one, as a picture and a table. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,19 +8,19 @@ from typing import Any
 from ..console.errors import UserError
 from ..console.files import write_whole
 from ..schedule import Op
+from ..schedule.formats import title
 from . import picture as draw
 from .measured import Measured, damage_reported, read, steps_of
 
 
 def picture(measured: Measured, step: int) -> str:
-    """SVG of the planned step above the measured one, on one time axis."""
-    forward = measured.action_time(Op.F) or 1.0
+    """Return an SVG of the planned step above the measured one, on one time axis."""
     named = [("planned", measured.planned()), (f"measured, step {step}", measured)]
-    return draw.picture(named, unit="ms", forward=forward).svg()
+    return draw.picture(named, unit="ms", forward=measured.action_time(Op.F) or 1.0).svg()
 
 
 def table(measured: Measured) -> str:
-    """A row per rank: what its step was spent on."""
+    """Return a row per rank: what its step was spent on. Padded by hand, as plain ASCII goes through every pipe."""
     planned = measured.planned()
     lines = [f"{'pp_rank':<9}{'busy':>12}{'exposed p2p':>14}{'exposed dp':>13}{'bubble measured':>18}{'predicted':>12}"]
     for rank, spans in enumerate(planned.spans):
@@ -35,13 +30,12 @@ def table(measured: Measured) -> str:
             f"{rank:<9}{measured.busy[rank]:>9.2f} ms{p2p:>14}{measured.exposed_dp[rank]:>10.2f} ms"
             f"{measured.bubble_of(rank):>18.1%}{predicted:>12.1%}"
         )
-    everything = f"{'all':<9}{'':>12}{'':>14}{'':>13}{measured.bubble_fraction:>18.1%}{planned.bubble_fraction:>12.1%}"
-    return "\n".join([*lines, everything])
+    return "\n".join([*lines, f"{'all':<48}{measured.bubble_fraction:>18.1%}{planned.bubble_fraction:>12.1%}"])
 
 
-def add_command(commands: Any) -> None:
-    """`bfpp trace` among the subcommands."""
-    parser = commands.add_parser("trace", help="what the time of a measured step went to, and its picture")
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bfpp trace` to the subcommands."""
+    parser = commands.add_parser("trace", help="show what the time of a measured step went to, and draw it")
     parser.add_argument("file", help="trace.json of a run, as --bfpp-trace-steps writes it")
     parser.add_argument("--svg", metavar="PATH", help="write the picture: planned above measured")
     parser.add_argument("--step", type=int, help="which of the traced steps; default: the last")
@@ -57,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     if step not in steps:
         raise UserError(f"{args.file} has no step {step}.\n  Use --step {min(steps)} to {max(steps)}.")
     with damage_reported():
-        text, drawn = _text(document, steps, step), picture(steps[step], step)
+        text, drawn = _text(document["otherData"], steps, step), picture(steps[step], step)
     print(text)
     if args.svg is not None:
         write_whole(args.svg, drawn, "--svg")
@@ -65,17 +59,12 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(document: dict[str, Any], steps: dict[int, Measured], step: int) -> str:
-    """What is printed of one step."""
-    measured, other = steps[step], document["otherData"]
-    shape = measured.shape
-    error = max(next(each for each in other["steps"] if each["step"] == step)["clock_error_us"])
-    title = (
-        f"{other['schedule']}: PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches; "
-        f"step {step}, {measured.step_time:.2f} ms from first to last action; clocks agree within {error:.0f} us"
-    )
+def _text(about: dict[str, Any], steps: dict[int, Measured], step: int) -> str:
+    measured = steps[step]
+    error = max(next(each for each in about["steps"] if each["step"] == step)["clock_error_us"])
     lines = [
-        title,
+        f"{about['schedule']}: {title(measured.shape)}; step {step}, {measured.step_time:.2f} ms "
+        f"from first to last action; clocks agree within {error:.0f} us",
         table(measured),
         "predicted: the same order with this step's median forward and backward, equal stages, no network",
     ]

@@ -209,8 +209,11 @@ def test_the_same_arm_twice_is_said_to_measure_scatter(tmp_path):
 def test_a_directory_of_runs_stands_for_them(tmp_path):
     two_arms(tmp_path, rounds=2)
     assert [(run.name, run.arm, run.round) for run in load([str(tmp_path)])] == [
-        ("1f1b.1", "1f1b", 1), ("1f1b.2", "1f1b", 2), ("breadth-first.1", "breadth-first", 1), ("breadth-first.2", "breadth-first", 2),
-    ]  # fmt: skip
+        ("1f1b.1", "1f1b", 1),
+        ("1f1b.2", "1f1b", 2),
+        ("breadth-first.1", "breadth-first", 1),
+        ("breadth-first.2", "breadth-first", 2),
+    ]
 
 
 # Damage

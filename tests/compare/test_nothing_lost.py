@@ -1,4 +1,4 @@
-"""An arm is killed, a disk is full, a directory is gone, a log is cut off: the report says so, and all else is whole."""
+"""An arm is killed, a disk is full, a directory is gone, a log is cut off: the report says so, all else is whole."""
 
 import json
 import os
@@ -143,8 +143,9 @@ def ab(tmp_path):
     (stubs / "python").chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_", "BFPP_"))}
     fixed = {
-        "PYTHON": str(stubs / "python"), "RANK_SCRIPT": str(stubs / "rank.py"), "TESTS": str(ROOT / "tests" / "support"),
-        "DATA_PATH": "text", "ARMS": "interleaved breadth-first interleaved-grouped", "ROUNDS": "1", "STEPS": "8",
+        "PYTHON": str(stubs / "python"), "RANK_SCRIPT": str(stubs / "rank.py"),
+        "TESTS": str(ROOT / "tests" / "support"), "DATA_PATH": "text", "ROUNDS": "1", "STEPS": "8",
+        "ARMS": "interleaved breadth-first interleaved-grouped",
     }  # fmt: skip
 
     def start(out, **settings):
