@@ -1,4 +1,4 @@
-"""Whatever is typed and whatever the files hold: no traceback, no hang, no half-written file, at most three lines of error.
+"""No command line and no file ends in a traceback, a hang, a half-written file or more than three lines of error.
 
 BFPP_ALL_CASES=1 runs thousands of cases, the default some hundreds. See fuzz.py.
 """

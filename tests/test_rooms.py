@@ -1,4 +1,4 @@
-"""The rooms of the package and who may enter them: imports run downward, in no circle, and few rooms import torch or Megatron."""
+"""Imports between the rooms of the package run downward, in no circle, and few rooms import torch or Megatron."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""scripts/setup_system_tests.sh on machines that lack everything, with a stand-in for apt-get: it never fails, and says why."""
+"""scripts/setup_system_tests.sh never fails, and says why it installs nothing: tried with a stand-in for apt-get."""
 
 import os
 import shutil

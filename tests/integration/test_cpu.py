@@ -171,7 +171,8 @@ def test_a_data_loader_leaves_dropout_alone(cpu_enabled):
 def test_norms_are_marked_for_the_reduction_over_a_cut_sequence(cpu_enabled, normalization, sequence_parallel):
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    config = argparse.Namespace(normalization=normalization, sequence_parallel=sequence_parallel, persist_layer_norm=False,
+    config = argparse.Namespace(normalization=normalization, sequence_parallel=sequence_parallel,
+                                persist_layer_norm=False,
                                 layernorm_zero_centered_gamma=False, memory_efficient_layer_norm=False)  # fmt: skip
     norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-6)
     assert isinstance(norm, getattr(torch.nn, normalization)) and norm.eps == 1e-6

@@ -67,7 +67,8 @@ def test_every_order_and_engine_gives_the_same_bits(ours):
 
 
 @pytest.mark.parametrize("features", [("--bf16",), ("--recompute-granularity", "full", "--recompute-method", "uniform",
-                                                    "--recompute-num-layers", "1"), ("--calculate-per-token-loss",)])  # fmt: skip
+                                                    "--recompute-num-layers", "1"),
+                                                    ("--calculate-per-token-loss",)])  # fmt: skip
 def test_precision_and_recomputation_keep_the_bits(features):
     assert_same(2, flags_of(2, 2, 1, 1, 4) + features)
 

@@ -185,7 +185,10 @@ def test_sigterm_with_megatrons_handler_saves_a_checkpoint_from_which_training_g
 def test_a_message_in_the_wrong_place_is_named_by_both_its_ends(tmp_path):
     job = Failed(tmp_path, "send_another", 2, "--bfpp-debug-p2p", call=3)
     job.check_others(within_s=TIMEOUT_S)
-    expected = r"pp_rank 3 waits for 2SEND_F2 of \(32, 1, 32\) float32 \(3RECV_F2 here\), but pp_rank 2 \(rank 2\) has sent 2SEND_F3 of"
+    expected = (
+        r"pp_rank 3 waits for 2SEND_F2 of \(32, 1, 32\) float32 \(3RECV_F2 here\), "
+        r"but pp_rank 2 \(rank 2\) has sent 2SEND_F3 of"
+    )
     assert re.search(expected, job.summary()), job.summary()
 
 

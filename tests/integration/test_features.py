@@ -1,7 +1,7 @@
-"""What Megatron's trainer can do around the interleaved schedule, it does under breadth-first: the same bits, the same log.
+"""The features of Megatron's trainer work under breadth-first as under the interleaved schedule: same bits, same log.
 
-Real processes and the real GPT, on the CPU. Compared are every loss and gradient norm, all bits, and everything else that
-Megatron prints of a step: number of zeros in the gradients, loss scale, skipped steps, auxiliary losses, validation losses.
+Real processes train the real GPT on the CPU. The tests compare all bits of every loss and gradient norm, and everything
+else that Megatron prints of a step: zeros in the gradients, loss scale, skipped steps, auxiliary and validation losses.
 One line per feature: docs/reference/megatron_features.md. Features share a job where they do not hide each other.
 """
 

@@ -1,4 +1,4 @@
-"""docs/reference/megatron_features.md says what is so: its messages are those that are given, and its tests are there."""
+"""docs/reference/megatron_features.md is true: its messages are those that users see, and its tests exist."""
 
 import re
 from pathlib import Path

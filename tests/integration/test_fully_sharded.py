@@ -1,4 +1,4 @@
-"""Parameters sharded by FSDP2 under breadth-first: the losses of replicated ones, the plan's collectives, and little memory."""
+"""FSDP2 under breadth-first has the losses of replicated parameters, the plan's collectives, and little memory."""
 
 import copy
 import functools
@@ -64,8 +64,8 @@ def test_20_steps_have_the_losses_of_replicated_parameters(pp, chunks, dp):
 
 
 def test_without_clipping_every_loss_has_the_same_bits():
-    # The norm sums the same squares grouped by replicas. Where it exceeds --clip-grad, its last bits scale the gradients.
-    # In groups of 2, with 1 resident chunk: every chunk is gathered and given up with gradients unreduced.
+    # The norm sums the same squares grouped by replicas. Where it exceeds --clip-grad, its last bits scale the
+    # gradients. In groups of 2, with 1 resident chunk: every chunk is gathered and given up with gradients unreduced.
     flags = (*flags_of(2, 2, 2, 5), "--breadth-first-group-size", "2", "--clip-grad", "0", "--calculate-per-token-loss",
              "--log-num-zeros-in-grad", "--eval-iters", "2", "--eval-interval", "2", "--split", "8,1,1")  # fmt: skip
     steps, _, validation = job(4, *flags, *SHARDED, "--breadth-first-resident-chunks", "1")

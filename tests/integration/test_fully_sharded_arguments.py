@@ -1,4 +1,4 @@
-"""--use-torch-fsdp2 on the command line: Megatron's one assertion is lifted and nothing else, and what cannot be is refused."""
+"""--use-torch-fsdp2 lifts one assertion of Megatron and no other; what cannot be sharded is refused."""
 
 from types import SimpleNamespace
 

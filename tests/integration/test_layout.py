@@ -1,4 +1,4 @@
-"""The layout for layers that do not divide: complete, as even as can be, and what Megatron's own parser reads from it."""
+"""Layouts of layers that do not divide are complete, as even as can be, and read so by Megatron's own parser."""
 
 import pytest
 from hypothesis import given, settings

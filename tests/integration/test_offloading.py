@@ -18,8 +18,8 @@ from jobs import run_job
 pytestmark = pytest.mark.slow
 
 VOCABULARY, HIDDEN, CHUNKS, STEPS = 64, 16, 2, 3
-# Megatron keeps the last groups that the next backward needs at once, and with one layer per chunk, which is all of them,
-# takes that for the end of the chunk: its own default schedule fails then ("Chunk mismatch").
+# Megatron keeps the last groups that the next backward needs at once, and with one layer per chunk, which is all of
+# them, takes that for the end of the chunk: its own default schedule fails then ("Chunk mismatch").
 LAYERS_PER_CHUNK = 2
 MODULES = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
 
@@ -34,7 +34,8 @@ def gpt_chunks(**config: Any) -> list[Any]:
     size, rank = dist.get_world_size(), dist.get_rank()
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     made = TransformerConfig(
-        num_layers=size * CHUNKS * LAYERS_PER_CHUNK, hidden_size=HIDDEN, num_attention_heads=2, pipeline_model_parallel_size=size,
+        num_layers=size * CHUNKS * LAYERS_PER_CHUNK, hidden_size=HIDDEN, num_attention_heads=2,
+        pipeline_model_parallel_size=size,
         virtual_pipeline_model_parallel_size=CHUNKS, pipeline_dtype=torch.float32, overlap_p2p_comm=True,
         batch_p2p_comm=False, deallocate_pipeline_outputs=True, attention_dropout=0.0, hidden_dropout=0.0, **config,
     )  # fmt: skip

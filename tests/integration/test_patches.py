@@ -34,7 +34,7 @@ def installed() -> tuple[Path, Path]:
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of the installed megatron.training; first on the path it is the one imported: `megatron` is a namespace."""
+    """Copy the installed megatron.training: first on the path, it is the one imported (`megatron` is a namespace)."""
     _, site = installed()
     shutil.copytree(site / "megatron" / "training", tmp_path / "fork" / "megatron" / "training")
     # As a fork is. Elsewhere `git apply` may belong to a repository further up, and then skips the file without a word.
@@ -104,7 +104,8 @@ assert get_forward_backward_func(4, 2).__wrapped__ is original
 assert parse("--pipeline-schedule", "1f1b").pipeline_schedule == "1f1b"  # again: the flags are there once
 
 import megatron_bfpp, torch
-assert megatron_bfpp.enable() == ("cuda" if torch.cuda.is_available() else "cpu")  # as before, though CUDA is imitated now
+# As before, though CUDA is imitated now.
+assert megatron_bfpp.enable() == ("cuda" if torch.cuda.is_available() else "cpu")
 megatron_bfpp.disable()
 for name in [name for name in sys.modules if name.startswith("megatron_bfpp")]:
     sys.modules[name] = None  # as if it were not installed

@@ -23,7 +23,8 @@ from megatron_bfpp.integration.validation import validating
 
 MODEL = [
     "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32",
-    "--micro-batch-size", "1", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--lr", "1e-2",
+    "--micro-batch-size", "1", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--lr",
+    "1e-2",
     "--pipeline-schedule", "breadth-first",
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What Megatron's interleaved schedule does with its arguments and its config, field by field, breadth-first does too.
 
-Each test runs one step of small chunks (chunks.py) under both schedules in the same processes. docs/reference/megatron_features.md
-has one line per feature.
+Each test runs one step of small chunks (chunks.py) under both schedules in the same processes.
+docs/reference/megatron_features.md has one line per feature.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def _evaluation_and_other_data() -> None:
 
 
 def _first_validation_step() -> None:
-    """Chunks are told of their first micro-batch: fp8 weights are cast then. In evaluation only if the caller says so."""
+    """Show that chunks learn of their first micro-batch (fp8 weights are cast then), in evaluation only on request."""
     model = chunks(2)
     for call, times in (({}, 2), ({"forward_only": True, "first_val_step": True}, 2),
                         ({"forward_only": True, "first_val_step": False}, 0)):  # fmt: skip
@@ -227,12 +227,13 @@ def _twice() -> None:
 TWO_RANKS = [_variable_lengths, _kept_outputs, _batched_p2p, _partial_checkpointing, _evaluation_and_other_data,
              _first_validation_step, _groups_of_the_caller, _tokens, _gradient_and_parameter_hooks, _timers, _nvtx,
              _autocast, _paged_stash, _twice]  # fmt: skip
-FOUR_RANKS = [_variable_lengths, _kept_outputs, _batched_p2p, _partial_checkpointing, _evaluation_and_other_data, _tokens,
+FOUR_RANKS = [_variable_lengths, _kept_outputs, _batched_p2p, _partial_checkpointing, _evaluation_and_other_data,
+              _tokens,
               _gradient_and_parameter_hooks, _timers]  # fmt: skip
 
 
 def _all(names: list[str]) -> None:
-    """All features in one job: starting the ranks costs more than the steps. A failure's traceback names the feature."""
+    """Run all features in one job, as starting ranks costs more than steps. A failure's traceback names the feature."""
     start(num_chunks=2)
     for name in names:
         globals()[name]()

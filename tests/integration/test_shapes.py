@@ -1,4 +1,4 @@
-"""Placements and batch sizes that are not the plain case train to the very bits of Megatron's default with the same placement."""
+"""Uncommon placements and batch sizes train to the bits of Megatron's default schedule with the same placement."""
 
 import pytest
 from gpt import train, validation_losses

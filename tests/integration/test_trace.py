@@ -42,7 +42,7 @@ def events_of(run: Path) -> list[dict]:
 
 
 def assert_valid(events: list[dict], error_us: float) -> None:
-    """What Perfetto expects: sorted, no overlap within a lane, every arrow from within a slice to within another one."""
+    """Assert what Perfetto expects: sorted events, no overlap within a lane, every arrow from one slice to another."""
     assert [event["ts"] for event in events] == sorted(event["ts"] for event in events) and events[0]["ts"] == 0
     assert {event["ph"] for event in events} <= {"X", "s", "f"} and all(math.isfinite(event["ts"]) for event in events)
     slices: dict = defaultdict(list)
@@ -195,7 +195,7 @@ def test_the_offset_of_a_clock_is_found_within_the_error_that_is_stated(tmp_path
 
 
 def repeating_every_step() -> None:
-    """Mends --rerun-mode report_stats: Megatron's RerunMode does not know the flag's name, and 0.17 fails as it prints."""
+    """Mend --rerun-mode report_stats: RerunMode does not know the flag's name, and Megatron 0.17 fails as it prints."""
     from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
     RerunStateMachine._maybe_report_stats = lambda self: None

@@ -54,7 +54,8 @@ def run_arm(folder, arm, *flags) -> OfflineRun:
     run, saved = folder / f"{arm}.1", folder / f"wandb {arm}"
     logging = (
         "--train-iters", "6", "--bfpp-run-dir", str(run), "--bfpp-trace-steps", "2-3",
-        "--tensorboard-dir", str(folder / "tensorboard"), "--tensorboard-log-interval", "1", "--log-timers-to-tensorboard",
+        "--tensorboard-dir", str(folder / "tensorboard"), "--tensorboard-log-interval", "1",
+        "--log-timers-to-tensorboard",
         "--wandb-project", "ab", "--wandb-exp-name", f"{arm}.1", "--wandb-save-dir", str(saved),
     )  # fmt: skip
     train(folder, 2, *flags_of(2, 2, 1, 1, 4), *logging, *flags, prepare=partial(offline, folder, arm))

@@ -13,7 +13,10 @@ from megatron_bfpp.schedule import lower, simulate
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
 # A vocabulary of 255: the NullTokenizer of 0.17 adds one word, and both are padded to 256.
-SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 255"
+SIZES = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--vocab-size 255"
+)
 PLAIN = GPT(4, 64, 4, 32, 255, hidden_dropout=0, attention_dropout=0)
 MODELS = {
     "tied": (PLAIN, ""),
@@ -129,8 +132,8 @@ def test_fp8_saves_the_inputs_of_products_in_a_byte_and_keeps_weights_twice():
     bf16, fp8, params = (memory(gpt, strategy, PRECISIONS[each], True, 1) for each in ("bf16", "fp8", "fp8-params"))
     assert (bf16.parameters, fp8.parameters, params.parameters) == (2 * layers, 4 * layers, 2 * layers)
     assert (fp8.gradients, fp8.optimizer) == (bf16.gradients, bf16.optimizer)
-    # Per token and layer, of h = 8192, on each of 2 tensor ranks, split along the sequence: norms' inputs and outputs, queries, keys,
-    # values and attention's output, fc1's output, fc2's input.
+    # Per token and layer, of h = 8192, on each of 2 tensor ranks, split along the sequence: norms' inputs and outputs,
+    # queries, keys, values and attention's output, fc1's output, fc2's input.
     h, at_once = 8192, strategy.peak_live(1) * 4
     assert bf16.activations == at_once * 1024 * h / 2 * (2 * (2 + 2) + 2 * (3 + 1) + 2 * 4 + 2 * 4)
     assert fp8.activations == at_once * 1024 * h / 2 * (2 * (2 + 1) + 2 * (3 + 1) + 1 + 2 * 4 + 1 * 4)

@@ -91,7 +91,8 @@ def test_the_formula_agrees_with_the_replay_of_groups(schedule):
 def test_the_formula_agrees_on_real_durations():
     for gpu in ("v100-32", "h100-80"):
         for schedule, chunks, microbatches, group in (
-            ("1f1b", 1, 16, 16), ("interleaved", 4, 16, 4), ("interleaved-grouped", 4, 16, 16), ("breadth-first", 4, 16, 16),
+            ("1f1b", 1, 16, 16), ("interleaved", 4, 16, 4), ("interleaved-grouped", 4, 16, 16),
+            ("breadth-first", 4, 16, 16),
             ("breadth-first", 4, 16, 4), ("breadth-first-late", 8, 8, 8),
         ):  # fmt: skip
             for tp, micro_batch in ((2, 1), (8, 4)):
@@ -124,7 +125,8 @@ def test_links_follow_megatrons_order_of_ranks():
     assert gpu.link(1, 8, 64) == gpu.link(2, 4, 64) == gpu.node_link
     assert gpu.link(8, 16, 512).bytes_per_s == gpu.network_link.bytes_per_s  # one member in each node
     assert gpu.link(2, 16, 512).bytes_per_s == 4 * gpu.network_link.bytes_per_s  # four, with a card each
-    # Groups of 3 in nodes of 8: the third has its members on two nodes, one of them alone there. In one node all are together.
+    # Groups of 3 in nodes of 8: the third has its members on two nodes, one of them alone there. In one node all are
+    # together.
     assert gpu.link(1, 3, 24).bytes_per_s == gpu.network_link.bytes_per_s and gpu.link(1, 3, 6) == gpu.node_link
 
 

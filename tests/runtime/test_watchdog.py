@@ -1,4 +1,4 @@
-"""The watchdog's parts without a job: what is timed, what is said, what a header holds. Jobs are in distributed/test_faults.py."""
+"""The parts of the watchdog without a job. tests/integration/test_faults.py has the jobs."""
 
 import multiprocessing
 import os

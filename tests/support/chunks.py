@@ -1,7 +1,7 @@
-"""The schedule by itself: small model chunks of our own on gloo ranks, one step under Megatron's default and one under ours.
+"""Run the schedule by itself: small model chunks on gloo ranks, one step under Megatron's default and one under ours.
 
 No GPT and no Megatron-LM trainer: a chunk is a plain torch module with what the schedules ask of one (set_input_tensor,
-vp_stage, config), and what a test can see of a step is in a `Run`. Call from a function that jobs.run_job starts in every
+vp_stage, config). A `Run` holds what a test can see of a step. Call from a function that jobs.run_job starts in every
 rank; all ranks form one pipeline:
 
     def job():
@@ -9,10 +9,10 @@ rank; all ranks form one pipeline:
         default, ours = both(chunks(2, hidden_size=8), microbatches=4)
         assert_same(default, ours)
 
-Each step starts from the same parameters, without gradients, and reads the same micro-batches. `both` calls the function
-that Megatron's chooser returns: ours, and Megatron's original under it (`__wrapped__`); arguments beyond its own go to
-either. Pieces can be replaced: `chunks(..., kind=...)` takes another module, `forward_step` another forward step function,
-and the transport is torch.distributed's isend and irecv, whatever they are at the time of the call.
+Each step starts from the same parameters, without gradients, and reads the same micro-batches. `both` calls the
+function that Megatron's chooser returns: ours, and Megatron's original under it (`__wrapped__`); further arguments
+go to either. Pieces can be replaced: `chunks(..., kind=...)` takes another module, `forward_step` another forward step
+function, and the transport is torch.distributed's isend and irecv, whatever they are at the time of the call.
 """
 
 import copy

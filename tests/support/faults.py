@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def fault(kind: str, at_rank: int, folder: Path, step: int = 2, call: int = 4):
-    """kind: a function below. It happens on rank `at_rank` in the call-th forward (or backward) of step `step`, from 1."""
+    """Return `prepare` for a fault of `kind` on rank `at_rank` in its call-th forward (or backward) of step `step`."""
     return functools.partial(_install, kind, at_rank, str(folder), step, call)
 
 
@@ -101,8 +101,8 @@ def _send_another(folder, args):
 
 
 IN_STEP = {
-    "kill": _kill, "stop": _stop, "raise": _raise, "raise_in_backward": _raise, "raise_in_hook": _raise_in_hook, "nan": _nan,
-    "sleep": _sleep, "fill_disk": _fill_disk, "terminate": _terminate, "send_another": _send_another,
+    "kill": _kill, "stop": _stop, "raise": _raise, "raise_in_backward": _raise, "raise_in_hook": _raise_in_hook,
+    "nan": _nan, "sleep": _sleep, "fill_disk": _fill_disk, "terminate": _terminate, "send_another": _send_another,
 }  # fmt: skip
 AT_START = {
     "another_flag": lambda: ["--global-batch-size", "4"],

@@ -82,12 +82,19 @@ VALUES = [
 ]
 VALUES += ["\x1b[31m", "ü\u202e", [1, "a", None], {"step": -1}, "0F0", 10**400]
 YAMLS = [
-    b"", b"\0\1\2\xff\xfe", b"\t", b"a:\n\t- b", b"[" * 3000, b"{" * 3000, b"a: &a [*a]", b"MODEL_ARGS: &a {--x: *a}", b"&a {*a : 1}", b"? [a]\n: 1\n",
-    b"MODEL_ARGS: !!python/object:os.system {}", b"MODEL_ARGS: 2020-01-01", b"2020-99-99", b"MODEL_ARGS: {--num-layers: 2020-99-99}",
-    b"MODEL_ARGS: {--a: 1, --a: 2}", b"--- 1\n--- 2\n", b"a: b: c", b"%YAML 9.9\n---\na", b"MODEL_ARGS: {--num-layers: 0x" + b"f" * 5000 + b"}",
-    b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + n, 98 + n, b",".join([b"*%c" % (97 + n)] * 9)) for n in range(20)),
-    b"MODEL_ARGS: {<<: *x}", b"MODEL_ARGS:\n  <<: [1]\n", b"1: " * 500, b"'", b"!!binary x", b"MODEL_ARGS: !!set {a}", b"x" * 200_000,
-    b"MODEL_ARGS: {--num-layers: " + b"9" * 5000 + b"}", b"MODEL_ARGS: {--lr: 1:60:60}", b"MODEL_ARGS: {--x: !!int x}", b"MODEL_ARGS: {--x: !!float x}",
+    b"", b"\0\1\2\xff\xfe", b"\t", b"a:\n\t- b", b"[" * 3000, b"{" * 3000, b"a: &a [*a]", b"MODEL_ARGS: &a {--x: *a}",
+    b"&a {*a : 1}", b"? [a]\n: 1\n",
+    b"MODEL_ARGS: !!python/object:os.system {}", b"MODEL_ARGS: 2020-01-01", b"2020-99-99",
+    b"MODEL_ARGS: {--num-layers: 2020-99-99}",
+    b"MODEL_ARGS: {--a: 1, --a: 2}", b"--- 1\n--- 2\n", b"a: b: c", b"%YAML 9.9\n---\na",
+    b"MODEL_ARGS: {--num-layers: 0x" + b"f" * 5000 + b"}",
+    b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + n, 98 + n,
+                                                                   b",".join([b"*%c" % (97 + n)] * 9)) for n in
+                                                                   range(20)),
+    b"MODEL_ARGS: {<<: *x}", b"MODEL_ARGS:\n  <<: [1]\n", b"1: " * 500, b"'", b"!!binary x", b"MODEL_ARGS: !!set {a}",
+    b"x" * 200_000,
+    b"MODEL_ARGS: {--num-layers: " + b"9" * 5000 + b"}", b"MODEL_ARGS: {--lr: 1:60:60}", b"MODEL_ARGS: {--x: !!int x}",
+    b"MODEL_ARGS: {--x: !!float x}",
 ]  # fmt: skip
 JSONS = [
     b"",

@@ -1,7 +1,7 @@
 """Random command lines of megatron_bfpp.run and megatron_bfpp.pretrain_gpt, up to where training would start.
 
-A process that has Megatron imported forks itself for each case. What Megatron itself refuses, it refuses in its own words:
-only an error that is raised in this package, and is none that users are shown, is a fault.
+A process that has Megatron imported forks itself for each case. Megatron refuses in its own words: a fault is
+only an error that is raised in this package and is none that users are shown.
 """
 
 import contextlib
@@ -24,14 +24,22 @@ from megatron_bfpp import pretrain_gpt, run
 
 PACKAGE = str(Path(megatron_bfpp.__file__).parent)
 OURS = {
-    "--pipeline-schedule": ["breadth-first", "1f1b"], "--breadth-first-backward": ["eager", "late"], "--breadth-first-group-size": [1, 2, 4],
-    "--breadth-first-engine": ["plan", "megatron"], "--breadth-first-resident-chunks": [1, 2], "--bfpp-trace-steps": ["1-2", "2"], "--bfpp-run-dir": ["new", "folder"],
-    "--bfpp-log-communication": None, "--pipeline-model-parallel-size": [2, 4], "--num-virtual-stages-per-pipeline-rank": [2],
-    "--num-layers-per-virtual-pipeline-stage": [1, 2], "--num-layers": [8, 7, 2, 1], "--global-batch-size": [4, 8], "--tensor-model-parallel-size": [2],
-    "--use-distributed-optimizer": None, "--overlap-grad-reduce": None, "--overlap-param-gather": None, "--use-torch-fsdp2": None,
-    "--untie-embeddings-and-output-weights": None, "--ckpt-format": ["torch_dist"], "--pipeline-model-parallel-layout": ["Et*2|t*2|t*2|t*2L", "E|L", "Et*8L"],
-    "--decoder-first-pipeline-num-layers": [1], "--microbatch-group-size-per-virtual-pipeline-stage": [2, 4], "--no-gradient-accumulation-fusion": None,
-    "--rampup-batch-size": ["4 4 8"], "--fp16": None, "--bf16": None, "--mtp-num-layers": [1], "--enable-cuda-graph": None, "--sft": None,
+    "--pipeline-schedule": ["breadth-first", "1f1b"], "--breadth-first-backward": ["eager", "late"],
+    "--breadth-first-group-size": [1, 2, 4],
+    "--breadth-first-engine": ["plan", "megatron"], "--breadth-first-resident-chunks": [1, 2],
+    "--bfpp-trace-steps": ["1-2", "2"], "--bfpp-run-dir": ["new", "folder"],
+    "--bfpp-log-communication": None, "--pipeline-model-parallel-size": [2, 4],
+    "--num-virtual-stages-per-pipeline-rank": [2],
+    "--num-layers-per-virtual-pipeline-stage": [1, 2], "--num-layers": [8, 7, 2, 1], "--global-batch-size": [4, 8],
+    "--tensor-model-parallel-size": [2],
+    "--use-distributed-optimizer": None, "--overlap-grad-reduce": None, "--overlap-param-gather": None,
+    "--use-torch-fsdp2": None,
+    "--untie-embeddings-and-output-weights": None, "--ckpt-format": ["torch_dist"],
+    "--pipeline-model-parallel-layout": ["Et*2|t*2|t*2|t*2L", "E|L", "Et*8L"],
+    "--decoder-first-pipeline-num-layers": [1], "--microbatch-group-size-per-virtual-pipeline-stage": [2, 4],
+    "--no-gradient-accumulation-fusion": None,
+    "--rampup-batch-size": ["4 4 8"], "--fp16": None, "--bf16": None, "--mtp-num-layers": [1],
+    "--enable-cuda-graph": None, "--sft": None,
 }  # fmt: skip
 
 

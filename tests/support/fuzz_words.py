@@ -19,7 +19,10 @@ PROFILES = sorted((ROOT / "megatron_bfpp/planner/profiles").glob("*.yaml"))
 
 
 def flags(rng, sane, needed=(), part=0.3):
-    """A part of the flags, in any order. sane: flag -> values that are good (None: it takes none). A quarter has nothing bad."""
+    """Draw some of the flags, in any order; a quarter of the draws has only good values.
+
+    sane: flag -> good values; None for a flag without a value.
+    """
     words, wild = [], rng.choice((None, 0, 0.05, 0.3))
     slip = 0 if wild is None else 0.05
     for flag in [*needed, *(flag for flag in sane if flag not in needed and rng.random() < part)]:
@@ -64,10 +67,12 @@ SMALL = [1, 2, 3, 4, 5]
 
 
 def show(rng, folder):
-    sane = {"--pp": [2, 3, 4], "--chunks": [1, 2, 3], "--microbatches": [*SMALL, 8], "--order": list(ORDERS), "--group": SMALL,
-            "--backward": ["eager", "late"], "--backward-time": [0.5, 2, 3], "--hop": [0, 0.5], "--transfer": [0, 0.2],
-            "--gather": [0, 3], "--reduction": [0, 6], "--trace": outputs("json"), "--svg": outputs("svg"), "--html": outputs("html"),
-            "--csv": outputs("csv"), "--plan": None, "--resident-chunks": [1, 2], "--text": None, "--wide": None}  # fmt: skip
+    sane = {"--pp": [2, 3, 4], "--chunks": [1, 2, 3], "--microbatches": [*SMALL, 8], "--order": list(ORDERS),
+            "--group": SMALL, "--backward": ["eager", "late"], "--backward-time": [0.5, 2, 3],
+            "--hop": [0, 0.5], "--transfer": [0, 0.2], "--gather": [0, 3], "--reduction": [0, 6],
+            "--trace": outputs("json"), "--svg": outputs("svg"), "--html": outputs("html"),
+            "--csv": outputs("csv"), "--plan": None, "--resident-chunks": [1, 2], "--text": None,
+            "--wide": None}  # fmt: skip
     if rng.random() < 0.03:  # matplotlib is slow
         sane["--png"] = outputs("png", "xyz")
     if rng.random() < 0.3:
@@ -92,20 +97,24 @@ def plan(rng, folder):
         return [*words, "--global-batch", rng.choice(("8", "8-32")), *rng.choice(([], ["--rejected"], ["--top", "3"]))]
     (folder / "model.yaml").write_bytes(config(rng, rng.choice([small, *CONFIGS]) if rng.random() < 0.5 else small))
     (folder / "gpu.yaml").write_bytes(config(rng, rng.choice(PROFILES)))
-    sane = {"--gpus": [1, 4, 8, 16], "--gpu": ["gpu.yaml", "v100-32", "h100-80"], "--global-batch": [8, "16,32", "8-32"], "--pp": [1, 2, 4], "--tp": [1, 2],
-            "--chunks": [1, 2], "--micro-batch": [1, 2], "--group": [4, 8], "--schedule": ["breadth-first", "1f1b,interleaved"],
-            "--sharding": ["zero1", "zero3"], "--recompute": ["none", "full,selective"], "--precision": ["bf16", "fp16", "fp32"],
-            "--no-sequence-parallel": None, "--no-overlap": None, "--reserve-gb": [4, 0], "--hypothetical": None, "--as-configured": None,
-            "--calibrate": [1, 10], "--measured-gpus": [8], "--top": [1, 3], "--rejected": None, "--json": outputs("json"),
+    sane = {"--gpus": [1, 4, 8, 16], "--gpu": ["gpu.yaml", "v100-32", "h100-80"],
+            "--global-batch": [8, "16,32", "8-32"], "--pp": [1, 2, 4], "--tp": [1, 2], "--chunks": [1, 2],
+            "--micro-batch": [1, 2], "--group": [4, 8], "--schedule": ["breadth-first", "1f1b,interleaved"],
+            "--sharding": ["zero1", "zero3"], "--recompute": ["none", "full,selective"],
+            "--precision": ["bf16", "fp16", "fp32"], "--no-sequence-parallel": None, "--no-overlap": None,
+            "--reserve-gb": [4, 0], "--hypothetical": None, "--as-configured": None, "--calibrate": [1, 10],
+            "--measured-gpus": [8], "--top": [1, 3], "--rejected": None, "--json": outputs("json"),
             "--critical-batch-size": [100]}  # fmt: skip
     model = ["model.yaml"] if rng.random() < 0.8 else ["--", *flags(rng, MODEL_FLAGS, tuple(MODEL_FLAGS)[:5])]
     words = flags(rng, sane, ("--gpus", "--gpu", "--pp", "--tp", "--global-batch"))
     return ["plan", *([*words, *model] if rng.random() < 0.5 or model[0] == "--" else [*model, *words])]
 
 
-MODEL_FLAGS = {"--num-layers": [4, 8], "--hidden-size": [64, 512], "--num-attention-heads": [4, 8], "--seq-length": [128, 1024], "--vocab-size": [1000, 50000],
-               "--ffn-hidden-size": [256], "--micro-batch-size": [1, 2], "--global-batch-size": [8, 16], "--pipeline-model-parallel-size": [1, 2, 4],
-               "--tensor-model-parallel-size": [1, 2], "--num-virtual-stages-per-pipeline-rank": [2], "--bf16": None, "--swiglu": None,
+MODEL_FLAGS = {"--num-layers": [4, 8], "--hidden-size": [64, 512], "--num-attention-heads": [4, 8],
+               "--seq-length": [128, 1024], "--vocab-size": [1000, 50000], "--ffn-hidden-size": [256],
+               "--micro-batch-size": [1, 2], "--global-batch-size": [8, 16],
+               "--pipeline-model-parallel-size": [1, 2, 4], "--tensor-model-parallel-size": [1, 2],
+               "--num-virtual-stages-per-pipeline-rank": [2], "--bf16": None, "--swiglu": None,
                "--pipeline-schedule": ["breadth-first", "1f1b"], "--breadth-first-group-size": [2, 4]}  # fmt: skip
 
 
@@ -176,10 +185,12 @@ def trace(rng, folder):
 
 def bench(rng, folder):
     (folder / "model.yaml").write_bytes(config(rng, rng.choice(CONFIGS)))
-    sane = {"--set": ["short", "full"], "--shape": ["4,2,8", "2,2,2"], "--hop": [0.5], "--model": ["model.yaml"], "--gpu": ["h100-80"], "--gpus": [64, 512],
-            "--forward-ms": [15], "--backward-time": [2], "--transfer": [0.5], "--reduction": [1], "--gather": [1], "--dp": [2], "--buckets": [4],
-            "--shared-card": None, "--half-duplex": None, "--jitter": [0.1], "--arm": ["interleaved"], "--repeat": [1], "--json": outputs("json"),
-            "--markdown": outputs("md"), "--plot": outputs("png")}  # fmt: skip
+    sane = {"--set": ["short", "full"], "--shape": ["4,2,8", "2,2,2"], "--hop": [0.5],
+            "--model": ["model.yaml"], "--gpu": ["h100-80"], "--gpus": [64, 512], "--forward-ms": [15],
+            "--backward-time": [2], "--transfer": [0.5], "--reduction": [1], "--gather": [1], "--dp": [2],
+            "--buckets": [4], "--shared-card": None, "--half-duplex": None, "--jitter": [0.1],
+            "--arm": ["interleaved"], "--repeat": [1], "--json": outputs("json"), "--markdown": outputs("md"),
+            "--plot": outputs("png")}  # fmt: skip
     return ["bench", *flags(rng, sane, ("--model", "--gpu", "--gpus") if rng.random() < 0.3 else ())]
 
 

@@ -1,13 +1,13 @@
-"""A transport as unkind as NCCL may be, over gloo: what trains to the same bits on it waits wherever it must, and reuses
-nothing early.
+"""A transport as unkind as NCCL may be, over gloo.
 
-`hostile()` replaces torch.distributed's isend and irecv as runtime/p2p.py sees them, so the runtime's own code is what runs.
-  - Each process group is one stream: its operations on a rank start in the order of their launch, each after the one before
-    it is complete. A message that waits behind another one waits; a plan that relies on more hangs.
+Training that keeps its bits on it waits wherever it must, and reuses nothing early. `hostile()` replaces
+torch.distributed's isend and irecv as runtime/p2p.py sees them, so the runtime's own code is what runs.
+  - Each process group is one stream: its operations on a rank start in the order of their launch, each after the one
+    before it is complete. A message that waits behind another one waits; a plan that relies on more hangs.
   - A send completes only after its receive was launched and has reached the head of its stream (rendezvous).
   - A received buffer is NaN (or a huge integer) until its wait() returns.
-  - A sent tensor is read as late as allowed: when the sender waits for it, or after a random time. The object given to isend
-    is read, not a copy of it, and after its wait() a deallocated or reused tensor does no harm any more.
+  - A sent tensor is read as late as allowed: when the sender waits for it, or after a random time. The object given to
+    isend is read, not a copy of it, and after its wait() a deallocated or reused tensor does no harm any more.
   - Deliveries are delayed at random.
 """
 

@@ -23,7 +23,8 @@ _context.set_forkserver_preload(
     ["megatron.training.training", "megatron_bfpp.pretrain_gpt", "megatron_bfpp.integration.step.forward_backward",
      "megatron_bfpp.integration.gpt.script", __name__, "gpt"]
 )  # fmt: skip
-# In the server, once all is imported: the ranks' garbage collections then leave alone, and so do not copy, what they share.
+# In the server, once all is imported: the ranks' garbage collections then leave alone, and so do not copy, what they
+# share.
 gc.freeze()
 
 
