@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     settings = ABSettings.read(args, os.environ)
     settings.check()
     launcher = launchers.choose(args.launcher, settings, os.environ, args.dry_run)
-    is_local = isinstance(launcher, launchers.Local)
+    is_local = launcher.srun is None
     words = (settings.arms or (_LOCAL_ARMS if is_local else f"{_LOCAL_ARMS} breadth-first-sharded")).split()
     for word in words:
         if word not in ARMS:

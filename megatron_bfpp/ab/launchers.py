@@ -1,4 +1,4 @@
-"""Two ways to start a job: torch.distributed.run on this machine, or by srun on every node of an allocation."""
+"""How a job is started: torch.distributed.run on this machine, or by srun on every node of an allocation."""
 
 from __future__ import annotations
 
@@ -14,76 +14,55 @@ _ON_NODE = 'exec "$0" -m torch.distributed.run --node-rank "${SLURM_NODEID:-0}" 
 
 
 @dataclass(frozen=True)
-class Local:
-    """Starts torch.distributed.run on this machine."""
+class Launcher:
+    """Gives the commands of jobs. srun: flags of the container, None without SLURM. meeting: flags of torchrun."""
 
     python: str
     ranks_per_node: int
     nodes: int = 1
+    srun: list[str] | None = None
+    meeting: tuple[str, ...] = ("--standalone",)
+    is_allocated: bool = False
 
     def job(self, environment: list[str], trainer: list[str]) -> list[str]:
         """Return the command that runs `trainer` in every rank. environment: NAME=VALUE or --unset=NAME, for env."""
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks_per_node)]
-        return ["env", *environment, self.python, *run, *trainer]
+        run = [*self.meeting, "--nproc-per-node", str(self.ranks_per_node), *trainer]
+        if self.srun is None:
+            return ["env", *environment, self.python, "-m", "torch.distributed.run", *run]
+        tasks = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        on_node = ["env", *environment, "bash", "-c", _ON_NODE, self.python]
+        return ["srun", *tasks, *self.srun, *on_node, "--nnodes", str(self.nodes), *run]
 
     def once(self, words: list[str]) -> list[str]:
         """Return the command that runs `words` once, where the jobs run."""
-        return words
-
-
-@dataclass(frozen=True)
-class Slurm:
-    """Starts torch.distributed.run in a task of srun on each node. container: flags of srun."""
-
-    python: str
-    ranks_per_node: int
-    nodes: int
-    container: list[str]
-    address: str  # of the first node
-    port: int
-    is_allocated: bool
-
-    def job(self, environment: list[str], trainer: list[str]) -> list[str]:
-        """Return the command that runs `trainer` in every rank of all nodes."""
-        nodes = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-        run = ["--nnodes", str(self.nodes), "--nproc-per-node", str(self.ranks_per_node),
-               "--master-addr", self.address, "--master-port", str(self.port)]  # fmt: skip
-        on_node = ["env", *environment, "bash", "-c", _ON_NODE, self.python]
-        return ["srun", *nodes, *self.container, *on_node, *run, *trainer]
-
-    def once(self, words: list[str]) -> list[str]:
-        """Return the command that runs `words` on one node, in the container."""
-        return ["srun", "--nodes=1", "--ntasks=1", *self.container, *words] if self.is_allocated else words
-
-
-Launcher = Local | Slurm
+        return ["srun", "--nodes=1", "--ntasks=1", *(self.srun or []), *words] if self.is_allocated else words
 
 
 def choose(kind: str, settings: Settings, environment: Mapping[str, str], dry_run: bool) -> Launcher:
     """Return the launcher. kind: local, slurm, or auto for srun inside an allocation. UserError outside one."""
     if kind == "local" or (kind == "auto" and "SLURM_JOB_ID" not in environment):
-        return Local(settings.python, settings.gpus_per_node or 4)
-    nodes = environment.get("SLURM_JOB_NUM_NODES", "")
+        return Launcher(settings.python, settings.gpus_per_node or 4)
     container = []
     if settings.container_image:
         paths = [str(ROOT), str(settings.output), *([settings.megatron_path] if settings.megatron_path else [])]
         mounts = settings.container_mounts or ",".join(f"{path}:{path}" for path in paths)
         container = ["--container-image", settings.container_image, "--container-mounts", mounts,
                      "--container-workdir", str(ROOT)]  # fmt: skip
-    return Slurm(settings.python, settings.gpus_per_node or 8, int(nodes) if nodes.isdigit() else settings.nnodes or 1,
-                 container, settings.master_addr or _first_node(environment, dry_run), settings.master_port,
-                 "SLURM_JOB_ID" in environment and not dry_run)  # fmt: skip
+    first = _first_node(environment, dry_run)
+    meeting = ("--master-addr", settings.master_addr or first, "--master-port", str(settings.master_port))
+    nodes = int(environment.get("SLURM_JOB_NUM_NODES") or settings.nnodes or 1)
+    is_allocated = "SLURM_JOB_ID" in environment and not dry_run
+    return Launcher(settings.python, settings.gpus_per_node or 8, nodes, container, meeting, is_allocated)
 
 
 def _first_node(environment: Mapping[str, str], dry_run: bool) -> str:
-    listed = environment.get("SLURM_JOB_NODELIST", "")
-    if listed:
-        command = ["scontrol", "show", "hostnames", listed]
-        try:
-            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            return done.stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError) as error:
-            raise UserError(f"scontrol does not name the first node: {error}.\n  Set MASTER_ADDR to it.") from None
-    if not dry_run:
+    """Return the name of the allocation's first node. UserError where there is no allocation."""
+    if "SLURM_JOB_NODELIST" not in environment:
+        if dry_run:
+            return "localhost"
         raise UserError("there is no allocation: submit this with sbatch, or look with --dry-run")
-    return "localhost"
+    command = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise UserError(f"scontrol does not name the first node: {error}.") from None
