@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import ab_runs
 import pytest
 
 import megatron_bfpp
@@ -11,6 +12,7 @@ from megatron_bfpp.ab.job import ARMS
 from megatron_bfpp.bench import plot, results
 from megatron_bfpp.bench.case import Case
 from megatron_bfpp.bench.results import Result
+from megatron_bfpp.cli import main
 from megatron_bfpp.schedule import PipelineShape
 from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.schedule.names import ORDERS, SCHEDULES
@@ -59,3 +61,11 @@ def test_the_picture_of_the_bench_has_the_colours_of_the_table(tmp_path):
 
 def test_the_arms_of_the_ab_are_words_of_the_table():
     assert set(ARMS) <= set(SCHEDULES) and all(SCHEDULES[word].flags for word in ARMS)
+
+
+def test_the_page_of_compare_has_the_colours_of_the_table(tmp_path):
+    runs = [str(path) for path in ab_runs.two_arms(tmp_path)]
+    page = tmp_path / "page.html"
+    assert main(["compare", *runs, "--force", "--html", str(page)]) in (0, 1)
+    arms = {Path(run).name.split(".")[0] for run in runs} & set(SCHEDULES)
+    assert len(arms) > 1 and all(SCHEDULES[arm].color in page.read_text(encoding="utf-8") for arm in arms)
