@@ -44,7 +44,7 @@ class Case:
 
     @property
     def shares_card(self) -> bool:
-        """Whether collectives share the card with messages; else they have one of their own."""
+        """Return whether collectives share the card with messages; else they have one of their own."""
         shared = self.costs.shared_card
         return shared if isinstance(shared, bool) else any(shared)
 
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """How each arm runs: also with collectives that take no time, which shows what they cost it."""
+        """Name the variants of each arm: with data parallelism also one whose collectives take no time."""
         return ("", FREE) if self.replicas > 1 else ("",)
 
 
@@ -70,7 +70,7 @@ def _equal(cost: object) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the ranks of a case share. port: of rank 0's store, once it is open."""
+    """The memory that the ranks of a case share. port: of rank 0's store, once it is open."""
 
     port: Any  # multiprocessing.Value("i")
     cards: Any  # multiprocessing.Array("d"), NUMBERS_PER_CARD of every rank

@@ -49,12 +49,12 @@ class Result:
 
     @property
     def exposed_s(self) -> float | None:
-        """How much the data-parallel collectives add to the step; None without any."""
+        """Return the time that data-parallel collectives add to the step; None without any."""
         return None if self.free_step_times_s is None else self.median_s - statistics.median(self.free_step_times_s)
 
     @property
     def exposed(self) -> float | None:
-        """The same in collectives of one chunk: its reduction and its gather."""
+        """Return it in units of the collectives of one chunk: its reduction and its gather."""
         return None if self.exposed_s is None else self.exposed_s / (self.costs.reduction + self.costs.gather)
 
     @property

@@ -47,12 +47,12 @@ def examine(question: Question, pp_rank: int, with_plans: bool) -> Rank:
     os.environ.update(WORLD_SIZE=str(question.world_size), LOCAL_WORLD_SIZE=str(local), RANK="0", LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # nothing listens: the process groups are fake
     capability = SimpleNamespace(name="dry run", major=question.capability or NEWEST, minor=0, total_memory=0)
-    told: list[str] = []
+    reported: list[str] = []
     with megatron_speaks_plainly():
-        enable_for_dry_run(lambda args, lines: told.extend(lines))
+        enable_for_dry_run(lambda args, lines: reported.extend(lines))
         torch.cuda.get_device_properties = lambda *_, **__: capability  # type: ignore[assignment]
         args, changes = _validated(question, pp_rank)
-        job = _job(args, told, changes)
+        job = _job(args, reported, changes)
         plans = _plans(args, job) if with_plans else []
         _initialize(args)
         return Rank(pp_rank, job, list(_chunks(args, pp_rank, job)), plans)
@@ -123,7 +123,7 @@ def _be_rank(args: Any, pp_rank: int) -> None:
     os.environ.update(RANK=str(args.rank), LOCAL_RANK=str(args.local_rank))
 
 
-def _job(args: Any, told: list[str], changes: list[str]) -> Job:
+def _job(args: Any, reported: list[str], changes: list[str]) -> Job:
     if is_hybrid(args):
         raise UserError("bfpp check does not know hybrid models.\n  Leave out --hybrid-layer-pattern.")
     settings = settings_of(args)
@@ -137,7 +137,7 @@ def _job(args: Any, told: list[str], changes: list[str]) -> Job:
         micro_batch=args.micro_batch_size, global_batch=args.global_batch_size, num_microbatches=count,
         schedule=word_of_job(args, count), backward=settings.backward, group=group,
         resident_chunks=settings.resident_chunks_of(chunks) if args.use_torch_fsdp2 and chunks > 1 else None,
-        stage_layers=[stage.layers for stage in stages_of(args)], told=told, changed=changes,
+        stage_layers=[stage.layers for stage in stages_of(args)], told=reported, changed=changes,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Emulated collectives: when they begin and end, told by the clock of the emulated compute stream, and shared cards."""
+"""Emulated collectives: their begin and end on the clock of the emulated compute stream; shared cards."""
 
 import multiprocessing
 import time
@@ -20,7 +20,7 @@ def network_of(case):
 
 
 def collectives():
-    """Of this rank: what launches and waits."""
+    """Return this rank's network, and the object that launches collectives and waits for them."""
     import torch.distributed as dist
 
     from megatron_bfpp.bench.emulate.collectives import Collectives
@@ -102,11 +102,11 @@ def test_a_sharded_chunks_reduction_is_waited_for_after_the_next_chunk_and_nothi
     run_job(waits_for_a_reduction_after_the_next_chunk, 4, tmp_path)
 
 
-def _second_message(cards, start_s, told):
+def _second_message(cards, start_s, answers):
     """In a process of its own: a message of rank 1 to rank 0, while a reduction of both is under way."""
     ticket = cards.ticket(1, 0)
     cards.begin_message(ticket, start_s + 0.1, 0.2, 1, 0)
-    told.put(cards.wait(ticket) - start_s)
+    answers.put(cards.wait(ticket) - start_s)
 
 
 @pytest.mark.slow
@@ -115,21 +115,21 @@ def test_a_message_and_a_collective_on_one_card_slow_each_other_down_in_all_proc
     from megatron_bfpp.bench.emulate.shared_card import SharedCards
 
     context = multiprocessing.get_context("fork")
-    # So far behind that a busy machine has the time to tell of everything.
-    cards, told = SharedCards(context, 2, full_duplex, behind_s=3.0), context.Queue()
+    # So far behind that a busy machine has the time to report everything.
+    cards, answers = SharedCards(context, 2, full_duplex, behind_s=3.0), context.Queue()
     start_s = time.monotonic()
     reduction, message = cards.ticket(2, 0), cards.ticket(0, 5000)
     cards.begin_collective(reduction, start_s, 1.0, [0, 1])
     cards.begin_message(message, start_s + 0.1, 0.2, 0, 1)
-    other = context.Process(target=_second_message, args=(cards, start_s, told))
+    other = context.Process(target=_second_message, args=(cards, start_s, answers))
     other.start()
     if full_duplex:  # each way half for 0.4 s
         assert cards.wait(message) - start_s == pytest.approx(0.5)
-        assert told.get(timeout=60) == pytest.approx(0.5)
+        assert answers.get(timeout=60) == pytest.approx(0.5)
         assert cards.wait(reduction) - start_s == pytest.approx(1.2)
     else:  # a third for 0.6 s
         assert cards.wait(message) - start_s == pytest.approx(0.7)
-        assert told.get(timeout=60) == pytest.approx(0.7)
+        assert answers.get(timeout=60) == pytest.approx(0.7)
         assert cards.wait(reduction) - start_s == pytest.approx(1.4)
     other.join()
     assert cards.late_s == 0

@@ -243,8 +243,8 @@ def test_the_number_of_gpus_must_come_from_somewhere(tmp_path, capsys):
     path = tmp_path / "model.yaml"
     path.write_text("MODEL_ARGS: {--pipeline-model-parallel-size: 2}\n")
     assert main(["check", "--config", str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "--gpus N" in told and "cluster: {gpus: N}" in told
+    error = capsys.readouterr().err
+    assert "--gpus N" in error and "cluster: {gpus: N}" in error
 
 
 def _arguments(**values):

@@ -39,7 +39,7 @@ from .shared_card import SharedCards
 
 
 class Way(NamedTuple):
-    """How long a message between two ranks takes. is_shared: on a card that collectives use too."""
+    """The way of a message between two ranks. is_shared: on a card that collectives use too."""
 
     transfer_s: float
     latency_s: float
