@@ -1,4 +1,4 @@
-"""What runs where and when. Standard library only: usable without torch and without Megatron."""
+"""Orders and plans of a step, their proof and their prediction. Usable without torch and without Megatron."""
 
 from .check import check
 from .ir import Action, Op, PipelineShape, Schedule

@@ -154,7 +154,7 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """What the sends, or the receives, of one kind and one stage have in common."""
+    """The properties that the sends, or the receives, of one kind and one stage share."""
 
     stream: _Stream  # they are launched on it
     far: _Stream  # their other ends are launched on it

@@ -1,4 +1,4 @@
-"""When the data-parallel collectives of one rank run, for `replay`."""
+"""Time the data-parallel collectives of one rank, for `replay`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Collectives:
 
     @property
     def reduced(self) -> float:
-        """The end of the last reduction."""
+        """Return the end of the last reduction."""
         return 0.0 if self._last is None else self._last.end or 0.0
 
     def launch(self, action: Action, now: float) -> None:

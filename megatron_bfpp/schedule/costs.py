@@ -1,4 +1,4 @@
-"""What a step costs and what a runtime waits for: the durations and habits that `replay` predicts with."""
+"""The durations of a step and the waits of a runtime, with which `replay` predicts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def at(cost: float | Sequence[float], index: int) -> float:
 
 @dataclass(frozen=True)
 class Waits:
-    """What a runtime waits for, beside what its actions need. The default is this plugin's executor."""
+    """The waits of a runtime, beside those that its actions need. The default is this plugin's executor."""
 
     for_sends: bool = True  # those launched SEND_WINDOW or more compute actions ago
     for_forward_sends: bool = False  # each send of an output, before the next action

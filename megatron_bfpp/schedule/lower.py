@@ -106,19 +106,13 @@ def add_send_recv(order: Schedule, shape: PipelineShape, timeline: Timeline | No
 def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
     """Reduce a chunk's gradients once, right after its last backward and the send that follows it."""
     last = shape.num_microbatches - 1
-    lowered: Schedule = []
-    for actions in plan:
-        lowered.append([])
-        pending: int | None = None
-        for action in actions:
-            if pending is not None and action.op is not Op.SEND_B:
-                lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
-                pending = None
-            lowered[-1].append(action)
-            if action.microbatch == last and action.op is Op.B:
-                pending = action.stage
-        if pending is not None:
-            lowered[-1].append(Action(pending, Op.REDUCE_GRAD))
+    lowered = [list(actions) for actions in plan]
+    for actions in lowered:
+        for position in range(len(actions), 0, -1):
+            stage, op, microbatch = actions[position - 1]
+            if op is Op.B and microbatch == last:
+                has_send = actions[position : position + 1] == [Action(stage, Op.SEND_B, last)]
+                actions.insert(position + has_send, Action(stage, Op.REDUCE_GRAD))
     return lowered
 
 

@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When every rank computes."""
+    """The times at which every rank computes."""
 
     shape: PipelineShape
     spans: list[list[Span]]  # [pp_rank], in running order

@@ -56,7 +56,7 @@ def test_time_passes_in_pieces_as_at_once():
     cards = Cards()
     cards.begin(Transfer("long", 6, OUT, 1), 0)
     assert cards.step(1) == [] and cards.now == 1
-    cards.begin(Transfer("short", 2, OUT, 2), 0.5)  # told late: it begins now
+    cards.begin(Transfer("short", 2, OUT, 2), 0.5)  # its start is past: it begins now
     assert cards.next_end() == 3 and cards.step(4) == [] and cards.step(10) == ["short"] and cards.now == 5
     assert cards.step(10) == ["long"] and cards.now == 8 and cards.step(10) == [] and cards.now == 10
 

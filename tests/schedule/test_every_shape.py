@@ -1,4 +1,4 @@
-"""The proof and the memory of every shape and group; of a part of them in each run.
+"""Every shape and group has a proven plan and the predicted memory. Each run goes through a part of them.
 
 BFPP_ALL_CASES=1 goes through the whole product and the large shapes, on all cores.
 """
@@ -47,7 +47,7 @@ LARGE = [((64, 8, 512), "eager", None), ((64, 8, 512), "late", None), ((64, 8, 5
 
 
 def complaint(case):
-    """What is wrong with the plan of a case, or None."""
+    """Return what is wrong with the plan of a case, or None."""
     sizes, kind, group = case
     shape = PipelineShape(*sizes)
     order = ORDERS[kind](shape, group)
@@ -65,7 +65,7 @@ def complaint(case):
 
 
 def peaks(size, chunks, microbatches, group, kind):
-    """The formula of breadth_first's docstring; the group's sizes worked out anew."""
+    """Work out the formula of breadth_first's docstring, with the sizes of groups found in another way."""
     group = microbatches if group is None else group
     count = next(n for n in range(1, microbatches + 1) if n * group >= microbatches)  # groups of at most `group`,
     if microbatches // count < min(group, size):  # or fewer and longer ones, where one could not fill the pipeline

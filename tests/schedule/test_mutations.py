@@ -84,7 +84,7 @@ def sound(rng):
 
 
 def place(rng, actions):
-    """Of an action; more often of a gather, a reduction or a free than there are of them."""
+    """Choose the place of an action; gathers, reductions and frees more often than their share."""
     chunk_ops = [at for at, action in enumerate(actions) if action.op in CHUNK_OPS]
     return rng.choice(chunk_ops) if chunk_ops and rng.random() < 0.3 else rng.randrange(len(actions))
 
@@ -137,7 +137,7 @@ def exchange_between_ranks(rng, plan, shape):
 
 
 def give_away(rng, plan, shape):
-    """An action to another rank."""
+    """Move an action to another rank."""
     one, two = rng.sample(plan, 2)
     two.insert(rng.randrange(len(two) + 1), one.pop(rng.randrange(len(one))))
 

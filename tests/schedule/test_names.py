@@ -18,7 +18,7 @@ def test_a_schedule_stands_under_its_own_word():
 
 
 def luminance(color):
-    """The relative luminance of WCAG 2, from 0 for black to 1 for white."""
+    """Return the relative luminance of WCAG 2, from 0 for black to 1 for white."""
     parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -42,7 +42,7 @@ def test_no_two_schedules_have_colours_that_look_alike():
 
 
 def parsed(words):
-    """The flags as the plugin's parser reads them beside the four of Megatron's that the table needs."""
+    """Parse flags with the plugin's parser, to which the four flags of Megatron in the table are added."""
     settings = pytest.importorskip("megatron_bfpp.integration.flags.settings", reason="needs torch")
     parser = argparse.ArgumentParser(allow_abbrev=False)
     settings.add_flags(parser, "1f1b")

@@ -41,7 +41,7 @@ EVERY_SHAPE = list(product(range(2, 9), range(1, 5), range(1, 25)))
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_of_every_shape_a_send_waits_only_on_8_ranks_and_only_in_idle_time(eager):
+def test_with_short_backwards_a_send_waits_only_on_8_ranks_and_only_in_idle_time(eager):
     """`lower` places receives by a clock on which a backward takes two forwards; here both take the same time.
 
     The first gradient of a chunk goes from rank 0 around the ring to the last rank, P-1 backwards after that rank made

@@ -22,8 +22,8 @@ def test_the_plan_of_2_ranks_3_chunks_2_microbatches_2_resident_written_out():
     assert rank_0 == (
         "0UNSHARD 2UNSHARD 0F0 0SEND_F0 2RECV_F0 0F1 0SEND_F1 2RECV_F1 0RESHARD 4UNSHARD 2F0 2SEND_F0 4RECV_F0 2F1 "
         "2SEND_F1 4RECV_F1 4F0 4SEND_F0 4RECV_B0 4F1 4SEND_F1 4RECV_B1 4B0 4SEND_B0 2RECV_B0 4B1 4SEND_B1 "
-        "4REDUCE_GRAD 2RECV_B1 4RESHARD 0UNSHARD 2B0 2SEND_B0 0RECV_B0 2B1 2SEND_B1 2REDUCE_GRAD 0RECV_B1 2RESHARD 0B0 0B1 "
-        "0REDUCE_GRAD 0RESHARD"
+        "4REDUCE_GRAD 2RECV_B1 4RESHARD 0UNSHARD 2B0 2SEND_B0 0RECV_B0 2B1 2SEND_B1 2REDUCE_GRAD 0RECV_B1 2RESHARD "
+        "0B0 0B1 0REDUCE_GRAD 0RESHARD"
     )
 
 
@@ -61,7 +61,7 @@ def test_with_groups_too_no_plan_has_fewer_gathers(shape, data, eager):
 
 
 def fewest_gathers(runs, places):
-    """By trying every choice of what to give up."""
+    """Try every choice of the chunk to free."""
     states = {frozenset(): 0}
     for stage in runs:
         after = {}
@@ -122,7 +122,7 @@ def damaged_plans(draw):
 
 
 def is_legal(plan, resident):
-    """The rules said anew, from the history of every stage up to every step."""
+    """Judge by the rules, from the history of every stage up to every step; shares no code with the checker."""
     for actions in plan:
         for step in range(len(actions)):
             history = {}
