@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ class Settings:
     nnodes: int = _setting("nodes; default: the allocation's", 0, least=1)
     gpus_per_node: int = _setting("ranks on each node; default: 8 under SLURM, else 4", 0, least=1)
     megatron_path: str = _setting("a checkout whose pretrain_gpt.py is run; default: megatron_bfpp.pretrain_gpt")
-    python: str = _setting("the Python of the ranks; default: python3", "python3")
+    python: str = _setting("the Python of the ranks; default: the one of bfpp, in a container python3")
     device: str = _setting("auto, cuda or cpu; default: auto", "auto")
     extra_args: str = _setting('more flags for every run, such as "--bfpp-trace-steps 20-22"')
     wandb_project: str = _setting("log to W&B, in the group WANDB_RUN_GROUP (default: OUTPUT_PATH's name)")
@@ -65,6 +66,7 @@ class Settings:
             if least is not None and not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
                 raise UserError(f"{name}={text} must be a whole number, at least {least}")
             values[each.name] = text if least is None else int(text)
+        values.setdefault("python", "python3" if "container_image" in values else sys.executable)
         return cls(**values)
 
     def check(self) -> None:
