@@ -113,10 +113,11 @@ class _Progress:
     due_s: float = 0.0
 
     def update(self) -> None:
+        """Show the last step of the log, once a second."""
         if time.monotonic() < self.due_s:
             return
         self.due_s, step, loss = time.monotonic() + 1, 0, ""
-        with suppress(OSError, ValueError, KeyError, IndexError):
+        with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
             last = json.loads(self.path.read_bytes().splitlines()[-1])
             step, loss = int(last["step"]), f", lm loss {last['lm loss']:.4f}"
         text = f"{self.name}: step {step} of {self.steps}{loss}"
@@ -148,7 +149,7 @@ def _status(folder: Path) -> str:
 def _reason(log: Path, code: int) -> str:
     """Return why a run failed: its signal, the first error of its log, its exit code."""
     if not code:
-        return "ended with exit code 0 without an end.json"
+        return "ended with exit code 0, but did not finish"
     number = -code if code < 0 else code - 128  # shells and srun give 128 and the signal
     killed = f"killed by signal {number}: " if number > 0 else ""
     return f"{killed}{first_error(log) or f'no error in {log.name}'} (exit code {code})"
