@@ -184,29 +184,23 @@ def _content(path: Path, notes: list[str], loss: str) -> str | None:
         return None
 
 
-def _parse(content: str) -> Any:
-    """Return the JSON value, without halves of surrogate pairs, which nothing can print. ValueError for no JSON."""
+def _parse(content: str) -> dict[str, Any] | None:
+    """Return a JSON object, without halves of surrogate pairs, which nothing can print; None for anything else."""
     try:
         value = json.loads(content)
         if "\\u" in content:
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-        return value
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _object(path: Path, notes: list[str], loss: str) -> dict[str, Any]:
     content = _content(path, notes, loss)
-    if content is None:
-        return {}
-    try:
-        value = _parse(content)
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    notes.append(f"{path.name} is not a whole JSON object" + (f": {loss}" if loss else ""))
-    return {}
+    value = {} if content is None else _parse(content)
+    if value is None:
+        notes.append(f"{path.name} is not a whole JSON object" + (f": {loss}" if loss else ""))
+    return value or {}
 
 
 def _steps(path: Path, notes: list[str]) -> list[Step]:
@@ -216,11 +210,11 @@ def _steps(path: Path, notes: list[str]) -> list[Step]:
     bad: list[int] = []
     lines = (content or "").split("\n")
     for place, line in enumerate(lines, 1):
-        values = _step_values(line)
-        if values is None:
+        values = _parse(line) or {}
+        step = values.get("step")
+        if type(step) is not int or not 0 <= step < _LARGEST_STEP:
             bad += [place] if line.strip() else []
             continue
-        step = values["step"]
         # Another process goes on from an earlier step, or has no time for its first one.
         is_first = previous is not None and (step <= previous or values.get("step_time_s", 0) is None)
         since_start = 0 if is_first else since_start + (previous is not None)
@@ -234,14 +228,3 @@ def _steps(path: Path, notes: list[str]) -> list[Step]:
     if again:
         notes.append(f"{again} steps were run again after a restart: the later ones count")
     return [steps[step] for step in sorted(steps)]
-
-
-def _step_values(line: str) -> dict[str, Any] | None:
-    try:
-        values = _parse(line)
-    except ValueError:
-        return None
-    if not isinstance(values, dict):
-        return None
-    step = values.get("step")
-    return values if type(step) is int and 0 <= step < _LARGEST_STEP else None

@@ -66,7 +66,7 @@ class Words(NamedTuple):
 
 
 def text_width(text: str, size: float) -> float:
-    """An estimate in pixels; no font is asked."""
+    """Estimate pixels; no font is asked."""
     return len(text) * size * _LETTER
 
 
@@ -179,6 +179,6 @@ def least_width(svg: str) -> int:
 
 
 def round_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20 ... (also 0.1, 0.2, 0.5 ...) that is at least `least`: between ticks."""
+    """Return the smallest of 1, 2, 5, 10, 20 ... (also 0.1, 0.2, 0.5 ...) that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
