@@ -13,7 +13,10 @@ from .strategy import Strategy, count_microbatches
 __all__ = ["gpt_of", "parse", "precision_of", "strategy_of"]
 
 _REQUIRED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--vocab-size")
-_SIZES = ("--ffn-hidden-size", "--num-query-groups", "--kv-channels", "--max-position-embeddings")
+_SIZES = (
+    "--ffn-hidden-size", "--num-query-groups", "--kv-channels", "--max-position-embeddings",
+    "--make-vocab-size-divisible-by",
+)  # fmt: skip
 _PARALLEL = (
     "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank",
     "--num-layers-per-virtual-pipeline-stage", "--micro-batch-size", "--global-batch-size",
@@ -58,7 +61,6 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.add_argument(flag, action="store_true")
     for flag, (choices, default) in _WORDS.items():
         parser.add_argument(flag, choices=choices, default=default)
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     parser.add_argument("--hidden-dropout", type=float, default=0.1)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--fp8-recipe", default="delayed")
@@ -94,26 +96,19 @@ def _check_fp8(args: argparse.Namespace) -> None:
 
 def gpt_of(args: argparse.Namespace) -> GPT:
     """Return the model of parsed flags. Raises UserError for a missing size, or one that cannot be."""
-    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in (*_REQUIRED, *_SIZES)}
-    missing = [flag for flag in _REQUIRED if values[flag] is None]
+    sizes = {flag: getattr(args, _name(flag)) for flag in (*_REQUIRED, *_SIZES)}
+    missing = [flag for flag in _REQUIRED if sizes[flag] is None]
     if missing:
         raise UserError(f"the model lacks {', '.join(missing)}.\n"
                         "  Give a file of configs/, or Megatron's flags after --.")  # fmt: skip
-    for flag, value in (*values.items(), ("--make-vocab-size-divisible-by", args.make_vocab_size_divisible_by)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be at least 1.")
-    num_layers, hidden_size, heads, seq_length, vocab_size = (values[flag] for flag in _REQUIRED)
+    for flag, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{flag} is {size}; it must be at least 1.")
+    same = {_name(flag): size for flag, size in sizes.items() if size is not None}
+    groups = same.pop("num_query_groups", 1)
     return GPT(
-        num_layers,
-        hidden_size,
-        heads,
-        seq_length,
-        vocab_size,
-        ffn_hidden_size=args.ffn_hidden_size or 0,
-        num_query_groups=(args.num_query_groups or 1) if args.group_query_attention else 0,
-        kv_channels=args.kv_channels or 0,
-        max_position_embeddings=args.max_position_embeddings or 0,
-        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        **same,
+        num_query_groups=groups if args.group_query_attention else 0,
         swiglu=args.swiglu,
         untied=args.untie_embeddings_and_output_weights,
         rms_norm=args.normalization == "RMSNorm",
@@ -124,6 +119,10 @@ def gpt_of(args: argparse.Namespace) -> GPT:
         hidden_dropout=args.hidden_dropout,
         attention_dropout=args.attention_dropout,
     )
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def precision_of(args: argparse.Namespace) -> str | None:

@@ -1,6 +1,6 @@
 """The time of a step: exact from its plan (`replay_step`), or from a formula (`formula_step`) for long plans.
 
-Both take the durations of `time.durations`. The formula adds, for P ranks, V chunks, M micro-batches in groups of G, the
+Both take the durations of `time.durations`. The formula adds, for P ranks, V chunks, M micro-batches in groups of G,
 forward f and backward b of a stage, and c = hop + transfer:
     the busiest rank, with what must run before its first and after its last action     max over ranks
     fill and drain of the network, summed over the edges on the way                     2 (P-1) c

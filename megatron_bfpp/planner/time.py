@@ -101,15 +101,10 @@ def _blocking(s: Strategy, times: Durations) -> Durations:
     """
     total = s.chunks * s.num_microbatches
     message = max(times.messages(s.pp)) * (1 + s.peak_live(0) / total) / 2 if s.pp > 1 else 0.0
+    forward, backward = ([each + message for each in stages] for stages in (times.forward, times.backward))
+    ends = times.ends + s.chunks * (times.gather + times.reduction)
     return replace(
-        times,
-        forward=[each + message for each in times.forward],
-        backward=[each + message for each in times.backward],
-        hop=0.0,
-        transfer=0.0,
-        gather=0.0,
-        reduction=0.0,
-        ends=times.ends + s.chunks * (times.gather + times.reduction),
+        times, forward=forward, backward=backward, hop=0.0, transfer=0.0, gather=0.0, reduction=0.0, ends=ends
     )
 
 

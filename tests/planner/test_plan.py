@@ -13,18 +13,10 @@ from megatron_bfpp.cli import main
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "gpt_52b.yaml")
 ON_64 = ["plan", CONFIG, "--gpu", "v100-32", "--gpus", "64", "--tp", "8", "--pp", "8", "--micro-batch", "1,2"]
-FLAGS = [
-    "--num-layers",
-    "64",
-    "--hidden-size",
-    "8192",
-    "--num-attention-heads",
-    "64",
-    "--seq-length",
-    "1024",
-    "--vocab-size",
-    "50257",
-]
+FLAGS = ["--num-layers", "64", "--hidden-size", "8192", "--num-attention-heads", "64", "--seq-length", "1024",
+         "--vocab-size", "50257"]  # fmt: skip
+ON_8 = ["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS]
+FP8 = [*ON_8, "--fp8-format", "hybrid"]
 
 
 def exit_code(words):
@@ -147,19 +139,15 @@ def test_52b_on_4096_gpus_is_searched_in_time():
          "the model fits nowhere: 8 GPUs with 28.0 GB"),
         (["plan", "--gpu", "h200", "--gpus", "8", "--global-batch", "8", "--", "--num-layers", "4"],
          "the model lacks --hidden-size"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS], "no global batch is given"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--num-experts", "8"],
-         "--num-experts is not in the model"),
+        (ON_8, "no global batch is given"),
+        ([*ON_8, "--num-experts", "8"], "--num-experts is not in the model"),
         (["plan", "--gpu", "a100-80", "--gpus", "8", "--global-batch", "8", "--", *FLAGS, "--fp8-format", "hybrid"],
          "has no fp8"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-param-gather"], "--fp8-param-gather is for fp8"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "e5m2"], "invalid choice: 'e5m2'"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-recipe", "mxfp8"],
-         "--fp8-recipe mxfp8"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--use-torch-fsdp2"],
-         "fp8 with --use-torch-fsdp2"),
-        (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS, "--fp8-format", "hybrid", "--fp8-param-gather"],
-         "needs the distributed"),
+        ([*ON_8, "--fp8-param-gather"], "--fp8-param-gather is for fp8"),
+        ([*ON_8, "--fp8-format", "e5m2"], "invalid choice: 'e5m2'"),
+        ([*FP8, "--fp8-recipe", "mxfp8"], "--fp8-recipe mxfp8"),
+        ([*FP8, "--use-torch-fsdp2"], "fp8 with --use-torch-fsdp2"),
+        ([*FP8, "--fp8-param-gather"], "needs the distributed"),
         (["plan", "--gpu", "h200", "--gpus", "8", "--", *FLAGS[2:], "--num-layers", "many"], "the model's flags"),
     ],
 )  # fmt: skip
