@@ -18,13 +18,7 @@ from megatron_bfpp.planner.search import Request, estimate
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # A model alone, for any cluster, and the quickstart's on CPUs name no cluster.
 GPUS = {path.stem: (found.gpus, found.gpu) for path in CONFIGS if (found := cluster(path)).gpus}
-BILLIONS = {
-    "gpt_52b": 52.4,
-    "gpt_52b_4k": 52.4,
-    "gpt_6p6b": 6.65,
-    "gpt_175b": 175.2,
-    "llama3_70b": 70.55,
-}
+BILLIONS = {"gpt_52b": 52.4, "gpt_52b_4k": 52.4, "gpt_6p6b": 6.65, "gpt_175b": 175.2, "llama3_70b": 70.55}
 
 
 def _parse_all(paths: list[str], data: str) -> None:

@@ -99,27 +99,21 @@ def search(request: Request, progress: Progress = lambda part: None) -> Found:
     """Estimate every strategy, and replay the fastest of each schedule."""
     rejected: Counter[str] = Counter()
     estimates: list[Estimate] = []
-    smallest: Memory | None = None
-    considered = 0
+    too_large: list[Memory] = []
     divisions = list(_divisions(request))
     for done, (pp, tp) in enumerate(divisions):
         progress(SEARCHING * done / len(divisions))
-        reason = _indivisible(request, pp, tp)
-        if reason is not None:
-            rejected[reason] += 1
-            considered += 1
-            continue
         for found in _strategies(request, pp, tp):
-            considered += 1
             if isinstance(found, str):
                 rejected[found] += 1
-                continue
-            needed = _largest(request, found)
-            if needed.total > request.gpu.memory - request.reserve:
-                rejected["memory: more than a GPU has"] += 1
-                smallest = needed if smallest is None or needed.total < smallest.total else smallest
+            elif (needed := _largest(request, found)).total > request.gpu.memory - request.reserve:
+                too_large.append(needed)
             else:
                 estimates.append(estimate(request, found, exact=False))
+    if too_large:
+        rejected["memory: more than a GPU has"] = len(too_large)
+    smallest = min(too_large, key=lambda needed: needed.total, default=None)
+    considered = len(estimates) + rejected.total()
     return Found(_exactly(request, estimates, progress), rejected, considered, smallest)
 
 
@@ -171,6 +165,10 @@ def _indivisible(request: Request, pp: int, tp: int) -> str | None:
 
 def _strategies(request: Request, pp: int, tp: int) -> Iterator[Strategy | str]:
     """Yield the strategies of these sizes, or the reasons why there are none."""
+    reason = _indivisible(request, pp, tp)
+    if reason is not None:
+        yield reason
+        return
     dp = request.num_gpus // (pp * tp)
     for micro_batch in request.micro_batch or (1, 2, 4, 8, 16):
         count = count_microbatches(request.global_batch, dp, micro_batch)
