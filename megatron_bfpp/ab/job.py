@@ -20,7 +20,7 @@ _LAYOUT = "--pipeline-model-parallel-layout"
 _CHUNKS = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
 _FSDP2 = "--use-torch-fsdp2"
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-# Megatron refuses the first two with FSDP2 (docs/fully_sharded.md), and the third without model chunks.
+# Megatron refuses the first two with FSDP2 (docs/guide/fully_sharded.md), and the third without model chunks.
 _NOT_SHARDED = ("--use-distributed-optimizer", "--overlap-param-gather", "--overlap-param-gather-with-optimizer-step")
 _NOT_WITHOUT_CHUNKS = ("--overlap-param-gather-with-optimizer-step",)
 
