@@ -136,7 +136,11 @@ def _word(path: Path, key: str, value: Any, expand: bool) -> str:
             raise UserError(f"{path}: {key} uses ${{{match[1]}}}, which is not set; set {match[1]} in the environment.")
         return os.environ[match[1]]
 
-    return re.sub(r"\$\{(\w+)\}", from_environment, str(value)) if expand else str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits, and YAML's hexadecimal ones have no limit
+        raise UserError(f"{path}: {key} has more than 4300 digits; write a number that a flag can have.") from None
+    return re.sub(r"\$\{(\w+)\}", from_environment, text) if expand else text
 
 
 def _kind(value: Any) -> str:

@@ -217,6 +217,7 @@ def test_bad_input_is_refused_before_megatron_is_started(tmp_path, capsys, words
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 def test_a_configuration_that_lacks_the_vocabulary_says_so(tmp_path, capsys):
     path = tmp_path / "model.yaml"
     words = " ".join(FLAGS).replace("--vocab-size 200 ", "").replace("NullTokenizer", "GPT2BPETokenizer").split()

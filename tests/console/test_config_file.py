@@ -170,3 +170,9 @@ def test_the_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shipped
     for path in shipped:
         assert load(path)[1]
+
+
+def test_an_integer_too_long_to_print_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, f"MODEL_ARGS: {{--num-layers: 0x{'f' * 5000}}}")
+    with pytest.raises(UserError, match="--num-layers has more than 4300 digits"):
+        load(path)

@@ -216,6 +216,7 @@ def test_the_equality_run_on_this_machine(tmp_path, capsys):
     assert "breadth-first computes the bits of interleaved" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_is_reported_with_its_first_error(monkeypatch):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     monkeypatch.setitem(doctor_trial.ARMS, "interleaved", ["--breadth-first-group-size", "0"])

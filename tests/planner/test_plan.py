@@ -27,6 +27,7 @@ def exit_code(words):
         return stop.code
 
 
+@pytest.mark.slow
 def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(capsys):
     assert main([*ON_64, "--global-batch", "32"]) == 0
     shown = capsys.readouterr().out
@@ -38,6 +39,7 @@ def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(cap
     assert "--tensor-model-parallel-size 8" in shown
 
 
+@pytest.mark.slow
 def test_rejections_are_counted_by_reason(capsys):
     assert main([*ON_64, "--pp", "4", "--global-batch", "32", "--rejected"]) == 0
     shown = capsys.readouterr().out
@@ -48,6 +50,7 @@ def test_rejections_are_counted_by_reason(capsys):
     assert 0 < sum(counts) <= total
 
 
+@pytest.mark.slow
 def test_several_batches_are_compared_and_drawn_and_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     data, picture = tmp_path / "plan.json", tmp_path / "plan.png"

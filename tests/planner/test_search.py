@@ -26,6 +26,7 @@ def test_all_that_is_considered_fits_or_has_a_reason_and_the_fastest_comes_first
         assert 64 % (strategy.pp * strategy.chunks) == 0
 
 
+@pytest.mark.slow
 def test_megatrons_limits_are_kept_unless_the_question_is_hypothetical():
     request = replace(REQUEST, pp=(8,), tp=(4,), micro_batch=(1,))
     plain, hypothetical = search(request), search(replace(request, hypothetical=True))
@@ -76,6 +77,7 @@ def test_a_larger_cluster_trains_faster_and_dearer():
     assert curve[0].gpu_days == pytest.approx((1 + 32 / 1000) * 1.0 * 1e6 / 86400)
 
 
+@pytest.mark.slow
 def test_what_is_shown_as_the_fastest_of_a_schedule_was_replayed():
     found = search(
         Request(

@@ -76,6 +76,7 @@ def rejects_exactly_what_changes_the_meaning(damaged):
     verdicts[kind, "accepted" if verdict == "" else "rejected"] += 1
 
 
+@pytest.mark.slow
 def test_damaged_plans_are_rejected_exactly_when_their_meaning_changes():
     verdicts.clear()
     rejects_exactly_what_changes_the_meaning()

@@ -75,6 +75,7 @@ def peaks(size, chunks, microbatches, group, kind):
     return [min(microbatches * chunks, ahead + 2 * min(size - rank - 1, shortest) + 1) for rank in range(size)]
 
 
+@pytest.mark.slow
 def test_every_plan_is_proved_and_its_peaks_are_those_of_the_formula():
     assert {kind for _, kind, _ in CASES} == ORDERS.keys()
     assert {sizes[:2] for sizes, _, _ in CASES} == set(product(range(2, 9), range(1, 5)))

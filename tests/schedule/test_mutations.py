@@ -11,6 +11,7 @@ from collections import Counter
 from functools import cache
 from itertools import combinations
 
+import pytest
 from oracle import meaning
 
 from megatron_bfpp.schedule import Op, PipelineShape, ScheduleError, check, formats, lower
@@ -220,6 +221,7 @@ def run_case(seed):
     return mutation.__name__, name, verdict == "accepted", found in wanted, detail
 
 
+@pytest.mark.slow
 def test_the_checker_rejects_every_mutation_that_changes_the_meaning_and_no_other():
     accepted, rejected, orders, reasons = Counter(), Counter(), Counter(), Counter()
     for seed in range(CASES):

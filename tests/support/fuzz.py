@@ -1,6 +1,7 @@
-"""One random case of bfpp, and what must hold of how it ends: used by test_fuzz.py.
+"""One random case of bfpp, and what must hold of how it ends.
 
-A case is a function of its seed, so a failure is run again with `python tests/support/fuzz.py COMMAND SEED`.
+test_fuzz.py lets hypothesis make every choice, which shrinks a failure to the least command line and the least damage
+that show it. `python tests/support/fuzz.py COMMAND FIRST LAST` runs many cases, each made from its seed.
 """
 
 import contextlib
@@ -119,9 +120,9 @@ def complaint(folder, code, out, err):
     return ""
 
 
-def run_case(name, seed):
-    """(exit code, complaint) of one case; the complaint holds all that is needed to see it again."""
-    rng, here = random.Random(f"{name} {seed}"), os.getcwd()
+def run_case(name, rng):
+    """Run a case; return (exit code, complaint). rng makes all choices: a random.Random, or hypothesis in its place."""
+    here = os.getcwd()
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     words, code, out, err = ["?"], None, "", ""
     try:
@@ -135,7 +136,7 @@ def run_case(name, seed):
     finally:
         os.chdir(here)
         shutil.rmtree(folder, ignore_errors=True)
-    return code, f"{name} {seed}: bfpp {words!r:.2000}\n{wrong}\n{err[-2000:]}" if wrong else ""
+    return code, f"{name}: bfpp {words!r:.2000}\n{wrong}\n{err[-2000:]}" if wrong else ""
 
 
 def stop_before_processes(patch):
@@ -156,8 +157,8 @@ if __name__ == "__main__":
     stop_before_processes(setattr)
     first = int(sys.argv[2])
     faults = [
-        found
+        f"{seed}: {found}"
         for seed in range(first, int(sys.argv[3]) if len(sys.argv) > 3 else first + 1)
-        if (found := run_case(sys.argv[1], seed)[1])
+        if (found := run_case(sys.argv[1], random.Random(f"{sys.argv[1]} {seed}"))[1])
     ]
     print(*faults[:8], f"{len(faults)} faults", sep="\n")

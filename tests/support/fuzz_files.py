@@ -112,6 +112,11 @@ JSONS = [
 ]
 
 
+def chance(rng, probability):
+    """Return True with this probability. 0, to which hypothesis shrinks what it draws, is False."""
+    return rng.randrange(1000) >= 1000 * (1 - probability)
+
+
 def damaged(rng, data):
     """Bytes with a few faults."""
     for _ in range(rng.choice((1, 1, 2, 5))):
@@ -150,12 +155,12 @@ def altered(rng, value):
             if not keys:
                 return copy.deepcopy(rng.choice(VALUES))
             key = rng.choice(keys)
-            if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
+            if not isinstance(place[key], dict | list) or not place[key] or chance(rng, 0.3):
                 break
             place = place[key]
-        if rng.random() < 0.3:
+        if chance(rng, 0.3):
             del place[key]
-        elif isinstance(place, dict) and rng.random() < 0.2:
+        elif isinstance(place, dict) and chance(rng, 0.2):
             place[rng.choice(TEXTS).replace("\udcff", "")] = place[key]
         else:
             place[key] = copy.deepcopy(rng.choice(VALUES))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fuzz
 import fuzz_words
+from fuzz_files import chance
 from gpt import MODEL
 
 import megatron_bfpp
@@ -50,9 +51,9 @@ def pretrain_words(rng):
             rng, OURS, ("--pipeline-schedule", "--pipeline-model-parallel-size"), rng.choice((0, 0.05, 0.15))
         ),
     ]
-    if rng.random() < 0.1:
+    if chance(rng, 0.1):
         words = words[:-1]
-    if rng.random() < 0.9:
+    if chance(rng, 0.9):
         return ["--device", "cpu", *words]
     return [
         *rng.choice(
@@ -81,7 +82,7 @@ def run_words(rng):
             ["-h"],
         )
     )
-    return [*device, script, *rng.sample(fuzz_words.TEXTS, 2)] if rng.random() < 0.95 else device
+    return [*device, script, *rng.sample(fuzz_words.TEXTS, 2)] if chance(rng, 0.95) else device
 
 
 def stop_before_training():
@@ -135,7 +136,7 @@ def run_cases(results, first, count):
     Path("folder").mkdir(exist_ok=True)
     for seed in range(first, first + count):
         rng = random.Random(f"job {seed}")
-        kind = "run" if rng.random() < 0.3 else "pretrain_gpt"
+        kind = "run" if chance(rng, 0.3) else "pretrain_gpt"
         words = run_words(rng) if kind == "run" else pretrain_words(rng)
         child = os.fork()
         if child == 0:

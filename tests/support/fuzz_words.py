@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import ab_runs
-from fuzz_files import TEXTS, config, damaged, json_file
+from fuzz_files import TEXTS, chance, config, damaged, json_file
 from traces import document
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
@@ -25,20 +25,20 @@ def flags(rng, sane, needed=(), part=0.3):
     """
     words, wild = [], rng.choice((None, 0, 0.05, 0.3))
     slip = 0 if wild is None else 0.05
-    for flag in [*needed, *(flag for flag in sane if flag not in needed and rng.random() < part)]:
-        if flag in needed and rng.random() < slip:
+    for flag in [*needed, *(flag for flag in sane if flag not in needed and chance(rng, part))]:
+        if flag in needed and chance(rng, slip):
             continue
         values = sane[flag]
-        word = rng.choice(TEXTS) if values is None or rng.random() < (wild or 0) else str(rng.choice(values))
+        word = rng.choice(TEXTS) if values is None or chance(rng, wild or 0) else str(rng.choice(values))
         if values is None:
-            words.append([f"{flag}={word}" if rng.random() < slip else flag])
-        elif rng.random() < slip:
+            words.append([f"{flag}={word}" if chance(rng, slip) else flag])
+        elif chance(rng, slip):
             words.append([flag])
         else:
-            words.append([f"{flag}={word}"] if rng.random() < 0.3 else [flag, word])
-    if words and rng.random() < 2 * slip:
+            words.append([f"{flag}={word}"] if chance(rng, 0.3) else [flag, word])
+    if words and chance(rng, 2 * slip):
         words.append(rng.choice(words))
-    if rng.random() < slip:
+    if chance(rng, slip):
         words.append([rng.choice([*TEXTS, "--unknown", "-x"])])
     rng.shuffle(words)
     return [word for group in words for word in group]
@@ -73,9 +73,9 @@ def show(rng, folder):
             "--trace": outputs("json"), "--svg": outputs("svg"), "--html": outputs("html"),
             "--csv": outputs("csv"), "--plan": None, "--resident-chunks": [1, 2], "--text": None,
             "--wide": None}  # fmt: skip
-    if rng.random() < 0.03:  # matplotlib is slow
+    if chance(rng, 0.03):  # matplotlib is slow
         sane["--png"] = outputs("png", "xyz")
-    if rng.random() < 0.3:
+    if chance(rng, 0.3):
         (folder / "plan.csv").write_bytes(plan_file(rng)[1])
         return ["show", rng.choice(["plan.csv"] * 9 + ["folder", "missing", "-", "/dev/null", ""]), *flags(rng, sane)]
     return ["show", *flags(rng, sane, ("--pp", "--chunks", "--microbatches"))]
@@ -86,16 +86,16 @@ def plan_file(rng):
     shape = PipelineShape(rng.choice((2, 3)), rng.choice((1, 2)), rng.choice((2, 4)))
     sound = lower(breadth_first(shape), shape, resident_chunks=rng.choice((None, None, 1, 2)))
     text = rng.choice((formats.to_csv, formats.to_text))(sound).encode()
-    return shape, text if rng.random() < 0.1 else damaged(rng, text)
+    return shape, text if chance(rng, 0.3) else damaged(rng, text)
 
 
 def plan(rng, folder):
     small = ROOT / "configs/quickstart.yaml"  # the others fit on no such few GPUs
-    if rng.random() < 0.2:
+    if chance(rng, 0.2):
         (folder / "model.yaml").write_bytes(small.read_bytes())
         words = ["plan", "model.yaml", "--gpus", rng.choice(("4", "8")), "--gpu", rng.choice(("v100-32", "h100-80"))]
         return [*words, "--global-batch", rng.choice(("8", "8-32")), *rng.choice(([], ["--rejected"], ["--top", "3"]))]
-    (folder / "model.yaml").write_bytes(config(rng, rng.choice([small, *CONFIGS]) if rng.random() < 0.5 else small))
+    (folder / "model.yaml").write_bytes(config(rng, rng.choice([small, *CONFIGS]) if chance(rng, 0.5) else small))
     (folder / "gpu.yaml").write_bytes(config(rng, rng.choice(PROFILES)))
     sane = {"--gpus": [1, 4, 8, 16], "--gpu": ["gpu.yaml", "v100-32", "h100-80"],
             "--global-batch": [8, "16,32", "8-32"], "--pp": [1, 2, 4], "--tp": [1, 2], "--chunks": [1, 2],
@@ -105,9 +105,9 @@ def plan(rng, folder):
             "--reserve-gb": [4, 0], "--hypothetical": None, "--as-configured": None, "--calibrate": [1, 10],
             "--measured-gpus": [8], "--top": [1, 3], "--rejected": None, "--json": outputs("json"),
             "--critical-batch-size": [100]}  # fmt: skip
-    model = ["model.yaml"] if rng.random() < 0.8 else ["--", *flags(rng, MODEL_FLAGS, tuple(MODEL_FLAGS)[:5])]
+    model = ["model.yaml"] if chance(rng, 0.8) else ["--", *flags(rng, MODEL_FLAGS, tuple(MODEL_FLAGS)[:5])]
     words = flags(rng, sane, ("--gpus", "--gpu", "--pp", "--tp", "--global-batch"))
-    return ["plan", *([*words, *model] if rng.random() < 0.5 or model[0] == "--" else [*model, *words])]
+    return ["plan", *([*words, *model] if chance(rng, 0.5) or model[0] == "--" else [*model, *words])]
 
 
 MODEL_FLAGS = {"--num-layers": [4, 8], "--hidden-size": [64, 512], "--num-attention-heads": [4, 8],
@@ -120,7 +120,7 @@ MODEL_FLAGS = {"--num-layers": [4, 8], "--hidden-size": [64, 512], "--num-attent
 
 def check(rng, folder):
     """A damaged plan, or the command line of a dry run, which ends where it would start Megatron."""
-    if rng.random() < 0.3:
+    if chance(rng, 0.3):
         (folder / "model.yaml").write_bytes(config(rng, rng.choice(CONFIGS)))
         sane = {
             "--config": ["model.yaml"],
@@ -133,7 +133,7 @@ def check(rng, folder):
         return [
             "check",
             *flags(rng, sane, ("--config", "--gpus")),
-            *(["--", *flags(rng, MODEL_FLAGS)] if rng.random() < 0.3 else []),
+            *(["--", *flags(rng, MODEL_FLAGS)] if chance(rng, 0.3) else []),
         ]
     shape, data = plan_file(rng)
     (folder / "plan.csv").write_bytes(data)
@@ -150,16 +150,16 @@ def compare(rng, folder):
     files = [folder / run / name for run in paths for name in ("run.json", "steps.jsonl", "end.json")]
     for path in rng.sample(files, rng.choice((0, 1, 1, 2, 4))):
         data = path.read_bytes()
-        if path.suffix == ".jsonl" and rng.random() < 0.7:
+        if path.suffix == ".jsonl" and chance(rng, 0.7):
             lines = data.splitlines()
             at = rng.randrange(len(lines))
             lines[at] = json_file(rng, json.loads(lines[at]))
             path.write_bytes(b"\n".join(lines))
-        elif path.suffix == ".json" and rng.random() < 0.8:
+        elif path.suffix == ".json" and chance(rng, 0.8):
             path.write_bytes(json_file(rng, json.loads(data)))
-        elif rng.random() < 0.3:
+        elif chance(rng, 0.3):
             path.unlink()
-            if rng.random() < 0.5:
+            if chance(rng, 0.5):
                 path.mkdir()
         else:
             path.write_bytes(damaged(rng, data))
@@ -171,14 +171,14 @@ def compare(rng, folder):
         "--loss-tolerance": [0, 0.01],
         "--force": None,
     }
-    if rng.random() < 0.2:
+    if chance(rng, 0.2):
         paths = rng.sample([*paths, "folder", ".", "missing", "", "/dev/null", "a\0b", "\udcff"], rng.choice((1, 2, 3)))
-    return ["compare", *paths, *(["--force"] if rng.random() < 0.5 else []), *flags(rng, sane)]
+    return ["compare", *paths, *(["--force"] if chance(rng, 0.5) else []), *flags(rng, sane)]
 
 
 def trace(rng, folder):
-    value = document(waits=rng.random() < 0.5)
-    (folder / "trace.json").write_bytes(json_file(rng, value) if rng.random() < 0.9 else json.dumps(value).encode())
+    value = document(waits=chance(rng, 0.5))
+    (folder / "trace.json").write_bytes(json_file(rng, value) if chance(rng, 0.9) else json.dumps(value).encode())
     path = rng.choice(["trace.json"] * 9 + ["folder", "missing", "/dev/null", "", "a\0b", "dangling.json"])
     return ["trace", path, *flags(rng, {"--svg": outputs("svg"), "--step": [20]})]
 
@@ -191,7 +191,7 @@ def bench(rng, folder):
             "--buckets": [4], "--shared-card": None, "--half-duplex": None, "--jitter": [0.1],
             "--arm": ["interleaved"], "--repeat": [1], "--json": outputs("json"), "--markdown": outputs("md"),
             "--plot": outputs("png")}  # fmt: skip
-    return ["bench", *flags(rng, sane, ("--model", "--gpu", "--gpus") if rng.random() < 0.3 else ())]
+    return ["bench", *flags(rng, sane, ("--model", "--gpu", "--gpus") if chance(rng, 0.3) else ())]
 
 
 def doctor(rng, folder):

@@ -28,6 +28,14 @@ TOUR = {
         "tests/integration/test_traffic.py::test_the_bytes_of_a_ring",
     ),
     "pages": ("tests/test_pages.py::test_the_page_of_a_schedule_shows_the_numbers_of_the_terminal",),
+    "planner": (
+        "tests/planner/test_plan.py::test_several_batches_are_compared_and_drawn_and_written",
+        "tests/planner/test_search.py::test_what_is_shown_as_the_fastest_of_a_schedule_was_replayed",
+    ),
+    "schedule": (
+        "tests/schedule/test_check.py::test_damaged_plans_are_rejected_exactly_when_their_meaning_changes",
+        "tests/schedule/test_every_shape.py::test_every_plan_is_proved_and_its_peaks_are_those_of_the_formula",
+    ),
     "words": (
         "tests/test_configs.py::test_megatron_accepts_every_file_and_understands_it_as_the_planner_does",
         "tests/test_fuzz.py::test_jobs_refuse_a_bad_command_line_in_at_most_three_lines",
