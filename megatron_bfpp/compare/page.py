@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ..schedule.names import SCHEDULES
@@ -30,8 +31,9 @@ def page(comparison: Comparison, runs: list[Run]) -> str:
         run_count=len(runs),
         arms=comparison.arms,
         columns=COLUMNS,
+        color=partial(_color, comparison.arms),
         **_step_times(comparison.arms),
-        **_curves(comparison.arms, runs),
+        **_curves(runs),
         sections={title: each for title, each in sections(comparison).items() if title != "Result"},
         pictures=list(_pictures(runs)),
     )
@@ -45,31 +47,19 @@ def _color(arms: list[Arm], name: str) -> str:
 
 
 def _step_times(arms: list[Arm]) -> dict[str, Any]:
-    """Return the strip of each arm, and the ends of their axis."""
+    """Return the arms that have a strip, and where a time stands on their axis."""
     timed = [arm for arm in arms if arm.step_s_p50 is not None]
     values = [value for arm in timed for value in (*(run.median_s for run in arm.times), arm.step_s_p90 or 0.0)]
-    if not values:
-        return {"strips": []}
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
 
-    def place(value: float | None) -> str:
-        return f"{((value or low) - low) / ((high - low) or 1.0):.2%}"
+    def place(value: float) -> str:
+        return f"{(value - low) / ((high - low) or 1.0):.2%}"
 
-    strips = [
-        {
-            "name": arm.name,
-            "color": _color(arms, arm.name),
-            "p50": place(arm.step_s_p50),
-            "p90": place(arm.step_s_p90),
-            "runs": [(f"{run.run}: {run.median_s:.4g} s", place(run.median_s)) for run in arm.times],
-        }
-        for arm in timed
-    ]
-    return {"strips": strips, "shortest": f"{low:.4g} s", "longest": f"{high:.4g} s"}
+    return {"timed": timed, "place": place, "shortest": f"{low:.4g} s", "longest": f"{high:.4g} s"}
 
 
-def _curves(arms: list[Arm], runs: list[Run]) -> dict[str, Any]:
-    """Return the loss curve of the first run of each arm that has one."""
+def _curves(runs: list[Run]) -> dict[str, Any]:
+    """Return the loss curve of the first run of each arm that has one, as the points of a line, and their scale."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
         losses = ((float(step.number), number(step.values.get("lm loss"))) for step in run.steps)
@@ -78,23 +68,15 @@ def _curves(arms: list[Arm], runs: list[Run]) -> dict[str, Any]:
             curves.setdefault(run.arm, points[:: -(-len(points) // _CURVE_POINTS)])
     every = [point for points in curves.values() for point in points]
     if not every:
-        return {"curves": []}
+        return {"curves": {}}
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*every, strict=True))
     width, height = (right - left) or 1.0, (high - low) or 1.0
-    drawn = [
-        {
-            "name": arm,
-            "color": _color(arms, arm),
-            "points": " ".join(
-                f"{1000 * (x - left) / width:.1f},{200 - 200 * (y - low) / height:.1f}" for x, y in points
-            ),
-        }
+    drawn = {
+        arm: " ".join(f"{1000 * (x - left) / width:.1f},{200 - 200 * (y - low) / height:.1f}" for x, y in points)
         for arm, points in curves.items()
-    ]
-    return {
-        "curves": drawn,
-        "losses": f"{high:.5g} at the top, {low:.5g} at the bottom; steps {left:g} to {right:g}.",
     }
+    scale = f"{high:.5g} at the top, {low:.5g} at the bottom; steps {left:g} to {right:g}."
+    return {"curves": drawn, "scale_of_losses": scale}
 
 
 def _pictures(runs: list[Run]) -> Iterator[dict[str, Any]]:
