@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Return 0 if every run finished with the losses of the first, else 1. Raise UserError for files that fail."""
     if args.wandb_project is not None:
         require("wandb", "--wandb-project")
+        require("jinja2", "the page of --wandb-project")
     if args.html is not None:
         require("jinja2", "--html")
     runs = load(args.runs)

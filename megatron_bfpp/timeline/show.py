@@ -81,6 +81,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(args: argparse.Namespace) -> int:
     if args.png is not None:
         require("matplotlib", "--png")
+    if args.html is not None:
+        require("jinja2", "--html")
     shown = _of_files(args)
     if args.order or not args.file:
         shown += _of_names(args)

@@ -83,6 +83,15 @@ def test_messages_and_reductions_that_take_time_are_drawn_as_such(tmp_path):
     assert all(float(node.get("width")) == pytest.approx(16 * scale, abs=0.11) for node in reductions)  # one time scale
 
 
+@pytest.mark.parametrize("flag, library", [("--png", "matplotlib"), ("--html", "jinja2")])
+def test_a_missing_library_is_named_before_the_work(flag, library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main([*SHOW, flag, str(tmp_path / "picture"), "--svg", str(tmp_path / "picture.svg")]) == 2
+    said = capsys.readouterr()
+    assert f"{flag} needs {library}, which is not installed" in said.err and "pip install" in said.err
+    assert not said.out and not list(tmp_path.iterdir())
+
+
 def test_what_takes_no_time_is_not_drawn(tmp_path):
     nodes = drawn(tmp_path)
     assert not of_kind(nodes, "message") and not of_kind(nodes, "reduction") and "message" not in words(nodes)
