@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name need not be UTF-8, and is printed when it is written
         sys.stdout.reconfigure(errors="backslashreplace")
-    _refuse_empty_values(words)
-    args = parser(words).parse_args(words)
+    args = _parsed(words)
     try:
         return int(args.run(args))
     except UserError as error:
@@ -67,21 +66,17 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _refuse_empty_values(words: list[str]) -> None:
-    """Refuse --flag=-- : before Python 3.13 argparse drops the -- and gives the flag an empty list."""
-    for word in words[: words.index("--")] if "--" in words else words:
-        if word.startswith("--") and word.endswith("=--"):
-            _Parser(prog="bfpp").error(f"argument {word.removesuffix('=--')}: expected one argument")
-
-
-def parser(words: list[str]) -> argparse.ArgumentParser:
-    """Build the parser of the command that `words` name, or of all commands if they name none."""
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Parse with the parser of the command that `words` name, or of all commands if they name none."""
     bfpp = _Parser(prog="bfpp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     bfpp.add_argument("--version", action="version", version=f"megatron_bfpp {__version__}")
     commands = bfpp.add_subparsers(dest="command", required=True, metavar="{" + ",".join(WORDS) + "}")
     for word in words[:1] if words and words[0] in WORDS else WORDS:
         import_module(f".{WORDS[word]}", __package__).add_command(commands)
-    return bfpp
+    for word in words[: words.index("--")] if "--" in words else words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse before Python 3.13 would drop this -- silently
+            bfpp.error(f"argument {word.removesuffix('=--')}: expected one argument")
+    return bfpp.parse_args(words)
 
 
 if __name__ == "__main__":
