@@ -14,6 +14,8 @@ from faults import fault, happened
 from gpt import MODEL, losses, pretrain, train
 from jobs import Seen, run_ranks
 
+from megatron_bfpp.console.processes import end_marked, marked
+
 pytestmark = pytest.mark.slow
 
 BREADTH_FIRST = (
@@ -197,17 +199,6 @@ def test_the_handshake_changes_no_bit(tmp_path):
     assert train(tmp_path, 4, *BREADTH_FIRST, "--bfpp-debug-p2p") == usual
 
 
-def marked(mark: str) -> dict[int, dict[str, str]]:
-    """Processes with this text in their environment: pid -> environment."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            text = (entry / "environ").read_bytes().decode(errors="replace")
-            if mark in text:
-                found[int(entry.name)] = dict(each.split("=", 1) for each in text.split("\0") if "=" in each)
-    return found
-
-
 @contextlib.contextmanager
 def torchrun(folder: Path, *flags: str):
     """A job of 2 ranks under torchrun that has done 5 steps, and its log. Afterwards nothing of it may be left."""
@@ -232,15 +223,13 @@ def torchrun(folder: Path, *flags: str):
             time.sleep(0.2)
         assert not marked(mark), "processes are left behind"
     finally:
-        for pid in marked(mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_marked(mark)
         job.wait()
 
 
 def test_under_torchrun_a_killed_rank_is_named_before_torchrun_ends_the_others(tmp_path):
     with torchrun(tmp_path, "--save-interval", "2") as (job, log):
-        ranks = {pid: each for pid, each in marked(str(tmp_path)).items() if each.get("RANK") == "1"}
+        ranks = [pid for pid, each in marked(f"BFPP_TEST_MARK={tmp_path}").items() if "\0RANK=1\0" in each]
         os.kill(min(ranks), signal.SIGKILL)  # the rank itself; what it has started came later
         assert job.wait(timeout=120) != 0
         text = log.read_text()
