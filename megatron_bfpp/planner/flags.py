@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from ..console.errors import UserError
+from ..console.numbers import at_least
 from ..schedule.names import word_of
 from .model import GPT
 from .strategy import Strategy, count_microbatches
@@ -56,7 +57,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Parse the flags that matter here. Raises UserError for a wrong value, or for a model that is not a dense GPT."""
     parser = _Parser(prog="", add_help=False, allow_abbrev=False)
     for flag in (*_REQUIRED, *_SIZES, *_PARALLEL):
-        parser.add_argument(flag, type=int)
+        parser.add_argument(flag, type=at_least(1))
     for flag in _SWITCHES:
         parser.add_argument(flag, action="store_true")
     for flag, (choices, default) in _WORDS.items():
@@ -95,15 +96,12 @@ def _check_fp8(args: argparse.Namespace) -> None:
 
 
 def gpt_of(args: argparse.Namespace) -> GPT:
-    """Return the model of parsed flags. Raises UserError for a missing size, or one that cannot be."""
+    """Return the model of parsed flags. Raises UserError for a missing size, or sizes that do not fit together."""
     sizes = {flag: getattr(args, _name(flag)) for flag in (*_REQUIRED, *_SIZES)}
     missing = [flag for flag in _REQUIRED if sizes[flag] is None]
     if missing:
         raise UserError(f"the model lacks {', '.join(missing)}.\n"
                         "  Give a file of configs/, or Megatron's flags after --.")  # fmt: skip
-    for flag, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"{flag} is {size}; it must be at least 1.")
     same = {_name(flag): size for flag, size in sizes.items() if size is not None}
     groups = same.pop("num_query_groups", 1)
     return GPT(
