@@ -35,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--json", metavar="PATH", help="write all that was measured")
     add("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
     add("--plot", metavar="PATH", help="write a picture of the ratios (PNG, SVG or PDF, by its ending)")
-    bench.set_defaults(run=run)  # fmt: skip
+    bench.set_defaults(run=run)
 
 
 def _add_cases(bench: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def _add_cases(bench: argparse.ArgumentParser) -> None:
         "--set",
         choices=("short", "full"),
         default="short",
-        help="of cases; short (the default) takes 3 minutes, full 15 to 20",
+        help="of cases; short, the default: 3 minutes; full: 15 to 20",
     )
     add("--shape", action="append", type=_shape, metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     add("--hop", type=time, action="append", help="latency between ranks, in forwards; may be repeated")
@@ -54,17 +54,13 @@ def _add_cases(bench: argparse.ArgumentParser) -> None:
     add(
         "--node-size",
         type=at_least(1, 10_000),
-        help="pipeline ranks in a node; --hop and --transfer are between nodes. Default: 1",
+        help="pipeline ranks in a node, --hop and --transfer lead out of it; default 1",
     )
     add("--node-hop", type=time, default=0.0, help="latency within a node, in forwards; default 0")
     add("--node-transfer", type=time, default=0.0, help="transfer within a node, in forwards; default 0")
-    add(
-        "--model",
-        metavar="FILE",
-        help="of configs/: its strategy in slow motion, with the times that `bfpp plan` estimates",
-    )
+    add("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times of `bfpp plan`")
     add("--gpu", help="of --model: v100-32, a100-80, h100-80, h200, or the path of a profile")
-    add("--gpus", type=at_least(1, 10**6), help="of --model: how many")  # fmt: skip
+    add("--gpus", type=at_least(1, 10**6), help="of --model: how many")
 
 
 def _add_emulation(bench: argparse.ArgumentParser) -> None:
@@ -75,13 +71,10 @@ def _add_emulation(bench: argparse.ArgumentParser) -> None:
         "--dp",
         type=at_least(2, 10_000),
         default=2,
-        help="replicas of the pipeline where there are reductions or gathers; default 2",
+        help="replicas of the pipeline with reductions or gathers; default 2",
     )
     add(
-        "--buckets",
-        type=at_least(1, 10_000),
-        default=1,
-        help="of gradients in the first chunk of the first rank; default 1",
+        "--buckets", type=at_least(1, 10_000), default=1, help="of gradients in the first rank's first chunk; default 1"
     )
     add("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
     add("--half-duplex", action="store_true", help="a card either sends or receives")
