@@ -189,6 +189,7 @@ def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
         assert min(each["free_step_times_s"]) >= without
 
 
+@pytest.mark.slow
 def test_nothing_but_progress_stands_on_standard_error():
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     words = ["bench", "--shape", "2,2,2", "--forward-ms", "4", "--repeat", "1", "--arm", "interleaved", "--arm", "1f1b"]

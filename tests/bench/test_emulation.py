@@ -136,7 +136,7 @@ def test_a_message_and_a_collective_on_one_card_slow_each_other_down_in_all_proc
     assert cards.wait(reduction) == cards.wait(reduction)  # as often as one asks
 
 
-def test_what_is_told_late_begins_late_and_says_so():
+def test_a_transfer_reported_late_begins_late_and_is_noted():
     from megatron_bfpp.bench.emulate.shared_card import SharedCards
 
     cards = SharedCards(multiprocessing.get_context("fork"), 1, True, behind_s=0.0)
