@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_bfpp.runtime.activity import Activity
-from megatron_bfpp.runtime.p2p import Messages, Route
+from megatron_bfpp.runtime.channels import Route
+from megatron_bfpp.runtime.p2p import Messages
 from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, lower
 
 PP_RANK = 1

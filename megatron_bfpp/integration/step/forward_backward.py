@@ -17,8 +17,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from ...console.version import __version__
+from ...runtime.channels import ChannelGroups
 from ...runtime.executor import Executor
-from ...runtime.p2p import ChannelGroups, Messages
+from ...runtime.p2p import Messages
 from ...schedule import Action, PipelineShape
 from ...schedule.plan import Plan
 from .. import process

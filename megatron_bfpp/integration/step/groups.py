@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
-from ...runtime.p2p import ChannelGroups
+from ...runtime.channels import ChannelGroups
 from ..process import megatron_args
 from ..seams import changed
 
