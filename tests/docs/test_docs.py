@@ -18,15 +18,9 @@ PAGES = [
 ]
 # The sections of the first page, in their order.
 SECTIONS = [
-    "The flag",
-    "When it wins, and when not",
-    "Try it: two commands, no GPU",
-    "On a cluster",
-    "Main flags",
-    "Everything else",
-    "Correctness",
-    "Licence and patent notice",
-]
+    "The flag", "When it wins, and when not", "Try it: two commands, no GPU", "On a cluster", "Main flags",
+    "Everything else", "Correctness", "Licence and patent notice",
+]  # fmt: skip
 COMMANDS = ("bash", "console")
 LANGUAGES = (*COMMANDS, "text", "python", "yaml", "csv")
 NEEDS = ("GPUs", "a cluster", "a network", "root", "half an hour", ".venv")
