@@ -1,9 +1,9 @@
 """What the recorder costs a rank: python scripts/benchmark_recorder.py [--chunk-ms 20] [--repeat 10]
 
 A rank runs its plan with the executor; a forward takes --chunk-ms (it spins on the process's own clock, so that other
-work of the machine does not count) and a backward twice that. Messages are there at once. Off is a step that is not traced, and stands
-here twice, to show the noise; on notes every action and a wait per message. Prints process time per forward or
-backward, medians over the steps. Not a GPU: there a note takes two CUDA events instead of two readings of the clock.
+work of the machine does not count) and a backward twice that. Messages arrive at once. "off" is a step that is not
+traced; it runs twice, to show the noise. "on" notes every action and a wait per message. Prints process time per
+forward or backward, medians over the steps. On a GPU a note takes two CUDA events instead of two readings of the clock.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def main() -> int:
     print(f"PP 4 x 2 chunks, 4 micro-batches, forward {args.chunk_ms:g} ms; {args.repeat} steps per arm, in turn")
     for arm, microseconds in medians.items():
         added = microseconds - medians["off"]
-        print(
-            f"{arm:<10}{microseconds:>12.1f} us per chunk{added:>+10.1f} us, {added / (10 * args.chunk_ms):+.3f}% of a forward"
-        )
+        share = added / (10 * args.chunk_ms)
+        print(f"{arm:<10}{microseconds:>12.1f} us per chunk{added:>+10.1f} us, {share:+.3f}% of a forward")
     return 0
 
 
