@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ class Executor:
     _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _input_grads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._last_stage = self.shape.num_stages - 1
+
     def run(self, actions: list[Action]) -> None:
         """Run `actions` in order. An error in one of them carries a note that names it."""
         handlers: dict[Op, Callable[[Action], None]] = {
@@ -59,20 +63,20 @@ class Executor:
             Op.RESHARD: self._reshard,
             Op.REDUCE_GRAD: self._reduce_grad,
         }
-        span, begin = self.span, self.activity.begin
+        span, activity, clock = self.span, self.activity, time.monotonic
         try:
             for action in actions:
-                begin(action)
+                activity.doing, activity.since = action, clock()  # `begin` without its call: no wait is left
                 if span is None:
                     handlers[action.op](action)
                 else:
                     with span(action):
                         handlers[action.op](action)
         except Exception as error:
-            self.activity.fail()
+            activity.fail()
             error.add_note(f"megatron_bfpp: pp_rank {self.shape.rank_of(action.stage)} was running {action}")
             raise
-        begin("the end of the step")
+        activity.begin("the end of the step")
         self.messages.assert_finished()
         assert not self._inputs and not self._outputs and not self._input_grads, "a tensor was never used"
 
@@ -83,10 +87,9 @@ class Executor:
         # Plain tuples equal the actions of the plan and are made in a tenth of the time.
         received = self.messages.receive((stage, Op.RECV_F, microbatch)) if stage > 0 else None
         output = self.compute.forward(self.shape.chunk_of(stage), microbatch, received)
-        is_last = stage == self.shape.num_stages - 1
         if not self.forward_only:
             self._inputs[stage, microbatch] = received
-        if not (self.forward_only and is_last):
+        if not (self.forward_only and stage == self._last_stage):
             self._outputs[stage, microbatch] = output
 
     def _backward(self, action: Action) -> None:
@@ -94,7 +97,7 @@ class Executor:
         stage, _, microbatch = action
         assert microbatch is not None, "a backward has a microbatch"
         grad = None
-        if stage < self.shape.num_stages - 1:
+        if stage < self._last_stage:
             grad = self.messages.receive((stage, Op.RECV_B, microbatch))
             # The gradient could only be computed from the output, so the output has arrived and this does not wait.
             # Megatron's backward expects a freed output, and a short plan can come here within the send's window.

@@ -34,6 +34,9 @@ class Op(StrEnum):
     RESHARD = "RESHARD"  # free the gathered parameters of a chunk; its shard stays
     REDUCE_GRAD = "REDUCE_GRAD"  # launch the data-parallel reduction of a chunk's gradients
 
+    # Actions are looked up several times per micro-batch and stage; an Enum's own hash is a Python function.
+    __hash__ = str.__hash__
+
 
 COMPUTE = frozenset({Op.F, Op.B})
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
