@@ -32,10 +32,10 @@ echo "This table shows that the three schedules compute the same bits; its step 
 echo "no network and no GPU works beside the CPU."
 
 section "2 of 3: the same schedules on an emulated network, under a minute"
-bfpp bench --shape 4,2,8 --hop 0.5 --reduction 1 --repeat 2 --json "${out}/bench.json" \
+bfpp bench --shape 4,2,8 --hop 0.25 --transfer 0.25 --reduction 1 --repeat 2 --json "${out}/bench.json" \
     --arm interleaved --arm interleaved-grouped --arm breadth-first
-echo "This table shows what the order alone changes where a message takes half a forward and a reduction of gradients as"
-echo "long as the backwards of its chunk; both durations are chosen, and no tensor is computed."
+echo "This table shows what the schedule alone changes where a message takes half a forward, half of it at the network"
+echo "card, and a reduction of gradients as long as its chunk's backwards; both are chosen, and no tensor is computed."
 
 section "3 of 3: the plan of that step"
 bfpp show --pp 4 --chunks 2 --microbatches 8 --hop 0.5 --reduction 16 --order interleaved --order breadth-first \

@@ -19,5 +19,7 @@ def silence_imports() -> None:
     """
     for message in _OF_MEGATRON:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    # Megatron calls collectives by the names that torch before 2.14 has.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # Where CUDA is installed without a GPU, torch logs that it found no CUDA runtime.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
