@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import megatron_bfpp
+from megatron_bfpp.cli import WORDS
 
 PACKAGE = Path(megatron_bfpp.__file__).parent
 MODULES = {
@@ -66,7 +67,8 @@ def imported(source: str, package: str) -> set[str]:
 def imports_of(module: str) -> set[str]:
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return imported(path.read_text(encoding="utf-8"), package)
+    by_name = {f"megatron_bfpp.{word}" for word in WORDS.values()} if module == "megatron_bfpp.cli" else set()
+    return imported(path.read_text(encoding="utf-8"), package) | by_name
 
 
 def module_of(name: str) -> str | None:
