@@ -13,7 +13,8 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     pipeline_schedule: None lets the flag --pipeline-schedule decide. "breadth-first" or "1f1b" decides here, for code
         that uses Megatron-Core without megatron.training: get_forward_backward_func then returns the breadth-first
         function wherever it would return the interleaved one.
-    device: "auto" is CUDA where every rank of the node has a GPU of its own, else the CPU; "cuda"; "cpu".
+    device: "auto" is CUDA where every rank of the node has a GPU of its own, the CPU where there is no NVIDIA driver,
+        and a UserError elsewhere; "cuda"; "cpu".
 
     Returns "cuda" or "cpu". Raises UserError for what the user must change.
     """

@@ -132,7 +132,7 @@ def _launcher(facts: Facts, env: Environment) -> Line:
         rule = "all of them, which torchrun sets, or none: Megatron and torch's env:// read them"
         return warn("launcher", f"{', '.join(given)} set without {', '.join(missing)}", rule)
     if cards and ranks.isdecimal() and int(ranks) > cards:
-        rule = f"at most {cards} ranks per node: --device auto runs on the CPU otherwise (choose_device)"
+        rule = f"at most {cards} ranks per node: --device auto stops otherwise (choose_device)"
         return warn("launcher", f"{ranks} ranks on this node for {cards} GPUs", rule)
     names = ("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
     slurm = ", ".join(f"{name}={env[name]}" for name in names if name in env)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .flags import fully_sharded
-from .flags.arguments import refuse
+from .flags.arguments import refuse, refuse_on_cuda
 from .flags.batches import few_microbatches
 from .flags.placement import place
 from .flags.settings import Settings, add_flags, is_sharded, settings_of
@@ -45,6 +45,8 @@ def validating(
         is_breadth_first = settings.schedule != "1f1b"
         if is_breadth_first:
             refuse(args, settings)
+            if device == "cuda":
+                refuse_on_cuda(args, settings)
         else:
             fully_sharded.refuse_under_1f1b(args)
         if device == "cpu":

@@ -228,5 +228,15 @@ def test_the_channels_have_the_options_of_megatrons_pipeline_group(monkeypatch, 
     monkeypatch.setattr(groups, "megatron_args", lambda: args)
     options = groups._nccl_options()
     assert options.is_high_priority_stream and options.config.max_ctas == 8
+    # A receive that waits must not hold the SMs of the computation, with a command line or without.
     args.nccl_communicator_config_path, args.high_priority_stream_groups = None, []
-    assert groups._nccl_options() is None
+    for given in (args, None):
+        monkeypatch.setattr(groups, "megatron_args", lambda given=given: given)
+        options = groups._nccl_options()
+        assert options.is_high_priority_stream and options.config.max_ctas == groups.MAX_CTAS
+    # What the file says counts: no high priority, and at least as many CTAs as its minimum.
+    settings.write_text("pp: {is_high_priority_stream: false, min_ctas: 8}\n")
+    args.nccl_communicator_config_path = str(settings)
+    monkeypatch.setattr(groups, "megatron_args", lambda: args)
+    options = groups._nccl_options()
+    assert not options.is_high_priority_stream and (options.config.min_ctas, options.config.max_ctas) == (8, 8)

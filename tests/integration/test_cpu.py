@@ -18,11 +18,13 @@ from megatron_bfpp.integration.cpu.optimizer import CpuAdam
 def node(monkeypatch):
     """A node with so many GPUs and ranks."""
 
-    def make(gpus: int, ranks: int | None):
+    def make(gpus: int, ranks: int | None, driver: bool = True, visible: str | None = None):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        if ranks is not None:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(cpu, "_has_driver", lambda: driver)
+        for name, value in (("LOCAL_WORLD_SIZE", ranks), ("CUDA_VISIBLE_DEVICES", visible)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
 
     return make
 
@@ -34,34 +36,52 @@ def cpu_enabled():
     cpu.disable_cpu()
 
 
-@pytest.mark.parametrize(
-    ("requested", "gpus", "ranks", "device"),
-    [
-        ("auto", 8, 8, "cuda"),
-        ("auto", 1, None, "cuda"),
-        ("auto", 1, 4, "cpu"),
-        ("auto", 0, None, "cpu"),
-        ("cuda", 4, 4, "cuda"),
-        ("cpu", 8, 8, "cpu"),
-    ],
-)
-def test_auto_is_cuda_where_every_rank_has_a_gpu(node, requested, gpus, ranks, device):
-    node(gpus, ranks)
-    assert cpu.choose_device(requested)[0] == device
+# --device, is there a driver, CUDA_VISIBLE_DEVICES, devices that torch sees, ranks of the node -> the answer
+NODES = [
+    ("auto", True, None, 8, 8, "cuda"),
+    ("auto", True, None, 1, None, "cuda"),
+    ("auto", True, "0,1,2,3", 4, 4, "cuda"),
+    ("auto", True, "3", 1, 8, "cuda"),  # SLURM's --gpus-per-task: each rank sees its own
+    ("auto", True, "GPU-5f0c", 1, 8, "cuda"),
+    ("auto", True, None, 1, 4, None),  # one GPU for four ranks: they would share it, or train on the CPU unasked
+    ("auto", True, "0,1", 2, 8, None),
+    ("auto", True, None, 0, 8, None),  # the driver has died: the other nodes use NCCL
+    ("auto", True, "", 0, 8, None),
+    ("auto", False, None, 0, None, "cpu"),
+    ("auto", False, None, 0, 4, "cpu"),
+    ("cuda", True, None, 4, 4, "cuda"),
+    ("cuda", True, "7", 1, 8, "cuda"),
+    ("cuda", True, None, 2, 4, None),
+    ("cuda", False, None, 0, 4, None),
+    ("cpu", True, None, 8, 8, "cpu"),
+    ("cpu", True, None, 0, 8, "cpu"),
+    ("gpu", True, None, 8, 4, None),
+]
 
 
-def test_the_reason_names_the_numbers(node):
-    node(1, 4)
-    assert cpu.choose_device("auto")[1] == "1 CUDA device(s) for 4 rank(s) on this node"
-
-
-@pytest.mark.parametrize(("requested", "gpus"), [("cuda", 2), ("cuda", 0), ("gpu", 8)])
-def test_what_cannot_be_chosen_is_refused_in_three_lines(node, requested, gpus):
-    node(gpus, 4)
+@pytest.mark.parametrize(("requested", "driver", "visible", "gpus", "ranks", "device"), NODES)
+def test_the_device_of_every_kind_of_node(node, requested, driver, visible, gpus, ranks, device):
+    node(gpus, ranks, driver, visible)
+    if device is not None:
+        assert cpu.choose_device(requested)[0] == device
+        return
     with pytest.raises(UserError) as refusal:
         cpu.choose_device(requested)
     assert len(str(refusal.value).splitlines()) <= 3
     assert "--device" in str(refusal.value)
+
+
+def test_the_reason_names_the_numbers(node):
+    node(4, 4)
+    assert cpu.choose_device("auto")[1] == "4 CUDA device(s) for 4 rank(s) on this node"
+    node(1, 8, visible="3")
+    assert "1 CUDA device(s) for 8 rank(s)" in cpu.choose_device("auto")[1]
+    node(1, 4)
+    with pytest.raises(UserError, match=r"at most 1 ranks per node .* or use --device cpu"):
+        cpu.choose_device("auto")
+    node(0, 8, visible="")
+    with pytest.raises(UserError, match=r"0 CUDA device\(s\) for 8 rank\(s\) on this node \(CUDA_VISIBLE_DEVICES=\)"):
+        cpu.choose_device("auto")
 
 
 def _everything(owners):

@@ -38,7 +38,11 @@ def _local_world_size() -> int:
 
 
 def choose_device(requested: str) -> tuple[str, str]:
-    """Return "cuda" or "cpu", and a phrase saying why. "auto" is cuda where every rank of this node has its own GPU."""
+    """Return "cuda" or "cpu", and a phrase saying why.
+
+    "auto" is cuda where every rank of this node has its own GPU, and the CPU where there is no NVIDIA driver. UserError
+    anywhere else: a rank that quietly joins with gloo leaves all others waiting for it.
+    """
     if requested not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {requested} does not exist.\n  Use --device auto, cuda or cpu.")
     if requested == "cpu":
@@ -49,12 +53,21 @@ def choose_device(requested: str) -> tuple[str, str]:
     numbers = f"{devices} CUDA device(s) for {ranks} rank(s) on this node"
     if devices >= ranks:
         return "cuda", numbers
-    if requested == "cuda":
-        raise UserError(
-            f"--device cuda needs a GPU per rank, but there are {numbers}.\n"
-            f"  Start at most {devices} ranks per node (torchrun --nproc-per-node), or use --device cpu."
-        )
-    return "cpu", numbers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices == 1 and visible and "," not in visible:  # one per rank, as SLURM's --gpus-per-task gives them
+        return "cuda", f"{numbers}, which sees only CUDA_VISIBLE_DEVICES={visible}"
+    if requested == "auto" and not devices and not _has_driver():
+        return "cpu", "there is no NVIDIA driver on this node"
+    shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    change = f"Start at most {devices} ranks per node (torchrun --nproc-per-node)" if devices else "Look at nvidia-smi"
+    raise UserError(
+        f"--device {requested} needs a GPU per rank, but there are {numbers}{shown}.\n  {change}, or use --device cpu."
+    )
+
+
+def _has_driver() -> bool:
+    """Return whether an NVIDIA driver is loaded, working or not; /dev/dxg is that of Windows' Linux."""
+    return any(os.path.exists(path) for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
 
 
 def is_cpu_enabled() -> bool:

@@ -59,6 +59,23 @@ def refuse(args: Any, settings: Settings) -> None:
     _check_data(args)
 
 
+def refuse_on_cuda(args: Any, settings: Settings) -> None:
+    """Refuse what waits for the whole device within a step: receives are posted ahead, and their kernels wait there.
+
+    Megatron's orders survive such a wait, since they post a receive only when nothing is left to compute before it.
+    """
+    if settings.engine != "plan":
+        return
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        raise UserError(
+            "CUDA_LAUNCH_BLOCKING is set: the host would wait for ever for a receive whose message is sent later.\n"
+            "  Unset it, or use --breadth-first-engine megatron or --pipeline-schedule 1f1b."
+        )
+    if (getattr(args, "timing_log_level", None) or 0) > 1:
+        why = "its timers wait for the device, and so for receives whose messages are sent only later"
+        _refuse("--timing-log-level 2", why, "use --timing-log-level 1")
+
+
 def _refuse(flag: str, why: str, instead: str) -> None:
     wrong = f"{flag} does not work with --pipeline-schedule breadth-first: {why}"
     raise UserError(f"{wrong}.\n  Leave out {flag.split()[0]}, or {instead}.")

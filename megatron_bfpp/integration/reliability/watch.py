@@ -13,9 +13,11 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -92,8 +94,28 @@ def _meet(args: Any) -> None:
 
 
 def _tell_observers(reason: str) -> None:
+    """Keep what ends with the process: NCCL's flight recorder, and the files of the run."""
+    keep_flight_recorder()
     for each in process.ON_END:
         each(reason)
+
+
+def keep_flight_recorder() -> None:
+    """Write what NCCL's flight recorder holds, which os._exit would lose; nothing where it is off.
+
+    The file is the one that torch's own watchdog writes, and that torch's analyzer of flight recorders reads.
+    """
+    if not dist.is_initialized() or dist.get_backend() != "nccl":
+        return
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    trace = dump() if dump is not None else b""
+    if trace:
+        prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+        path = f"{prefix or '/tmp/nccl_trace_rank_'}{dist.get_rank()}"
+        with suppress(OSError):  # the job ends for another reason, which the log has
+            with open(path, "wb") as file:
+                file.write(trace)
+            print(f"megatron_bfpp: NCCL's flight recorder is in {path}", file=sys.stderr, flush=True)
 
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]

@@ -20,6 +20,8 @@ from ...runtime.channels import ChannelGroups
 from ..process import megatron_args
 from ..seams import changed
 
+MAX_CTAS = 4  # of NCCL, for a message; 4 of an H100's 132 SMs
+
 _channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()  # groups of one description and the same ranks
 
@@ -73,17 +75,20 @@ def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.devic
 
 
 def _nccl_options() -> Any:
-    """Return the options of Megatron's group: --high-priority-stream-groups, --nccl-communicator-config-path."""
+    """Return the options of the channels: high-priority streams and few CTAs, unless --nccl-communicator-config-path
+    gives Megatron's pipeline group other ones.
+
+    A receive is posted ahead, and its kernel waits on the GPU beside the computation. Few CTAs (Cooperative Thread
+    Arrays) take few SMs from it, and a stream of high priority starts a message before queued computation.
+    """
     args = megatron_args()
-    if args is None:
-        return None
     choices: dict[str, Any] = {}
     if getattr(args, "nccl_communicator_config_path", None):
         with open(args.nccl_communicator_config_path, encoding="utf-8") as file:
-            choices = yaml.safe_load(file)
-    if "pp" in (getattr(args, "high_priority_stream_groups", None) or ()):
-        choices.setdefault("pp", {})["is_high_priority_stream"] = True
-    return parallel_state.get_nccl_options("pp", choices)
+            choices = yaml.safe_load(file) or {}
+    given = choices.get("pp") or {}
+    most = max(MAX_CTAS, given.get("min_ctas", 0))
+    return parallel_state.get_nccl_options("pp", {"pp": {"is_high_priority_stream": True, "max_ctas": most, **given}})
 
 
 def _timeout() -> timedelta | None:

@@ -1,0 +1,74 @@
+"""The rules that hold on GPUs only: what would wait for the whole device is refused, and what NCCL recorded is kept."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
+from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
+from megatron_bfpp.integration.validation import validating
+
+PLAN, LOOP = Settings("breadth-first"), Settings("breadth-first", engine="megatron")
+
+
+@pytest.mark.parametrize("blocking, level, told", [("1", 0, "CUDA_LAUNCH_BLOCKING"), (None, 2, "--timing-log-level 2")])
+def test_waits_for_the_whole_device_are_refused_where_receives_are_posted_ahead(monkeypatch, blocking, level, told):
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    if blocking is not None:
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", blocking)
+    args = SimpleNamespace(timing_log_level=level)
+    with pytest.raises(UserError, match=told) as refusal:
+        refuse_on_cuda(args, PLAN)
+    assert len(str(refusal.value).splitlines()) <= 3
+    refuse_on_cuda(args, LOOP)  # Megatron's loop posts no receive ahead of what it computes
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
+    refuse_on_cuda(SimpleNamespace(timing_log_level=1), PLAN)
+
+
+def test_they_are_refused_on_cuda_and_not_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+
+    class Reached(Exception):
+        pass
+
+    def place(*_):
+        raise Reached
+
+    monkeypatch.setattr("megatron_bfpp.integration.validation.refuse", lambda *_: None)
+    monkeypatch.setattr("megatron_bfpp.integration.validation.place", place)
+    monkeypatch.setattr("megatron_bfpp.integration.cpu.arguments.cpu_arguments", lambda args: [])
+    for device, error in (("cuda", UserError), ("cpu", Reached)):
+        args = SimpleNamespace(pipeline_schedule="breadth-first")
+        with pytest.raises(error):
+            validating(lambda args: args, None, device, lambda: None)(args)
+
+
+@pytest.mark.parametrize(
+    "backend, recorded, is_kept", [("nccl", b"trace", True), ("nccl", b"", False), ("gloo", b"x", False)]
+)
+def test_the_flight_recorder_of_nccl_is_kept(monkeypatch, tmp_path, capsys, backend, recorded, is_kept):
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "rank_"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: recorded, raising=False)
+    keep_flight_recorder()
+    path = tmp_path / "rank_3"
+    assert path.exists() == is_kept and (str(path) in capsys.readouterr().err) == is_kept
+    if is_kept:
+        assert path.read_bytes() == recorded
+        monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "nowhere" / "rank_"))
+        keep_flight_recorder()  # the job ends for another reason
+
+
+def test_an_old_torch_is_refused_with_fsdp2_before_the_model(monkeypatch):
+    from megatron_bfpp.integration.flags import fully_sharded
+
+    monkeypatch.setattr(fully_sharded, "_has_groups_of_parameters", lambda: False)
+    args = SimpleNamespace(use_torch_fsdp2=True)
+    with pytest.raises(UserError, match=r"this is 2\.\d+.*\n  Use torch 2\.13 or later, or leave out"):
+        fully_sharded.refuse(args, PLAN)
