@@ -160,6 +160,8 @@ def damage_reported() -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, ScheduleError | UserError):
+        if isinstance(error, UserError):
             raise
+        if isinstance(error, ScheduleError):  # an order that no run can have had
+            raise UserError(f"the trace is damaged: {error}") from None
         raise UserError(f"the trace is damaged: {type(error).__name__} {error}.") from None

@@ -63,6 +63,12 @@ def test_unknown_waits_are_not_called_zero(tmp_path, capsys):
     assert picture.read_text().count(UNKNOWN) == 1, "the plan waits for nothing unknown, the measured step does"
 
 
+def without_a_forward():
+    """Return a trace whose order cannot have run: the backward of rank 0 stands there without its forward."""
+    whole = document()
+    return {**whole, "traceEvents": [each for each in whole["traceEvents"] if each.get("name") != "0F0"]}
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -70,6 +76,7 @@ def test_unknown_waits_are_not_called_zero(tmp_path, capsys):
         ('{"traceEvents": []}', "is no trace of megatron_bfpp"),
         ("[1, 2]", "is no trace of megatron_bfpp"),
         ({**document(), "traceEvents": document()["traceEvents"][:14]}, "the trace is damaged"),
+        (without_a_forward(), "the trace is damaged: no rank can run its next action"),
         ({**document(), "otherData": {**document()["otherData"], "steps": []}}, "holds no step"),
     ],
 )
