@@ -10,7 +10,8 @@ MS = 1_000_000
 def document(waits=True):
     """PP 2, one chunk, one micro-batch; times in milliseconds, 100 in all."""
     first = [("0F0", ACTION, 0, 10), ("0SEND_F0", ACTION, 10, 10), ("0RECV_B0", ACTION, 10, 10),
-             ("0B0", ACTION, 10, 90), ("0RECV_B0", P2P, 11, 60), ("0REDUCE_GRAD", ACTION, 90, 92), ("0REDUCE_GRAD", DP, 91, 100)]  # fmt: skip
+             ("0B0", ACTION, 10, 90), ("0RECV_B0", P2P, 11, 60), ("0REDUCE_GRAD", ACTION, 90, 92),
+             ("0REDUCE_GRAD", DP, 91, 100)]  # fmt: skip
     second = [("1RECV_F0", ACTION, 0, 0), ("1F0", ACTION, 0, 30), ("1RECV_F0", P2P, 0, 12), ("1UNSHARD", DP, 20, 22),
               ("1B0", ACTION, 30, 58), ("1SEND_B0", ACTION, 58, 58)]  # fmt: skip
     trace = Trace(2, {"schedule": "breadth-first", "waits": waits})
