@@ -6,7 +6,7 @@
 #
 #   bash scripts/test.sh                  all quick tests, and the slow ones that tests/support/tour.py names
 #   bash scripts/test.sh --all            everything
-#   bash scripts/test.sh -m "not slow"    no processes of ranks: less than a minute
+#   bash scripts/test.sh -m "not slow"    no processes of ranks: 80 seconds
 #   bash scripts/test.sh tests/ab -x      the tests that are named, slow or not
 set -euo pipefail
 

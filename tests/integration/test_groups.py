@@ -1,5 +1,6 @@
 """Process groups of a pipeline are made by its ranks alone, whatever groups each of them has made before."""
 
+import pytest
 from jobs import run_job
 
 
@@ -29,6 +30,7 @@ def make_channels_after_different_groups():
     assert len({group.group_name for group in again}) == 2
 
 
+@pytest.mark.slow
 def test_ranks_with_different_groups_before_make_their_channels(tmp_path):
     # Without a name of its own the group is waited for under another name on each rank, until the test's time is up.
     run_job(make_channels_after_different_groups, 4, tmp_path)

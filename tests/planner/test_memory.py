@@ -51,6 +51,7 @@ CASES = [  # every model replicated and with the distributed optimizer, in every
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision", "sharding", "tp", "pp", "dp"), CASES)
 def test_state_is_what_megatron_allocates(tmp_path, name, precision, sharding, tp, pp, dp):
     gpt, flags = MODELS[name]
@@ -65,6 +66,7 @@ def test_state_is_what_megatron_allocates(tmp_path, name, precision, sharding, t
             assert getattr(expected, kind) == pytest.approx(bytes_of[kind], rel=0.01), (rank, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     [

@@ -219,6 +219,7 @@ def test_a_range_of_batches_doubles():
     assert doubling("8,4,8") == (8, 4)
 
 
+@pytest.mark.slow
 def test_the_search_shows_its_progress_to_the_end(monkeypatch):
     from megatron_bfpp.console import progress
 

@@ -13,6 +13,7 @@ GPT_52B = GPT(64, 8192, 64, 1024, 51200, untied=True)
 REQUEST = Request(GPT_52B, load_gpu("v100-32"), 64, 64, "fp16")
 
 
+@pytest.mark.slow
 def test_all_that_is_considered_fits_or_has_a_reason_and_the_fastest_comes_first():
     found = search(REQUEST)
     assert len(found.estimates) + sum(found.rejected.values()) == found.considered

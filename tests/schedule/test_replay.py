@@ -40,7 +40,8 @@ def test_without_a_network_a_plan_takes_what_its_order_takes(shape, data, eager,
 EVERY_SHAPE = list(product(range(2, 9), range(1, 5), range(1, 25)))
 
 
-@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False])
 def test_with_short_backwards_a_send_waits_only_on_8_ranks_and_only_in_idle_time(eager):
     """`lower` places receives by a clock on which a backward takes two forwards; here both take the same time.
 
