@@ -1,5 +1,7 @@
 """The rules that hold on GPUs only: what would wait for the whole device is refused, and what NCCL recorded is kept."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
 from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.reliability import watch
 from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
 from megatron_bfpp.integration.validation import validating
 
@@ -63,6 +66,19 @@ def test_the_flight_recorder_of_nccl_is_kept(monkeypatch, tmp_path, capsys, back
         assert path.read_bytes() == recorded
         monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "nowhere" / "rank_"))
         keep_flight_recorder()  # the job ends for another reason
+
+
+def test_a_flight_recorder_that_hangs_does_not_keep_the_process_from_its_end(monkeypatch):
+    held = threading.Event()
+    monkeypatch.setattr(watch, "MOST_DUMP_S", 0.05)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: held.wait(60) and b"", raising=False)
+    begin = time.monotonic()
+    watch.keep_flight_recorder()
+    assert time.monotonic() - begin < 30
+    held.set()
 
 
 def test_an_old_torch_is_refused_with_fsdp2_before_the_model(monkeypatch):

@@ -62,7 +62,7 @@ def refuse(args: Any, settings: Settings) -> None:
 def refuse_on_cuda(args: Any, settings: Settings) -> None:
     """Refuse what waits for the whole device within a step: receives are posted ahead, and their kernels wait there.
 
-    Megatron's orders survive such a wait, since they post a receive only when nothing is left to compute before it.
+    Read and simulated, not run on a GPU: Megatron's own orders survive such waits.
     """
     if settings.engine != "plan":
         return

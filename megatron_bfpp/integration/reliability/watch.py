@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -34,6 +35,7 @@ RESULTS_QUEUE = Seam(
     "megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", ("mp_mode",)
 )
 TRAIN_STEP = Seam("megatron.training.training", "train_step", ("forward_step_func",))
+MOST_DUMP_S = 5.0  # that a rank may take to write its flight recorder
 MOST_EXIT_S = 30  # the time that a process with an uncaught error has for its end
 
 WATCHDOG = "the watchdog"
@@ -94,28 +96,35 @@ def _meet(args: Any) -> None:
 
 
 def _tell_observers(reason: str) -> None:
-    """Keep what ends with the process: NCCL's flight recorder, and the files of the run."""
-    keep_flight_recorder()
+    """Keep what ends with the process: the files of the run, and NCCL's flight recorder."""
     for each in process.ON_END:
         each(reason)
+    keep_flight_recorder()
 
 
 def keep_flight_recorder() -> None:
     """Write what NCCL's flight recorder holds, which os._exit would lose; nothing where it is off.
 
-    The file is the one that torch's own watchdog writes, and that torch's analyzer of flight recorders reads.
+    The file is TORCH_FR_DUMP_TEMP_FILE, or /tmp/nccl_trace_rank_, with the rank behind it.
     """
-    if not dist.is_initialized() or dist.get_backend() != "nccl":
-        return
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    trace = dump() if dump is not None else b""
-    if trace:
-        prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-        path = f"{prefix or '/tmp/nccl_trace_rank_'}{dist.get_rank()}"
+    if dump is None or not dist.is_initialized() or dist.get_backend() != "nccl":
+        return
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    path = f"{prefix or '/tmp/nccl_trace_rank_'}{dist.get_rank()}"
+
+    def keep() -> None:
+        trace = dump()
         with suppress(OSError):  # the job ends for another reason, which the log has
-            with open(path, "wb") as file:
-                file.write(trace)
-            print(f"megatron_bfpp: NCCL's flight recorder is in {path}", file=sys.stderr, flush=True)
+            if trace:
+                with open(path, "wb") as file:
+                    file.write(trace)
+                print(f"megatron_bfpp: NCCL's flight recorder is in {path}", file=sys.stderr, flush=True)
+
+    # NCCL may be what hangs: the end of the process does not wait for it for ever.
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    thread.join(MOST_DUMP_S)
 
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
