@@ -13,8 +13,6 @@
 Exit codes: 0 good, 1 found wrong, 2 bad input, 3 a fault of bfpp itself (a traceback names it).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import traceback

@@ -4,8 +4,6 @@ torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]
 torchrun ... -m megatron_bfpp.run pretrain_gpt.py --pipeline-schedule breadth-first ...
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

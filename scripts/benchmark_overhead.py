@@ -7,8 +7,6 @@ pipeline rank. Prints microseconds of the host per forward or backward, the firs
 loop at nearly the same order, one group of all micro-batches. The ratios count: the times are this machine's.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -6,8 +6,6 @@ traced; it runs twice, to show the noise. "on" notes every action and a wait per
 forward or backward, medians over the steps. On a GPU a note takes two CUDA events instead of two readings of the clock.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -7,8 +7,6 @@ network. A message takes `hop` of latency and `transfer` of size / bandwidth, in
 the backwards of a chunk, `gather` its forwards.
 """
 
-from __future__ import annotations
-
 import sys
 
 from megatron_bfpp.bench.results import Result, lower_bound_s

@@ -9,8 +9,6 @@ undisturbed, and every loss and gradient norm of every step, also those that wer
 Exit code 1 if not, or if a process is left behind or a job does not end.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """bfpp ab: train with every schedule in turn, on the same devices, data and seed, and compare the runs."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
@@ -18,7 +16,7 @@ from .settings import ABSettings, Settings
 _LOCAL_ARMS = "interleaved interleaved-grouped breadth-first"
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp ab`."""
     parser = commands.add_parser("ab", help="train with every schedule in turn, and compare the runs", description=(
         "Every arm in every round on the same devices, with the same data and seed, then bfpp compare. Settings are "

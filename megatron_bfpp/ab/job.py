@@ -1,7 +1,5 @@
 """The words of a job: CONFIG with what the settings change of it, the flags of an arm, and the trainer's own."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Mapping

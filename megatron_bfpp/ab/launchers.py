@@ -1,7 +1,5 @@
 """How a job is started: torch.distributed.run on this machine, or by srun on every node of an allocation."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass

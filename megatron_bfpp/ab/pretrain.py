@@ -3,8 +3,6 @@
 Settings are flags, or environment variables of the same names: --output-path or OUTPUT_PATH.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

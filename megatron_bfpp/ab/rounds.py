@@ -1,7 +1,5 @@
 """The runs of an A/B, one after the other: what has finished is skipped, what has not starts anew, nothing is lost."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

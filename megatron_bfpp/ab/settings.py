@@ -1,7 +1,5 @@
 """The settings of an A/B and of a training: flags, or environment variables of the same names."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

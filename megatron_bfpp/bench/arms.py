@@ -1,7 +1,5 @@
 """The arms of `bfpp bench`: every schedule of the table, on the same emulated stages and network. Runs in each rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One case of `bfpp bench`: what is emulated, and which arms run on it. Imports no torch: the parent needs none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

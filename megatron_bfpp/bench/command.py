@@ -1,7 +1,5 @@
 """bfpp bench: the schedules themselves, in real processes on emulated stages and an emulated network, without a GPU."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -18,7 +16,7 @@ from .results import Result, as_json, markdown, table
 from .settings import Setting, settings
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bench` to the commands of bfpp."""
     bench = commands.add_parser("bench", help="run the schedules on emulated stages and networks, without a GPU")
     _add_cases(bench)

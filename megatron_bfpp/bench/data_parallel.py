@@ -1,7 +1,5 @@
 """The chunks under data parallelism: Megatron's and torch's wrappers with emulated collectives. Runs in each rank."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager

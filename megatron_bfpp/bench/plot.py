@@ -1,7 +1,5 @@
 """The picture of a benchmark: each arm's step time over the lower bound of its case. Needs matplotlib."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..console.files import write_figure

@@ -3,8 +3,6 @@
 The processes are forked from one that has imported Megatron once; this one imports neither it nor torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

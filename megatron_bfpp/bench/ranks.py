@@ -1,7 +1,5 @@
 """A rank of a case: its process groups, and the arms' steps with their times. Runs in a process of its own."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

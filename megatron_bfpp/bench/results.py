@@ -1,7 +1,5 @@
 """The results of `bfpp bench` as a table, Markdown and JSON: ratios, which hold elsewhere, not times, which do not."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

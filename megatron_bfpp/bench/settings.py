@@ -1,7 +1,5 @@
 """The cases that a command line of `bfpp bench` names, in forwards of a chunk; and those of a model's estimate."""
 
-from __future__ import annotations
-
 import argparse
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The question to the process of a rank in a dry run, and its answer: data that passes between processes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -4,8 +4,6 @@ Megatron, in a process per pipeline rank, validates the command line and builds 
 compared here with the estimates. Neither torch nor Megatron is imported in this process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -31,7 +29,7 @@ GPUS_PER_NODE = 8  # where no kind of GPU is named
 CAPABILITIES = {"v100": 7, "a100": 8, "h100": 9, "h200": 9}
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `check` to the commands of bfpp."""
     check = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
     what = "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; or -- and Megatron's flags"
@@ -93,7 +91,7 @@ def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
     return 1 if answer.findings() else 0
 
 
-def _question(args: argparse.Namespace, flags: list[str], gpu: GPU | None) -> tuple[Question, str]:
+def _question(args: argparse.Namespace, flags: list[str], gpu: "GPU | None") -> tuple[Question, str]:
     """Return what the ranks are asked, and where the world size comes from."""
     environment, words = ({}, []) if args.config is None else load(args.config, expand=False)
     environment = {name: _expanded(value) for name, value in environment.items()}

@@ -5,8 +5,6 @@ of each stage is its own; gathers, reductions and live activations count every c
 estimate is a bound.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import dataclass, replace
 

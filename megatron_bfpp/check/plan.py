@@ -1,7 +1,5 @@
 """bfpp check FILE: proves a plan complete, in an order that its dependencies allow, and free of deadlock."""
 
-from __future__ import annotations
-
 from ..schedule import Op, ScheduleError, check, formats
 from ..schedule.formats import read, shape_of, title
 

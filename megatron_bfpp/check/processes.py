@@ -1,7 +1,5 @@
 """The processes of a dry run: one per pipeline rank, as many at a time as there are cores."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ _PRELOAD = ("megatron.training.training", "megatron_bfpp.integration.step.forwar
             "megatron_bfpp.integration.gpt.script", "megatron_bfpp.check.rank")  # fmt: skip
 
 
-def examine_ranks(question: Question, pp_ranks: list[int]) -> list[Rank]:
+def examine_ranks(question: "Question", pp_ranks: list[int]) -> "list[Rank]":
     """Return the answers in the order of `pp_ranks`, the first with the plans.
 
     Raises UserError with the message of the first rank that is refused, or where one is killed.
@@ -36,7 +34,7 @@ def examine_ranks(question: Question, pp_ranks: list[int]) -> list[Rank]:
     return [found[pp_rank] for pp_rank in pp_ranks]
 
 
-def _rank(question: Question, pp_rank: int, with_plans: bool) -> Iterator[Rank]:
+def _rank(question: "Question", pp_rank: int, with_plans: bool) -> "Iterator[Rank]":
     from .rank import examine
 
     with tempfile.TemporaryFile() as log:  # Megatron lists its arguments and its groups; only the answer counts

@@ -5,8 +5,6 @@ parses and validates the command line as on the GPU cluster; only then does subs
 without GPUs, data and tokenizer lacks.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

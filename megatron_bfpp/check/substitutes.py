@@ -1,7 +1,5 @@
 """Changes of Megatron's arguments for a machine without data, tokenizer and GPU; each is reported."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

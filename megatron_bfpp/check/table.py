@@ -1,7 +1,5 @@
 """The text of `bfpp check --config`: a table of the ranks, the plans, the prediction, the changes, the findings."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ranks' answers against the placement, the estimate and a GPU's memory: the findings, and all of it as JSON."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any

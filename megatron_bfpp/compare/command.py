@@ -1,7 +1,5 @@
 """bfpp compare: what an A/B showed, from the directories of its runs alone."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -19,7 +17,7 @@ from .runs import Run, load
 from .text import COLUMNS, cells, markdown, terminal
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp compare` to the subcommands."""
     parser = commands.add_parser("compare", help="compare finished runs: time, memory, losses, configuration")
     add = parser.add_argument

@@ -3,8 +3,6 @@
 It is taken over runs: the steps inside a run are not independent.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Finds where configurations of runs differ, and whether in the schedule alone. Standard library only."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compares the losses and gradient norms of two runs bit by bit. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

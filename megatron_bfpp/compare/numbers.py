@@ -1,7 +1,5 @@
 """Computes the numbers of an A/B from the directories of its runs. Steps belong to runs, runs to arms."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass

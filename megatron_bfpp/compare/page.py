@@ -1,7 +1,5 @@
 """An A/B as one HTML page that needs nothing else: no script, no network. Needs jinja2."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator
 from functools import partial

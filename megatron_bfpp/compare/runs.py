@@ -6,8 +6,6 @@
 A defect of a file (cut off, damaged, missing) never raises: it becomes a note of the run, and what is left is read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

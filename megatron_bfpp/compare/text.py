@@ -3,8 +3,6 @@
 The table is padded by hand: pipes, logs and mails take plain ASCII, whatever the width of a terminal.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -12,8 +12,6 @@ Two keys are ours:
 By hand: OmegaConf and Hydra bring an override syntax of their own beside Megatron's flags, and report in tracebacks.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

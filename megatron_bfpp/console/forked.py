@@ -9,8 +9,6 @@
 The server imports the modules when the first process starts, and serves all Forks of this interpreter.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

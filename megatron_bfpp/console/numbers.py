@@ -5,8 +5,6 @@ parser.add_argument("--hop", type=between(0, 10_000))
 parser.add_argument("--bandwidth", type=positive)
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable

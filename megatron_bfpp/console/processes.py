@@ -1,8 +1,6 @@
 """The one launcher of ranks and commands: each runs in a session of its own, and all are ended, whatever interrupts
 this process. Standard library only."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

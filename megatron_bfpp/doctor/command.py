@@ -5,8 +5,6 @@ The first command on a cluster, on a node with its GPUs and in the job's contain
 It imports neither torch nor Megatron: where one is missing or broken, the table reports it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any
@@ -22,7 +20,7 @@ from .table import judged, summary, table
 FORMAT = "megatron_bfpp doctor 1"
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp doctor`."""
     parser = commands.add_parser("doctor", help="examine this machine, and train on two of its devices for a moment")
     parser.add_argument("--no-run", action="store_true", help="leave out the training, which takes half a minute")

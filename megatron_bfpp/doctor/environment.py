@@ -1,7 +1,5 @@
 """Rules of bfpp doctor on environment, disks and network; each names the function that reads a variable."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from .line import Facts, Line, fail, gpus, has_gpus, ok, section, warn

@@ -3,8 +3,6 @@
 Sizes are in bytes. The "error" of a fact is the reason why it is missing.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import json

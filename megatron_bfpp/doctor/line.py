@@ -1,7 +1,5 @@
 """One line of bfpp doctor's table."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -4,8 +4,6 @@ It runs in a process of its own: a library whose parts do not fit each other may
 A failed import is an answer: {"error": "ImportError: ..."}.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

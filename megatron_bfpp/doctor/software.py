@@ -1,7 +1,5 @@
 """Rules of bfpp doctor on what is installed: each names the function of Megatron or of torch that it comes from."""
 
-from __future__ import annotations
-
 from .line import Facts, Line, fail, has_gpus, ok, section, warn
 
 PYTHON = (3, 12)  # of the megatron-core releases that ship megatron.training

@@ -1,7 +1,5 @@
 """The table of bfpp doctor, made from the facts of a machine alone. Standard library only."""
 
-from __future__ import annotations
-
 import textwrap
 from functools import partial
 

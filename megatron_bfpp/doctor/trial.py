@@ -2,8 +2,6 @@
 default order, then with breadth-first, from the same seed. Every loss and gradient norm must have the same bits.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

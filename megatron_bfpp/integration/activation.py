@@ -1,7 +1,5 @@
 """enable() and disable(): the seams that they apply, and the dispatch at the schedule's seam."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

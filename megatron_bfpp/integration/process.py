@@ -3,8 +3,6 @@
 The step writes here and imports no observer; observe/ and reliability/ read here.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence

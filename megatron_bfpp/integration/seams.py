@@ -7,8 +7,6 @@ Three kinds of change:
 `undo_all` takes back everything that `apply` and `together` did.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

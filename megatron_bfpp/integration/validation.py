@@ -1,7 +1,5 @@
 """Megatron's command line with the plugin's flags: refused, completed and reported before any model is built."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext

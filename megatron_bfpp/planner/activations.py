@@ -10,8 +10,6 @@ Source of the method: Korthikanti et al. 2022, "Reducing Activation Recomputatio
 arXiv:2205.05198; the numbers are counted from the code and tested against torch's saved-tensor hooks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .model import GPT

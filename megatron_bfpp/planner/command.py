@@ -1,7 +1,5 @@
 """bfpp plan: the ways to divide a model over GPUs, with predicted time and memory. Neither torch nor Megatron."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -30,7 +28,7 @@ _NUMBERS = {
 }
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp plan`."""
     plan = commands.add_parser("plan", help="the ways to divide a model over GPUs: predicted time and memory")
     add = plan.add_argument

@@ -1,7 +1,5 @@
 """Reads a model, and how it is to be run, from Megatron's flags. Flags about neither are passed over."""
 
-from __future__ import annotations
-
 import argparse
 from typing import NoReturn
 

@@ -6,8 +6,6 @@ coarse: it makes thin slices of a layer (much tensor parallelism, few tokens) sl
 Hence `calibrated`. A message of n bytes takes latency + n / (link * bandwidth).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -101,7 +99,7 @@ class GPU:
         inside = [edge * apart // node == ((edge + 2) * apart - 1) // node for edge in range(pp - 1)]
         return [not each for each in [*inside, pp * apart <= node]]
 
-    def calibrated(self, measured_s: float, predict: Callable[[GPU], float]) -> GPU:
+    def calibrated(self, measured_s: float, predict: "Callable[[GPU], float]") -> "GPU":
         """Return this GPU with the `matmul` that makes `predict` agree with one measured step.
 
         Raises UserError where no achieved part between 1% and 100% of the peak does.

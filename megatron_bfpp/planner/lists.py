@@ -1,7 +1,5 @@
 """Types for argparse of the lists that bfpp plan takes: 8 or 4,8 or 64-512 (doubling), and words."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ zero2       torch's FSDP2, parameters kept gathered: gradients are divided too, 
 zero3       torch's FSDP2: everything is divided, except parameters and gradients of the resident chunks
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Sizes are counted in parameters, operations in FLOPs (a multiplication and an addition are two).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

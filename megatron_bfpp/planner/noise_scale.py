@@ -6,8 +6,6 @@ and B_crit, the critical batch size, is measured for the task (the gradient nois
 schedule that is fast at a small batch per GPU makes training cheaper at equal time, or faster at equal cost.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 __all__ = ["CLUSTERS", "TradeOff", "trade_off"]

@@ -1,7 +1,5 @@
 """The picture of `bfpp plan`: time against batch size per GPU, and the trade-off of cost and time. Needs matplotlib."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every way to divide a model over GPUs: what each would need and take, and why some are not possible."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -12,8 +12,6 @@ It holds for M a multiple of G, and agrees with the replay within 3% where c < f
 too low.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..schedule import lower

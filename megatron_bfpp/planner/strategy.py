@@ -1,7 +1,5 @@
 """One way to divide a model and a batch over GPUs: sizes, schedule, sharding, recomputation, and the flags for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..schedule import PipelineShape, Schedule

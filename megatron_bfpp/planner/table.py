@@ -1,7 +1,5 @@
 """The tables of `bfpp plan`, and the same numbers as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

@@ -12,8 +12,6 @@ a collective The parameters or gradients of a chunk, over data-parallel ranks th
              shares the card with the messages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

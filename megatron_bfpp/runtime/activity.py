@@ -4,8 +4,6 @@ The executor and the messages note each action and each wait: two attributes and
 thread reads them at any time; its answer may be one action old, never torn.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Sequence

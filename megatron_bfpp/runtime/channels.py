@@ -13,8 +13,6 @@ Decisions for GPUs, where this project cannot test, and their reasons:
     the order of first use has hung Megatron (Megatron-LM PR 5240).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple

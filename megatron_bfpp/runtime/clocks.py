@@ -6,8 +6,6 @@ Times are taken where the work is:
 All end up on the host's clock, which `offset_to_first` compares between the ranks of a pipeline.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -4,8 +4,6 @@ The callbacks are those of Megatron's DistributedDataParallel, which its trainin
 (no_sync_func, grad_sync_func, param_sync_func). This module decides only when to call them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType

@@ -1,7 +1,5 @@
 """Runs the plan of one rank: one handler per kind of action. The handlers alone define what an action does."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager

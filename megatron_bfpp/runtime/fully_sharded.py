@@ -19,8 +19,6 @@ On a CPU a collective blocks. There `Reductions` launches it asynchronously and 
 `sum_dtype`, since FSDP2 casts the result at once.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace

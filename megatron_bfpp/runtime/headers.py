@@ -3,8 +3,6 @@
 A header is 8 integers: stage, op and microbatch of the send, dtype, and the tensor's 3 sizes with their number.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -8,8 +8,6 @@ The groups that carry them are made by channels.py. Decisions for GPUs, where th
     wait, and the receiver may read freed memory.
 """
 
-from __future__ import annotations
-
 import re
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Formats the reports of all ranks at the end of a job, for the first rank's log."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from .activity import Status

@@ -9,8 +9,6 @@ Torchrun ends the ranks of a node by SIGTERM as soon as one of them has died, be
 signal is an alarm of this rank alone, unless somebody else handles it (Megatron's --exit-signal-handler).
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

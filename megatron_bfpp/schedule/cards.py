@@ -6,8 +6,6 @@ switches with fair queues, and cards that serve their queue pairs in turn, appro
 Bandwidth that a transfer leaves unused at one place, because another holds it up, is not handed on.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import Counter, deque
 from collections.abc import Hashable

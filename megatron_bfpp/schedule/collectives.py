@@ -1,7 +1,5 @@
 """Time the data-parallel collectives of one rank, for `replay`."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 All but `read` are strings in, strings out; whoever has the path writes the file.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

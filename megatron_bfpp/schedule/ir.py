@@ -10,8 +10,6 @@ Index conventions, used everywhere in this package:
     microbatch  0 <= microbatch < num_microbatches      slice of the batch of one data-parallel replica
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,7 +58,7 @@ class Action(NamedTuple):
         return f"{stage}{op!s}" if microbatch is None else f"{stage}{op!s}{microbatch}"
 
     @classmethod
-    def parse(cls, text: str) -> Action:
+    def parse(cls, text: str) -> "Action":
         """Return the action that prints as `text`; raise ValueError for any other text."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:

@@ -3,8 +3,6 @@
 Every command, picture, table and A/B arm takes words, flags and colours from here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every order here keeps microbatches 0..M-1 in order within a stage, forward and 
 accumulated in the order of Megatron's default schedule, which is what makes the losses bit-identical to it.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from ..console.errors import UserError

@@ -5,8 +5,6 @@ the exact step time of the looped schedules, (V-1) max(M, P) + M + P - 1 in unit
 M < P, where the textbook bubble (P-1)/(M V) does not hold.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Draws how much longer a step takes than it must, as bars: schedules side by side, in several settings."""
 
-from __future__ import annotations
-
 from ..schedule.names import SCHEDULES
 from .canvas import WIDTH, Box, Drawing, Lines, Words, round_step
 

@@ -4,8 +4,6 @@ The SVG is written by hand: four shapes need no library, and equal pictures get 
 own and brings its colours for light and dark screens in a style sheet, which a browser also obeys inside an <img>.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import textwrap

@@ -10,8 +10,6 @@ An arrow leads from each send to its receive. Events are sorted by time. The for
 hand: a library would only rename its keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A schedule as text: one row per rank, one column per unit of time. Standard library and schedule only."""
 
-from __future__ import annotations
-
 from ..schedule import Op, Span, Timeline
 
 

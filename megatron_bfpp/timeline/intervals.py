@@ -1,7 +1,5 @@
 """What a rank did when. Standard library only."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from ..schedule.ir import Action

@@ -8,8 +8,6 @@ Of a step, which lasts from the first event of any rank to the last one:
 The rest is the host's: launches, and Megatron's own work between two actions. Times are in milliseconds, for readers.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """A schedule as one HTML page that needs nothing else: the picture, and its numbers in a table. Needs jinja2."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..schedule.formats import title

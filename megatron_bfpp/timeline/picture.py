@@ -1,7 +1,5 @@
 """Draws timelines below each other on one time axis: what every rank computes, sends, receives, gathers and reduces."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..schedule import Op, Span, Timeline

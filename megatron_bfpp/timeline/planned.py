@@ -1,7 +1,5 @@
 """Planned steps as one Chrome trace, in the lanes of a measured one (document.py). Standard library only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any

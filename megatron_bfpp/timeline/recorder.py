@@ -6,8 +6,6 @@ pays nothing. Its clock (runtime/clocks.py) marks times where the work is, on th
 Not run on a GPU. There a wait is the time that the compute stream stands before the message, which is the exposed time.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 from ..schedule.ir import Action
@@ -32,7 +30,7 @@ class _Noting:
 
     __slots__ = ("_action", "_kind", "_recorder", "_start")
 
-    def __init__(self, recorder: Recorder, action: Action, kind: str):
+    def __init__(self, recorder: "Recorder", action: Action, kind: str):
         self._recorder, self._action, self._kind = recorder, action, kind
 
     def __enter__(self) -> None:

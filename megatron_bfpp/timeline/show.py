@@ -1,7 +1,5 @@
 """bfpp show: schedules as text, pictures, CSV and Chrome traces; planned, not measured. Neither torch nor Megatron."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -45,7 +43,7 @@ class Shown(NamedTuple):
     predicted: Prediction
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp show` to the subcommands."""
     show = commands.add_parser("show", help="draw a schedule as text, SVG, PNG, HTML, CSV or a Chrome trace")
     add = show.add_argument

@@ -1,7 +1,5 @@
 """bfpp trace: a measured step beside the planned one, as a picture and a table. Standard library only."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -33,7 +31,7 @@ def table(measured: Measured) -> str:
     return "\n".join([*lines, f"{'all':<48}{measured.bubble_fraction:>18.1%}{planned.bubble_fraction:>12.1%}"])
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `bfpp trace` to the subcommands."""
     parser = commands.add_parser("trace", help="show what the time of a measured step went to, and draw it")
     parser.add_argument("file", help="trace.json of a run, as --bfpp-trace-steps writes it")

@@ -6,8 +6,6 @@ all-reduce that runs beside the real collective. Its time passes on a card of it
 (shared_card.py), where a thread of the group's first rank begins it: the rank itself may be asleep.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections import deque

@@ -19,13 +19,11 @@ NCCL communicators (schedule/check.py has those; arms whose messages share one a
 different cards.
 """
 
-from __future__ import annotations
-
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +65,7 @@ class Network:
     shared: SharedCards | None = None  # where collectives share the card
     scale: float = 1.0  # of all durations; 0 for a step that only makes plans and process groups
     stream_s: float = 0.0  # until when the compute stream of this rank has work, of time.monotonic()
-    random: random.Random = field(default_factory=random.Random)
+    random: Random = field(default_factory=Random)
     sent: int = 0  # messages of this rank on the shared card
 
     def drawn(self, duration_s: float) -> float:

@@ -5,8 +5,6 @@ until the next possible end, and looks again. On a GPU too a wait holds back the
 nothing later that belongs earlier.
 """
 
-from __future__ import annotations
-
 import pickle
 import time
 from typing import Any

@@ -4,8 +4,6 @@ They are real modules with real autograd, parameters and gradients, small ones: 
 them as they treat a model. Tensors are [1, 1, 2] in float64: a number and the stamp of the network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ class Sleep(torch.autograd.Function):
     """Compute x * weight, each way after a sleep."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: "Layer") -> torch.Tensor:
         layer.before_work()
         until = layer.network.work(layer.forward_s)
         ctx.save_for_backward(x, weight)

@@ -1,7 +1,5 @@
 """Refuse the parts of Megatron's command line that breadth-first cannot do, before any model is built."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The micro-batches of a job's steps, from its arguments, and the warning where they are too few."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ...console.errors import UserError

@@ -1,7 +1,5 @@
 """Refuse combinations of flags with --use-torch-fsdp2 and pipeline ranks."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

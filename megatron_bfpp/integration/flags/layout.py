@@ -1,7 +1,5 @@
 """The layout of layers that cannot be shared out evenly, in Megatron's notation (--pipeline-model-parallel-layout)."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 

@@ -5,8 +5,6 @@ layers can be shared out evenly, only the number of chunks is to choose. Where t
 otherwise, the stages get a layout in Megatron's own notation, with the embedding and the loss counted as a layer each.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ...console.errors import UserError

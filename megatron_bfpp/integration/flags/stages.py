@@ -1,7 +1,5 @@
 """Find the layers of every stage by Megatron's own functions, once it has read the command line, and check them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Plain GPT pretraining through Megatron's own trainer, whose call differs between the releases."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import time

@@ -3,8 +3,6 @@
 A job that asks for nothing has none of them wrapped.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

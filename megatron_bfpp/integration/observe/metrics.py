@@ -1,7 +1,5 @@
 """The metrics that the plugin measures and predicts of a step beside Megatron's. Names as in the files of a run."""
 
-from __future__ import annotations
-
 import resource
 from functools import lru_cache
 from typing import Any

@@ -6,8 +6,6 @@ A run that is resumed in the same folder continues steps.jsonl. end.json is miss
 kill; the first rank that fails writes why. A file that cannot be written is a warning in the log: training goes on.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

@@ -10,8 +10,6 @@ The lines of a run's steps.jsonl (run_files.py) begin with the same fields; thos
 has a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 """
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Callable
@@ -50,7 +48,7 @@ def dimension(group: dist.ProcessGroup, kind: str) -> str:
 TRAFFIC = Traffic(dimension)  # of this process
 
 
-def logging_steps(path: str | None, run: Run | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def logging_steps(path: str | None, run: "Run | None") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the replacement of training_log, which also writes to `path` and to the run's folder, and draws charts."""
 
     def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,8 +9,6 @@ schedules.forward_step and backward_step are wrapped for the recorded steps. The
 messages stand between them and cannot be told from other idle time there.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Iterator

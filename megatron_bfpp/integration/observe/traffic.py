@@ -6,8 +6,6 @@ ranks, twice that of an all-reduce. Groups of one rank send nothing. Not seen: c
 (torch's own DistributedDataParallel) and functional ones (DTensor's), which Megatron's training step does not use.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field

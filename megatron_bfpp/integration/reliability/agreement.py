@@ -5,8 +5,6 @@ communicate. Every rank compares its own record with the first rank's; the first
 ranks learn them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Python ends the helpers of a process that ends by itself. One that is killed lea
 which serves nobody for ever: 0.5 GB per rank that has saved a checkpoint with Megatron.
 """
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import os

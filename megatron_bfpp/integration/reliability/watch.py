@@ -4,8 +4,6 @@ The seams: parallel_state.initialize_model_parallel, which Megatron calls as soo
 at whose end nothing is pending. Under 1f1b the ranks compare and Megatron is left alone: no watchdog.
 """
 
-from __future__ import annotations
-
 import atexit
 import faulthandler
 import functools

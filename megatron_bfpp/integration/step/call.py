@@ -1,7 +1,5 @@
 """The call of Megatron's interleaved schedule as one value, checked before any rank waits for another."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

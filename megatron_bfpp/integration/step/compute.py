@@ -1,7 +1,5 @@
 """Megatron's forward and backward of one micro-batch, as the executor calls them."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

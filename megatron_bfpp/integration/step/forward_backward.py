@@ -5,8 +5,6 @@ comes from the call and may change from step to step), and has an `Executor` run
 own forward_step and backward_step. The function keeps nothing between calls and restores what it changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any

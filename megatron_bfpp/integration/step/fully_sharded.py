@@ -4,8 +4,6 @@ Megatron's own parts serve as they are: the wrapper that shards (TorchFullyShard
 optimizers and checkpoints handle sharded tensors. `data_parallel` and the seams of fully_sharded_seams.py add the rest.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

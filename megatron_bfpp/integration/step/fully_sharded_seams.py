@@ -1,7 +1,5 @@
 """Changes the three places of Megatron that block --use-torch-fsdp2 with pipeline ranks, or resuming with it."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import textwrap

@@ -1,7 +1,5 @@
 """Chooses the process groups of a step: the caller's or Megatron's for Megatron's part, our own for the messages."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from datetime import timedelta

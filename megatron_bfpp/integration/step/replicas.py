@@ -9,8 +9,6 @@ There
   - the buckets are gathered in the order of the forward, which then starts with the first of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
