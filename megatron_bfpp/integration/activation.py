@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from ..console.errors import UserError
@@ -13,7 +13,7 @@ from . import seams
 from .flags.settings import SCHEDULES, Settings, add_flags, settings_of
 from .process import megatron_args
 from .seams import Seam
-from .validation import Report, report_on_first_rank, validating, validating_yaml
+from .validation import Report, Validation, report_on_first_rank
 
 SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
 
@@ -43,7 +43,7 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
         mode.enable_cpu()
     mode.skip_compile_without_makefile()
     if pipeline_schedule != "1f1b":
-        seams.apply(SCHEDULE, partial(_dispatching, pipeline_schedule))
+        seams.apply(SCHEDULE, partial(_dispatch, pipeline_schedule))
     # With an explicit schedule the code may use Megatron-Core alone, whose users need not wait for megatron.training.
     wanted = pipeline_schedule is None or "megatron.training" in sys.modules
     if wanted and importlib.util.find_spec("megatron.training") is not None:
@@ -71,13 +71,10 @@ def _apply_to_training(explicit: str | None, device: str, report: Report) -> Non
 
     from .reliability import orphans, watch
 
-    def with_flags(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
-            parser = add_arguments(parser, *args, **kwargs)
-            add_flags(parser, default=explicit or "1f1b")
-            return parser
-
-        return wrapper
+    def with_flags(add_arguments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parser = add_arguments(*args, **kwargs)
+        add_flags(parser, default=explicit or "1f1b")
+        return parser
 
     def leave_alone() -> None:
         for seam in (SCHEDULE, watch.TRAIN_STEP, watch.RESULTS_QUEUE):
@@ -87,8 +84,9 @@ def _apply_to_training(explicit: str | None, device: str, report: Report) -> Non
     seams.apply(watch.INITIALIZE, watch.meeting)
     seams.apply(watch.TRAIN_STEP, watch.stepping)
     seams.apply(watch.RESULTS_QUEUE, orphans.ending)
-    seams.apply(VALIDATE_ARGS, lambda validate: validating(validate, explicit, device, leave_alone, report))
-    seams.apply(VALIDATE_YAML, lambda validate: validating_yaml(validate, explicit, leave_alone, report))
+    validation = Validation(explicit, device, leave_alone, report)
+    seams.apply(VALIDATE_ARGS, validation.of_args)
+    seams.apply(VALIDATE_YAML, validation.of_yaml)
 
 
 def disable() -> None:
@@ -111,27 +109,16 @@ def check_version() -> None:
         raise UserError(f"megatron-core {version} is not supported: megatron_bfpp works with {first} to {last}.")
 
 
-def _dispatching(explicit: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the replacement of Megatron's interleaved schedule, which runs the chosen one."""
+def _dispatch(explicit: str | None, original: Callable[..., Any], **call: Any) -> Any:
+    """Run the chosen schedule in place of Megatron's interleaved one: enable()'s, else that of the command line."""
+    from .step import forward_backward
 
-    @wraps(original)  # tools that look at the schedule see Megatron's signature
-    def dispatch(**call: Any) -> Any:
-        from .step import forward_backward
-
-        settings = _settings(explicit)
-        if settings.schedule == "1f1b":
-            return original(**call)
-        if settings.engine == "megatron":
-            return forward_backward.run_megatron(settings, original, **call)
-        return forward_backward.run(settings, **call)
-
-    return dispatch
-
-
-def _settings(explicit: str | None) -> Settings:
-    """Return enable()'s explicit choice, else the command line's. Looking it up costs nothing beside a step."""
     args = megatron_args()
-    if args is None:
-        return Settings(schedule=explicit or "1f1b")
-    settings = settings_of(args)
-    return settings if explicit is None else replace(settings, schedule=explicit)
+    settings = Settings(schedule="1f1b") if args is None else settings_of(args)
+    if explicit is not None:
+        settings = replace(settings, schedule=explicit)
+    if settings.schedule == "1f1b":
+        return original(**call)
+    if settings.engine == "megatron":
+        return forward_backward.run_megatron(settings, original, **call)
+    return forward_backward.run(settings, **call)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 
@@ -49,14 +49,18 @@ def is_applied(key: Hashable) -> bool:
     return key in _undo
 
 
-def apply(seam: Seam, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Bind replace(original) wherever the original is bound; do nothing if the seam is applied already.
+def apply(seam: Seam, around: Callable[..., Any]) -> None:
+    """Let around(original, ...) run wherever the original is bound; do nothing if the seam is applied already.
 
     Modules that imported the function by name (`from ... import`) keep a binding of their own, hence the search.
     """
     if seam not in _undo:
         original = seam.current()
-        replacement = replace(original)
+
+        @wraps(original)  # tools that look at the function see Megatron's signature
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
         _rebind(seam.name, original, replacement)
         _undo[seam] = partial(_rebind, seam.name, replacement, original)
 

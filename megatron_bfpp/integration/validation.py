@@ -3,8 +3,10 @@
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+from .cpu.arguments import cpu_arguments
 from .flags import fully_sharded
 from .flags.arguments import refuse, refuse_on_cuda
 from .flags.batches import few_microbatches
@@ -25,36 +27,35 @@ def report_on_first_rank(args: Any, lines: list[str]) -> None:
             say(line)
 
 
-def validating(
-    validate: Callable[..., Any],
-    explicit: str | None,
-    device: str,
-    on_1f1b: Callable[[], None],
-    report: Report = report_on_first_rank,
-) -> Callable[..., Any]:
-    """Wrap Megatron's validate_args.
+@dataclass(frozen=True)
+class Validation:
+    """What Megatron's validation of a command line becomes.
 
     explicit: what enable() was called with, before any flag. device: "cuda" or "cpu". on_1f1b: leaves Megatron alone.
     report: takes the lines to print.
     """
 
-    def wrapper(args: Any, *more: Any, **kwargs: Any) -> Any:
-        settings, lines = _chosen(args, explicit), []
+    explicit: str | None
+    device: str
+    on_1f1b: Callable[[], None]
+    report: Report = report_on_first_rank
+
+    def of_args(self, validate: Callable[..., Any], args: Any, *more: Any, **kwargs: Any) -> Any:
+        """Run Megatron's validate_args."""
+        settings, lines = self._chosen(args), []
         is_breadth_first = settings.schedule != "1f1b"
         if is_breadth_first:
             refuse(args, settings)
-            if device == "cuda":
+            if self.device == "cuda":
                 refuse_on_cuda(args, settings)
         else:
             fully_sharded.refuse_under_1f1b(args)
-        if device == "cpu":
-            from .cpu.arguments import cpu_arguments
-
+        if self.device == "cpu":
             lines += [f"on a CPU: {line}" for line in cpu_arguments(args)]
         if is_breadth_first:
             lines += place(args)
         else:
-            on_1f1b()
+            self.on_1f1b()
             lines.append("1f1b: Megatron's own schedule, untouched")
             if settings.debug_p2p:
                 lines.append("WARNING: --bfpp-debug-p2p has no effect under 1f1b, whose messages Megatron sends")
@@ -64,49 +65,36 @@ def validating(
             validated = validate(args, *more, **kwargs)
         if is_breadth_first:
             lines += _check_validated(args, settings)
-        report(args, lines)
+        self.report(args, lines)
         return validated
 
-    return wrapper
+    def of_yaml(self, validate: Callable[..., Any], args: Any, *more: Any, **kwargs: Any) -> Any:
+        """Run Megatron's validate_yaml: --yaml-cfg throws the command line away, the plugin's flags with it.
 
-
-def validating_yaml(
-    validate: Callable[..., Any],
-    explicit: str | None,
-    on_1f1b: Callable[[], None],
-    report: Report = report_on_first_rank,
-) -> Callable[..., Any]:
-    """Wrap Megatron's validate_yaml: --yaml-cfg throws the command line away, the plugin's flags with it.
-
-    They are read from the YAML file, then from the command line. The number of chunks is not chosen here: the file is
-    Megatron's own nested format, and is checked after Megatron has read it.
-    """
-
-    def wrapper(args: Any, *more: Any, **kwargs: Any) -> Any:
+        They are read from the YAML file, then from the command line. The number of chunks is not chosen here: the file
+        is Megatron's own nested format, and is checked after Megatron has read it.
+        """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         add_flags(parser, default="1f1b")
         for name, value in vars(parser.parse_known_args()[0]).items():
             if not hasattr(args, name):
                 setattr(args, name, value)
-        settings = _chosen(args, explicit)
+        settings = self._chosen(args)
         lines = observe(args)
         validated = validate(args, *more, **kwargs)
         if settings.schedule == "1f1b":
             fully_sharded.refuse_under_1f1b(validated)
-            on_1f1b()
+            self.on_1f1b()
         else:
             refuse(validated, settings)
             lines += _check_validated(validated, settings)
-        report(validated, lines)
+        self.report(validated, lines)
         return validated
 
-    return wrapper
-
-
-def _chosen(args: Any, explicit: str | None) -> Settings:
-    if explicit is not None:
-        args.pipeline_schedule = explicit
-    return settings_of(args)
+    def _chosen(self, args: Any) -> Settings:
+        if self.explicit is not None:
+            args.pipeline_schedule = self.explicit
+        return settings_of(args)
 
 
 def _check_validated(args: Any, settings: Settings) -> list[str]:

@@ -159,13 +159,15 @@ def test_a_call_has_the_parameters_and_defaults_of_megatrons_schedule():
 def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys):
     # --yaml-cfg replaces the parsed command line; without our check Megatron would train its own schedule in silence.
     import sys
+    from functools import partial
     from types import SimpleNamespace
 
     from megatron_bfpp.console.errors import UserError
-    from megatron_bfpp.integration.validation import validating_yaml
+    from megatron_bfpp.integration.validation import Validation
 
     left_alone = []
-    wrapped = validating_yaml(lambda args, defaults=None: args, None, lambda: left_alone.append(True))
+    validation = Validation(None, "cpu", lambda: left_alone.append(True))
+    wrapped = partial(validation.of_yaml, lambda args, defaults=None: args)
     file = {
         "pipeline_model_parallel_size": 4, "mock_data": True, "num_layers": 8, "rank": 0, "data_parallel_size": 1,
         "micro_batch_size": 1, "global_batch_size": 8,

@@ -13,7 +13,7 @@ from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
 from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.integration.reliability import watch
 from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
-from megatron_bfpp.integration.validation import validating
+from megatron_bfpp.integration.validation import Validation
 
 PLAN, LOOP = Settings("breadth-first"), Settings("breadth-first", engine="megatron")
 
@@ -43,11 +43,11 @@ def test_they_are_refused_on_cuda_and_not_on_a_cpu(monkeypatch):
 
     monkeypatch.setattr("megatron_bfpp.integration.validation.refuse", lambda *_: None)
     monkeypatch.setattr("megatron_bfpp.integration.validation.place", place)
-    monkeypatch.setattr("megatron_bfpp.integration.cpu.arguments.cpu_arguments", lambda args: [])
+    monkeypatch.setattr("megatron_bfpp.integration.validation.cpu_arguments", lambda args: [])
     for device, error in (("cuda", UserError), ("cpu", Reached)):
         args = SimpleNamespace(pipeline_schedule="breadth-first")
         with pytest.raises(error):
-            validating(lambda args: args, None, device, lambda: None)(args)
+            Validation(None, device, lambda: None).of_args(lambda args: args, args)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags import stages as placed
 from megatron_bfpp.integration.flags.layout import layers_of_stages
 from megatron_bfpp.integration.flags.settings import add_flags
-from megatron_bfpp.integration.validation import validating
+from megatron_bfpp.integration.validation import Validation
 
 MODEL = [
     "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32",
@@ -45,7 +45,7 @@ def command(monkeypatch, capsys):
 
         args = arguments.parse_args(with_flags)
         capsys.readouterr()
-        validating(arguments.validate_args, None, "cpu", lambda: None)(args)
+        Validation(None, "cpu", lambda: None).of_args(arguments.validate_args, args)
         lines = capsys.readouterr().out.split("megatron_bfpp 0.1.0: ")[1:]
         return args, [line for line in lines if not line.startswith("on a CPU")]
 

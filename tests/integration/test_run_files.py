@@ -86,7 +86,7 @@ def train_with(run, ends):
         run.add(2, {"step": 2})
         ends()
 
-    return run_files.keeping(run, lambda: None)[run_files.TRAIN](train)()
+    return run.around(True, True, train)
 
 
 def end_of(run):
@@ -122,16 +122,15 @@ def test_a_run_that_ends_early_says_why_and_the_error_goes_on(run, error, expect
     assert end_of(run) == expected
 
 
-@pytest.mark.parametrize("what", ["BUILD", "DATA"])
-def test_a_job_that_dies_before_it_trains_says_what_it_was_and_why(what, run):
+@pytest.mark.parametrize("begins", [True, False])  # while it builds the model, or the data
+def test_a_job_that_dies_before_it_trains_says_what_it_was_and_why(begins, run):
     def dies():
         raise MemoryError("no room for the model")
 
-    kept = run_files.keeping(run, lambda: None)
-    kept[run_files.BUILD](lambda: None)()
+    run.around(True, False, lambda: None)
     assert not (run.folder / "end.json").exists()  # a model that is built is no end
     with pytest.raises(MemoryError):
-        kept[getattr(run_files, what)](dies)()
+        run.around(begins, False, dies)
     assert json.loads((run.folder / "run.json").read_text())["name"] == "run"
     end = json.loads((run.folder / "end.json").read_text())
     assert (end["status"], end["reason"], end["steps"]) == ("failed", "rank 0: MemoryError: no room for the model", 0)

@@ -115,9 +115,9 @@ def _close_process_groups() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _without_cuda(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace initialize_megatron, which asserts torch.cuda.is_available() otherwise."""
-    return lambda *args, **kwargs: initialize(*args, **{**kwargs, "allow_no_cuda": True})
+def _without_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run initialize_megatron, which asserts torch.cuda.is_available() otherwise."""
+    return initialize(*args, **{**kwargs, "allow_no_cuda": True})
 
 
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ A job that asks for nothing has none of them wrapped.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 from ...console.errors import UserError
@@ -26,10 +27,7 @@ def observe(args: Any) -> list[str]:
     charts = getattr(args, "tensorboard_dir", None) or getattr(args, "wandb_project", None)
     if not (counts or charts or steps):
         return []
-    # From here on Megatron is imported, whose arguments are being read.
-    from megatron.training.global_vars import get_args
-
-    from . import run_files, tracing
+    from . import run_files, tracing  # they import Megatron
 
     run = None
     if folder is not None:
@@ -37,16 +35,16 @@ def observe(args: Any) -> list[str]:
         with seams.together(run) as undo:
             process.ON_END.append(run.end)
             undo.callback(process.ON_END.remove, run.end)
-        for seam, replace in run_files.keeping(run, get_args).items():
-            seams.apply(seam, replace)
+        for seam, begins, finishes in run_files.SEAMS:
+            seams.apply(seam, partial(run.around, begins, finishes))
     if counts:
         step_log.TRAFFIC.install()
-    seams.apply(step_log.SEAM, step_log.logging_steps(path, run))
+    seams.apply(step_log.SEAM, step_log.StepLog(path, run).around)
     if steps is None:
         return []
     trace = TRACE_FILE if folder is None else os.path.join(folder, "trace.json")
     picture = None if folder is None else os.path.join(folder, "timeline.svg")
-    seams.apply(tracing.TRAIN_STEP, tracing.tracing(steps, trace, picture, get_args))
+    seams.apply(tracing.TRAIN_STEP, tracing.Tracing(steps, trace, picture).around)
     return [f"tracing steps {steps[0]} to {steps[1]} on the pipeline ranks of the first replica, into {trace}"]
 
 

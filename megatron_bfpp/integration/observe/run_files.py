@@ -14,7 +14,6 @@ import socket
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,20 @@ from ...console.files import append_line, write_whole
 from ...console.version import __version__
 from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import is_sharded, settings_of, word_of_job
-from ..process import say, versions
+from ..process import megatron_args, say, versions
 from ..seams import Seam
 from . import metrics
 
 FORMAT = "megatron_bfpp run 1"
-BUILD = Seam("megatron.training.training", "setup_model_and_optimizer", ("model_type",))
-DATA = Seam("megatron.training.training", "build_train_valid_test_data_iterators", ())
-TRAIN = Seam("megatron.training.training", "train", ("forward_step_func", "model", "config"))
+# The functions of Megatron that Run.around runs, and whether the files begin before and finish after them.
+SEAMS = (
+    (Seam("megatron.training.training", "setup_model_and_optimizer", ("model_type",)), True, False),
+    (Seam("megatron.training.training", "build_train_valid_test_data_iterators", ()), False, False),
+    (Seam("megatron.training.training", "train", ("forward_step_func", "model", "config")), True, True),
+)
 # The variables of the environment that run.json keeps.
 _NAMES = {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
 _PREFIXES = ("NCCL_", "TORCH_NCCL_", "NVTE_")
-
-Replace = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Run:
@@ -79,6 +79,22 @@ class Run:
         elif not (self.folder / "end.json").exists():  # the others fail because of the first one
             self._write_end("failed", f"rank {dist.get_rank()}: {reason}")
 
+    def around(self, begins: bool, finishes: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function of Megatron with which the run's files begin or finish; they end however it ends the job."""
+        if begins:
+            self.begin(megatron_args())
+        try:
+            answer = function(*args, **kwargs)
+        except SystemExit as stop:  # Megatron's --exit-interval and --exit-duration-in-mins
+            self.end(None if not stop.code else f"exit code {stop.code}")
+            raise
+        except BaseException as error:
+            self.end(f"{type(error).__name__}: {error}")
+            raise
+        if finishes:
+            self.end()
+        return answer
+
     def _write_end(self, status: str, reason: str | None) -> None:
         self._write("end.json", {"status": status, "reason": reason, "ended": _now(), "steps": self.steps})
 
@@ -87,34 +103,6 @@ class Run:
             write_whole(str(self.folder / name), json.dumps(content, indent=1, default=str) + "\n", "--bfpp-run-dir")
         except UserError as error:
             say(f"WARNING: {error}")
-
-
-def keeping(run: Run, get_args: Callable[[], Any]) -> dict[Seam, Replace]:
-    """Return the replacements of Megatron's functions: the run's files begin, and end however the job ends."""
-
-    def around(begins: bool, finishes: bool) -> Replace:
-        def replace(function: Callable[..., Any]) -> Callable[..., Any]:
-            @wraps(function)  # tools that look at the function see Megatron's signature
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                if begins:
-                    run.begin(get_args())
-                try:
-                    answer = function(*args, **kwargs)
-                except SystemExit as stop:  # Megatron's --exit-interval and --exit-duration-in-mins
-                    run.end(None if not stop.code else f"exit code {stop.code}")
-                    raise
-                except BaseException as error:
-                    run.end(f"{type(error).__name__}: {error}")
-                    raise
-                if finishes:
-                    run.end()
-                return answer
-
-            return wrapper
-
-        return replace
-
-    return {BUILD: around(True, False), DATA: around(False, False), TRAIN: around(True, True)}
 
 
 def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ has a TensorBoard or W&B writer, the charts bfpp/... stand beside its own.
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from ...console.files import append_line
-from ..process import say
+from ..process import megatron_args, say
 from ..seams import Seam
 from .traffic import Traffic
 
@@ -48,40 +49,34 @@ def dimension(group: dist.ProcessGroup, kind: str) -> str:
 TRAFFIC = Traffic(dimension)  # of this process
 
 
-def logging_steps(path: str | None, run: "Run | None") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the replacement of training_log, which also writes to `path` and to the run's folder, and draws charts."""
+@dataclass
+class StepLog:
+    """Writes to `path` and to the run's folder beside Megatron's training_log, and draws charts."""
 
-    def replace(training_log: Callable[..., Any]) -> Callable[..., Any]:
-        from megatron.training.global_vars import get_args
+    path: str | None
+    run: "Run | None"
+    previous: float | None = None  # when the step before ended
 
+    def around(self, training_log: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from . import metrics
 
-        signature = inspect.signature(training_log)
-        previous: float | None = None
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal previous
-            given = signature.bind(*args, **kwargs).arguments
-            before, previous = previous, time.perf_counter()
-            step, step_time_s = given["iteration"], None if before is None else previous - before
-            options = get_args()
-            found, counts = metrics.of_step(options, step, step_time_s), TRAFFIC.taken()
-            is_last = dist.get_rank() == dist.get_world_size() - 1
-            if path is not None or run is not None:
-                # Only then: reading a loss waits for the device.
-                entry = _entry(given, step_time_s) | {"communication": counts} if is_last else {}
-                if path is not None and is_last:
-                    append_line(path, entry)
-                if run is not None:
-                    run.add(step, entry | found)
-            answer = training_log(*args, **kwargs)
-            if is_last:
-                _chart(options, step, metrics.charts(options, found), counts)
-            return answer
-
-        return wrapper
-
-    return replace
+        given = inspect.signature(training_log).bind(*args, **kwargs).arguments
+        before, self.previous = self.previous, time.perf_counter()
+        step, step_time_s = given["iteration"], None if before is None else self.previous - before
+        options = megatron_args()
+        found, counts = metrics.of_step(options, step, step_time_s), TRAFFIC.taken()
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if self.path is not None or self.run is not None:
+            # Only then: reading a loss waits for the device.
+            entry = _entry(given, step_time_s) | {"communication": counts} if is_last else {}
+            if self.path is not None and is_last:
+                append_line(self.path, entry)
+            if self.run is not None:
+                self.run.add(step, entry | found)
+        answer = training_log(*args, **kwargs)
+        if is_last:
+            _chart(options, step, metrics.charts(options, found), counts)
+        return answer
 
 
 def _entry(given: dict[str, Any], step_time_s: float | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -43,32 +44,28 @@ TRAIN_STEP = Seam(
 )
 
 
-def tracing(
-    steps: tuple[int, int], trace_path: str, picture_path: str | None, get_args: Callable[[], Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the replacement of train_step, which records the steps from the first to the last of `steps`."""
+@dataclass
+class Tracing:
+    """Records the steps of training from the first to the last of `steps`."""
 
-    def replace(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(train_step)
-        tracer: Tracer | None = None
+    steps: tuple[int, int]
+    trace_path: str
+    picture_path: str | None
+    tracer: "Tracer | None" = None  # from the first recorded step on
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal tracer
-            step = get_args().curr_iteration + 1  # as the log counts
-            process.RECORDING.measured = {}
-            if not steps[0] <= step <= steps[1]:
-                return train_step(*args, **kwargs)
-            tracer = tracer or Tracer(get_args(), trace_path, picture_path)
-            given = signature.bind(*args, **kwargs)
-            given.arguments["forward_backward_func"] = tracer.last_of(given.arguments["forward_backward_func"])
-            with tracer.recording(given.arguments["model"]):
-                answer = train_step(*given.args, **given.kwargs)
-            process.RECORDING.measured = tracer.collect(step, is_last=step == steps[1])
-            return answer
-
-        return wrapper
-
-    return replace
+    def around(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        options = process.megatron_args()
+        step = options.curr_iteration + 1  # as the log counts
+        process.RECORDING.measured = {}
+        if not self.steps[0] <= step <= self.steps[1]:
+            return train_step(*args, **kwargs)
+        tracer = self.tracer = self.tracer or Tracer(options, self.trace_path, self.picture_path)
+        given = inspect.signature(train_step).bind(*args, **kwargs)
+        given.arguments["forward_backward_func"] = tracer.last_of(given.arguments["forward_backward_func"])
+        with tracer.recording(given.arguments["model"]):
+            answer = train_step(*given.args, **given.kwargs)
+        process.RECORDING.measured = tracer.collect(step, is_last=step == self.steps[1])
+        return answer
 
 
 class Tracer:

@@ -39,12 +39,7 @@ def managers_end_with_this_process() -> AbstractContextManager[None]:
     return changed(BaseManager, start=functools.partialmethod(BaseManager.start, initializer=end_with_parent))
 
 
-def ending(get_queue: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that starts a manager on its first call: the manager ends with this process."""
-
-    @functools.wraps(get_queue)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with managers_end_with_this_process():
-            return get_queue(*args, **kwargs)
-
-    return wrapper
+def ending(get_queue: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function that starts a manager on its first call: the manager ends with this process."""
+    with managers_end_with_this_process():
+        return get_queue(*args, **kwargs)

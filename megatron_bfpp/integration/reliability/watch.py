@@ -6,7 +6,6 @@ at whose end nothing is pending. Under 1f1b the ranks compare and Megatron is le
 
 import atexit
 import faulthandler
-import functools
 import itertools
 import os
 import sys
@@ -40,33 +39,23 @@ WATCHDOG = "the watchdog"
 _meetings = itertools.count()
 
 
-def meeting(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap initialize_model_parallel: all ranks have met, and no group of some of them exists yet."""
-
-    @functools.wraps(initialize)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        options = process.megatron_args()
-        if options is not None and dist.is_initialized() and dist.get_backend() != "fake":
-            _meet(options)
-        return initialize(*args, **kwargs)
-
-    return wrapper
+def meeting(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run initialize_model_parallel: all ranks have met, and no group of some of them exists yet."""
+    options = process.megatron_args()
+    if options is not None and dist.is_initialized() and dist.get_backend() != "fake":
+        _meet(options)
+    return initialize(*args, **kwargs)
 
 
-def stepping(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap train_step: between steps nothing is timed, so that a checkpoint may take what it takes."""
-
-    @functools.wraps(train_step)  # others that replace it look at its parameters
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            answer = train_step(*args, **kwargs)
-        except Exception:
-            process.ACTIVITY.fail()
-            raise
-        process.ACTIVITY.end()
-        return answer
-
-    return wrapper
+def stepping(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run train_step: between steps nothing is timed, so that a checkpoint may take what it takes."""
+    try:
+        answer = train_step(*args, **kwargs)
+    except Exception:
+        process.ACTIVITY.fail()
+        raise
+    process.ACTIVITY.end()
+    return answer
 
 
 def _meet(args: Any) -> None:

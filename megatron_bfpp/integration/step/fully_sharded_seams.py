@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -74,38 +74,31 @@ def apply_to_checkpoints() -> None:
     seams.apply(LOAD_CHECKPOINT, with_steps)
 
 
-def by_local_tensor(original: Callable[..., dict[int, int]]) -> Callable[..., dict[int, int]]:
-    """Replace get_optim_param_to_id_map, which numbers an optimizer's parameters by the identity of their tensors.
+def by_local_tensor(
+    original: Callable[..., dict[int, int]], optim_params_iter: Iterable[torch.nn.Parameter]
+) -> dict[int, int]:
+    """Run get_optim_param_to_id_map, which numbers an optimizer's parameters by the identity of their tensors.
 
     For a sharded parameter that is the local tensor. Megatron calls `to_local()`, which since torch 2.14 makes a new
     tensor from a parameter: none is found again, and the checkpoint cannot be saved.
     """
-
-    def get_optim_param_to_id_map(optim_params_iter: Iterable[torch.nn.Parameter]) -> dict[int, int]:
-        return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
-
-    return get_optim_param_to_id_map
+    return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
 
 
-def with_steps(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace load_checkpoint, which restores only the tensors of a sharded optimizer, in place.
+def with_steps(original: Callable[..., Any], ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run load_checkpoint, which restores only the tensors of a sharded optimizer, in place.
 
     Without its groups' values the optimizer would count its steps from 0, and Adam would correct its moments for the
     bias of a first step. They are restored here from the state that Megatron has read.
     """
-
-    @wraps(original)
-    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("skip_load_to_model_and_opt") or optimizer is None:
-            return original(ddp_model, optimizer, *args, **kwargs)
-        with ExitStack() as stack:
-            for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-                each.load_state_dict = partial(_load_values, each)  # hides the method of the class
-                stack.callback(delattr, each, "load_state_dict")
-            # The chunks' load_state_dict does nothing: Megatron's wrapper for FSDP2 has it so.
-            return original(ddp_model, optimizer, *args, **{**kwargs, "skip_load_to_model_and_opt": False})
-
-    return load_checkpoint
+    if not kwargs.get("skip_load_to_model_and_opt") or optimizer is None:
+        return original(ddp_model, optimizer, *args, **kwargs)
+    with ExitStack() as stack:
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            each.load_state_dict = partial(_load_values, each)  # hides the method of the class
+            stack.callback(delattr, each, "load_state_dict")
+        # The chunks' load_state_dict does nothing: Megatron's wrapper for FSDP2 has it so.
+        return original(ddp_model, optimizer, *args, **{**kwargs, "skip_load_to_model_and_opt": False})
 
 
 def _load_values(optimizer: Any, state: dict[str, Any]) -> None:
