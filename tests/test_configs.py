@@ -129,10 +129,16 @@ def _by_flag(words: list[str]) -> dict[str, list[str]]:
     "path", [path for path in CONFIGS if path.stem.startswith("gpt_52b")], ids=lambda path: path.stem
 )
 def test_a_variant_of_the_52b_model_has_the_flags_of_its_base_and_its_own(path):
-    environment, words = load(path, expand=False)
+    words = load(path, expand=False)[1]
     assert _by_flag(words) == _by_flag(MODEL.split()) | _by_flag(VARIANTS[path.stem].split())
-    has_tensor_parallelism = "--tensor-model-parallel-size" in words
-    assert environment == ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if has_tensor_parallelism else {})
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=lambda path: path.stem)
+def test_the_variables_are_those_that_megatron_and_the_schedule_need_on_gpus_before_blackwell(path):
+    environment, words = load(path, expand=False)
+    divided = {"--tensor-model-parallel-size", "--context-parallel-size"} & {*words}
+    connections = {"CUDA_DEVICE_MAX_CONNECTIONS": "1" if divided else "32"} if path.stem in GPUS else {}
+    assert environment == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | connections
 
 
 def test_the_clusters_are_those_that_the_configurations_were_made_for():

@@ -17,7 +17,7 @@ ARMS = tuple(word for word, schedule in SCHEDULES.items() if schedule.flags)
 _LAYOUT = "--pipeline-model-parallel-layout"
 _CHUNKS = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
 _FSDP2 = "--use-torch-fsdp2"
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_CONNECTIONS, _MOST_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
 # Megatron refuses the first two with FSDP2 (docs/guide/fully_sharded.md), and the third without model chunks.
 _NOT_SHARDED = ("--use-distributed-optimizer", "--overlap-param-gather", "--overlap-param-gather-with-optimizer-step")
 _NOT_WITHOUT_CHUNKS = ("--overlap-param-gather-with-optimizer-step",)
@@ -67,10 +67,10 @@ class Job:
         if settings.megatron_path:
             trainer = ["-m", "megatron_bfpp.run", *trainer[2:], f"{settings.megatron_path}/pretrain_gpt.py"]
         flags = [*self.flags, *flags, *shlex.split(settings.extra_args)]
-        values = {_CONNECTIONS: os.environ.get(_CONNECTIONS, "1"), **self.environment, **marks}
-        unset = [f"--unset={_CONNECTIONS}"] if _FSDP2 in flags else []
-        kept = [f"{name}={value}" for name, value in values.items() if not (unset and name == _CONNECTIONS)]
-        return launcher.job([*unset, *kept], [*trainer, *flags])
+        values = {_CONNECTIONS: os.environ.get(_CONNECTIONS, _connections(flags)), **self.environment, **marks}
+        if _FSDP2 in flags and values[_CONNECTIONS] == "1":  # which Megatron refuses with FSDP2
+            values[_CONNECTIONS] = _MOST_CONNECTIONS
+        return launcher.job([f"{name}={value}" for name, value in values.items()], [*trainer, *flags])
 
 
 def logging_flags(settings: Settings, name: str, folder: Path) -> list[str]:
@@ -98,6 +98,12 @@ def _microbatches(flags: list[str], launcher: Launcher) -> int:
     if gbs < 1 or gbs % (mbs * replicas):
         raise UserError(f"GBS={gbs} is no multiple of MBS {mbs} x {replicas} replicas: set GBS or MBS")
     return gbs // (mbs * replicas)
+
+
+def _connections(flags: list[str]) -> str:
+    """Return 1 where Megatron demands it before Blackwell, else the most: what waits then holds up nothing else."""
+    divided = any(_number(flags, f"--{name}-parallel-size", 1) > 1 for name in ("tensor-model", "context"))
+    return "1" if divided else _MOST_CONNECTIONS
 
 
 def _chunks(flags: list[str], settings: Settings) -> list[str]:

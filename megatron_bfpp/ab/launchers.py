@@ -23,7 +23,7 @@ class Launcher:
     is_allocated: bool = False
 
     def job(self, environment: list[str], trainer: list[str]) -> list[str]:
-        """Return the command that runs `trainer` in every rank. environment: NAME=VALUE or --unset=NAME, for env."""
+        """Return the command that runs `trainer` in every rank. environment: NAME=VALUE."""
         run = [*self.meeting, "--nproc-per-node", str(self.ranks_per_node), *trainer]
         if self.srun is None:
             return ["env", *environment, self.python, "-m", "torch.distributed.run", *run]

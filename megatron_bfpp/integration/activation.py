@@ -16,6 +16,7 @@ from .seams import Seam
 from .validation import Report, Validation, report_on_first_rank
 
 SUPPORTED = ((0, 17), (0, 19))  # first and last release of megatron-core with megatron.training that is tested
+FIRST_TORCH = (2, 9)  # the first that is tested; a newer one than the last that is tested runs
 
 SCHEDULE = Seam(
     "megatron.core.pipeline_parallel.schedules",
@@ -34,6 +35,7 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
     if pipeline_schedule is not None and pipeline_schedule not in SCHEDULES:
         raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
     check_version()
+    check_torch()
     from .cpu import mode
 
     device, reason = mode.choose_device(device)
@@ -57,6 +59,7 @@ def enable_for_dry_run(report: Report) -> None:
     report: takes what the plugin would print about the command line on rank 0.
     """
     check_version()
+    check_torch()
     if importlib.util.find_spec("megatron.training") is None:
         raise UserError("megatron.training is not installed.\n  pip install 'megatron-core>=0.17,<0.20'.")
     from .cpu import mode
@@ -107,6 +110,15 @@ def check_version() -> None:
     if not SUPPORTED[0] <= release <= SUPPORTED[1]:
         first, last = (".".join(map(str, end)) for end in SUPPORTED)
         raise UserError(f"megatron-core {version} is not supported: megatron_bfpp works with {first} to {last}.")
+
+
+def check_torch() -> None:
+    """Raise UserError for a torch that is too old."""
+    from torch import __version__ as version
+
+    if tuple(int(part) for part in version.split(".")[:2]) < FIRST_TORCH:
+        first = ".".join(map(str, FIRST_TORCH))
+        raise UserError(f"torch {version} is not supported: megatron_bfpp works with {first} and newer.")
 
 
 def _dispatch(explicit: str | None, original: Callable[..., Any], **call: Any) -> Any:

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 from ab_runs import compared, make_run
 
+from megatron_bfpp.ab.job import ARMS
+from megatron_bfpp.cli import main
+from megatron_bfpp.console.config_file import cluster
 from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.schedule.names import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+CONNECTIONS, GROUP = "CUDA_DEVICE_MAX_CONNECTIONS", "--microbatch-group-size-per-virtual-pipeline-stage"
 
 # `python`: the trainer where torch.distributed.run is asked for, else the real one.
 PYTHON = f"""#!/usr/bin/env bash
@@ -104,38 +109,78 @@ def test_arms_alternate_and_a_failing_one_is_a_row_of_the_report(stubs):
     assert (out / "report.html").exists() and (out / "report.md").exists()
 
 
-@pytest.mark.slow
-def test_arms_differ_in_the_schedule_alone(stubs):
-    done = run(
-        "ab_local.sh",
-        stubs,
-        ROUNDS="1",
-        GBS="12",
-        ARMS="interleaved interleaved-grouped breadth-first breadth-first-sharded",
-    )
-    assert done.returncode == 0, done.stderr
-    words = {arm: given for arm, _, given, _ in calls(stubs)}
-    common = set.intersection(*map(set, words.values()))
-    assert {"--num-virtual-stages-per-pipeline-rank", "--global-batch-size", "12"} <= common
-    more = {arm: [word for word in given if word not in common and "/out/" not in word] for arm, given in words.items()}
-    assert more["interleaved"] == ["1f1b"]
-    assert more["interleaved-grouped"] == ["1f1b", "--microbatch-group-size-per-virtual-pipeline-stage"]
-    assert words["interleaved-grouped"][words["interleaved-grouped"].index(more["interleaved-grouped"][1]) + 1] == "12"
-    assert more["breadth-first"] == ["breadth-first"]
-    assert more["breadth-first-sharded"][:3] == [
-        "breadth-first",
-        "--use-torch-fsdp2",
-        "--no-gradient-accumulation-fusion",
-    ]
-    assert {arm: limit for arm, *_, limit in calls(stubs)} == dict.fromkeys(words, "1") | {
-        "breadth-first-sharded": None
-    }
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if cluster(path).gpus]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+CHUNKED = [word for word in ARMS if SCHEDULES[word].chunks]
+
+
+@pytest.fixture
+def dry_run(monkeypatch, tmp_path, capsys):
+    """Return a function: configuration, ranks, more flags -> the command of each arm, without the names of its run."""
+    for name in ("DATA_PATH", "VOCAB_FILE", "MERGE_FILE", "TOKENIZER_MODEL"):
+        monkeypatch.setenv(name, "data")
+    monkeypatch.delenv(CONNECTIONS, raising=False)
+
+    def commands(path, ranks, *flags):
+        words = ["ab", "--dry-run", "--launcher", "local", "--output-path", str(tmp_path), "--config", str(path)]
+        words += ["--gpus-per-node", str(ranks), "--rounds", "1", "--arms", " ".join(CHUNKED), *flags]
+        assert main(words) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "torch.distributed.run" in line]
+        return {
+            arm: [word.replace(str(tmp_path / f"{arm}.1"), "RUN").replace(f"ARM={arm}", "ARM") for word in line.split()]
+            for arm, line in zip(CHUNKED, lines, strict=True)
+        }
+
+    return commands
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, QUICKSTART], ids=lambda path: path.stem)
+def test_arms_differ_in_the_schedule_alone(path, dry_run):
+    demands = {"--use-distributed-optimizer", "--overlap-param-gather", f"{CONNECTIONS}=1", f"{CONNECTIONS}=32"}
+    found = set()
+    for arm, words in dry_run(path, cluster(path).gpus or 4).items():
+        group = words[words.index(GROUP) + 1] if GROUP in words else "0"
+        own = SCHEDULES[arm].flags_for(int(group))
+        # The last one: CONFIG has a schedule too.
+        begin = max(at for at in range(len(words)) if words[at : at + len(own)] == own)
+        rest = words[:begin] + words[begin + len(own) :]
+        assert "--no-check-for-nan-in-loss-and-grad" in rest
+        if "--use-torch-fsdp2" in own:  # Megatron refuses the first two with it, and one connection
+            assert f"{CONNECTIONS}=32" in rest and not demands & {*rest} - {f"{CONNECTIONS}=32"}
+        else:
+            assert f"{CONNECTIONS}={1 if '--tensor-model-parallel-size' in rest else 32}" in rest
+            found.add(tuple(rest))
+        sharded = [word for word in rest if word not in demands]
+        assert sharded == [word for word in next(iter(found)) if word not in demands]
+    assert len(found) == 1
+
+
+def test_the_group_is_that_of_the_microbatches_of_the_settings(dry_run):
+    words = dry_run(QUICKSTART, 4, "--gbs", "12")["interleaved-grouped"]
+    assert words[words.index(GROUP) + 1] == "12" and words.count("12") == 2
+
+
+@pytest.mark.parametrize(
+    "environment, extra, connections",
+    [
+        ({}, "--context-parallel-size 2", "1"),
+        ({}, "--tensor-model-parallel-size 2", "1"),
+        ({CONNECTIONS: "8"}, "--context-parallel-size 2", "8"),  # Blackwell
+    ],
+)
+def test_the_connections_are_those_that_megatron_demands(environment, extra, connections, dry_run, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for arm, words in dry_run(QUICKSTART, 4, "--extra-args", extra).items():
+        wanted = "32" if "sharded" in arm and connections == "1" else connections
+        assert [word for word in words if word.startswith(CONNECTIONS)] == [f"{CONNECTIONS}={wanted}"]
 
 
 def test_1f1b_has_no_chunks_and_the_other_arms_have_the_same(stubs):
     settings = {"ARMS": "1f1b interleaved", "ROUNDS": "1", "VP": "2", "EXTRA_ARGS": "--log-throughput"}
     assert run("ab_local.sh", stubs, **settings).returncode == 0
-    (_, _, plain, _), (_, _, chunks, _) = calls(stubs)
+    (_, _, plain, connections), (_, _, chunks, others) = calls(stubs)
+    assert connections == others == "32"  # the ranks have it, beside no other difference of their environment
     flag = "--num-virtual-stages-per-pipeline-rank"
     assert flag not in plain and chunks[chunks.index(flag) + 1] == "2"
     assert "2" not in plain and {"--log-throughput", "--pipeline-schedule", "1f1b"} <= {*plain} & {*chunks}

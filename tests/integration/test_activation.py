@@ -124,6 +124,34 @@ def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
             check_version()
 
 
+@pytest.mark.parametrize(
+    "version, runs",
+    [("2.8.0", False), ("1.13.1+cu117", False), ("2.9.0", True), ("2.10.0a0+b4e4ee8.nv25.12", True), ("3.0.0", True)],
+)
+def test_an_old_torch_is_refused_in_one_sentence_and_an_unknown_one_runs(version, runs, monkeypatch):
+    import torch
+
+    import megatron_bfpp
+    from megatron_bfpp.console.errors import UserError
+    from megatron_bfpp.integration import activation
+
+    class Reached(Exception):
+        pass
+
+    def choose_device(_):
+        raise Reached
+
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr("megatron_bfpp.integration.cpu.mode.choose_device", choose_device)
+    with pytest.raises(Reached if runs else UserError) as ended:
+        megatron_bfpp.enable("breadth-first")
+    sentence = f"torch {version} is not supported: megatron_bfpp works with 2.9 and newer."
+    assert runs or str(ended.value) == sentence
+    if not runs:
+        with pytest.raises(UserError, match=r"2\.9 and newer"):
+            activation.enable_for_dry_run(print)
+
+
 def test_too_few_data_iterators_are_an_error_before_any_rank_waits():
     import torch
 
