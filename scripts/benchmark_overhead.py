@@ -1,10 +1,12 @@
-"""What a schedule costs the host: python scripts/benchmark_overhead.py [--pp 4] [--chunks 4] [--microbatches 16]
+"""What a schedule costs the host, and its recorder: python scripts/benchmark_overhead.py [--pp 4] [--microbatches 16]
 
 Model chunks that do next to nothing, on a process group whose messages are done at once (torch's "fake" backend), so
 that only the schedules' own Python is left: Megatron's interleaved 1F1B (its default order, and its order with all
 micro-batches in one group) and this plugin's executor, on the same shape, in turn, in one process that poses as each
 pipeline rank. Prints microseconds of the host per forward or backward, the first decile, and the ratio to Megatron's
 loop at nearly the same order, one group of all micro-batches. The ratios count: the times are this machine's.
+"recorded" is breadth-first in a traced step, which notes every action and every wait; on a GPU a note takes two CUDA
+events instead of two readings of the clock.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ARMS = ("interleaved", "interleaved-grouped", "breadth-first")  # words of megatron_bfpp/schedule/names.py
+ARMS = ("interleaved", "interleaved-grouped", "breadth-first", "recorded")  # words of schedule/names.py, and one more
 
 
 def main() -> int:
@@ -88,17 +90,25 @@ def _one_rank(args: argparse.Namespace) -> None:
 def _arms(config: Any, microbatches: int) -> dict[str, Callable[..., Any]]:
     from megatron.core.pipeline_parallel import schedules
 
+    from megatron_bfpp.integration import process
+    from megatron_bfpp.integration.seams import changed
+    from megatron_bfpp.runtime.clocks import HostClock
+    from megatron_bfpp.timeline.recorder import Recorder
+
     ours = schedules.forward_backward_pipelining_with_interleaving
     megatron = ours.__wrapped__
 
     def grouped(**call: Any) -> Any:
-        before, config.microbatch_group_size_per_vp_stage = config.microbatch_group_size_per_vp_stage, microbatches
-        try:
+        with changed(config, microbatch_group_size_per_vp_stage=microbatches):
             return megatron(**call)
-        finally:
-            config.microbatch_group_size_per_vp_stage = before
 
-    return dict(zip(ARMS, (megatron, grouped, ours), strict=True))
+    def recorded(**call: Any) -> Any:
+        recorder = Recorder(HostClock())
+        recorder.begin()
+        with changed(process.RECORDING, recorder=recorder):
+            return ours(**call)
+
+    return dict(zip(ARMS, (megatron, grouped, ours, recorded), strict=True))
 
 
 def _timed(run: Callable[..., Any], model: list[Chunk], args: argparse.Namespace) -> Callable[[], float]:

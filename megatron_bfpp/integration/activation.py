@@ -10,8 +10,10 @@ from typing import Any
 
 from ..console.errors import UserError
 from . import seams
+from .cpu import mode
 from .flags.settings import SCHEDULES, Settings, add_flags, settings_of
 from .process import megatron_args
+from .reliability import orphans, watch
 from .seams import Seam
 from .validation import Report, Validation, report_on_first_rank
 
@@ -36,8 +38,6 @@ def enable(pipeline_schedule: str | None = None, device: str = "auto") -> str:
         raise UserError(f"pipeline_schedule={pipeline_schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
     check_version()
     check_torch()
-    from .cpu import mode
-
     device, reason = mode.choose_device(device)
     if device == "cpu" and not mode.is_cpu_enabled():
         if int(os.environ.get("RANK", "0")) == 0:
@@ -62,8 +62,6 @@ def enable_for_dry_run(report: Report) -> None:
     check_torch()
     if importlib.util.find_spec("megatron.training") is None:
         raise UserError("megatron.training is not installed.\n  pip install 'megatron-core>=0.17,<0.20'.")
-    from .cpu import mode
-
     mode.enable_cpu()
     mode.skip_compile_without_makefile()
     _apply_to_training(None, "cuda", report)
@@ -71,8 +69,6 @@ def enable_for_dry_run(report: Report) -> None:
 
 def _apply_to_training(explicit: str | None, device: str, report: Report) -> None:
     import megatron.training.training  # noqa: F401 - binds by name what is replaced here
-
-    from .reliability import orphans, watch
 
     def with_flags(add_arguments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         parser = add_arguments(*args, **kwargs)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..console.errors import UserError
+from ..console.files import write_whole
 from ..console.version import __version__
 from ..runtime.activity import Activity
 from ..runtime.fully_sharded import FullySharded
@@ -27,6 +29,14 @@ is_watched = False  # whether a watchdog runs, which sees the end of the optimiz
 def say(text: str) -> None:
     """Print a line to the job's log, under the plugin's name and version."""
     print(f"megatron_bfpp {__version__}: {text}", flush=True)
+
+
+def write_or_warn(path: str, text: str, flag: str) -> None:
+    """Write a file whole, or a warning: a run of days does not end for a file that cannot be written."""
+    try:
+        write_whole(path, text, flag)
+    except UserError as error:
+        say(f"WARNING: {error}")
 
 
 @cache

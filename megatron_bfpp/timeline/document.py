@@ -30,9 +30,9 @@ class Event(NamedTuple):
     action: Action
     lane: int
     category: str
-    start: int
-    end: int
-    busy: int = 0
+    start: float
+    end: float
+    busy: float = 0
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Trace:
     about: dict[str, Any]  # what runs, for the reader
     _events: list[dict[str, Any]] = field(default_factory=list)
     _steps: list[dict[str, Any]] = field(default_factory=list)
-    _zero: int | None = None
+    _zero: float | None = None
 
     def add(self, step: int, shape: PipelineShape, ranks: list[list[Interval]], **about: Any) -> list[list[Event]]:
         """Add a step from the sorted intervals of each pp_rank and return their events. about: for the reader."""
@@ -89,7 +89,7 @@ def lanes(intervals: list[Interval]) -> Iterator[Event]:
         if action.op in COMPUTE:
             while following < len(waits) and waits[following].start < start:
                 following += 1
-            waited = 0
+            waited = 0.0
             while following < len(waits) and waits[following].start < end:
                 wait = waits[following]
                 if wait.kind == DP:
@@ -108,14 +108,14 @@ def _receives(actions: list[Interval], waits: list[Interval]) -> Iterator[Event]
     """Yield the receives in the order of their arrival, which need not be that of their posting."""
     arrivals = {wait.action: wait.end for wait in waits}
     receives = [(arrivals.get(each.action, each.end), each) for each in actions if each.action.op in RECEIVES]
-    free = 0
+    free = 0.0
     for end, each in sorted(receives):
         yield Event(each.action, RECEIVING, "receive", max(each.start, free), end)
         free = end
 
 
 def in_chromes_format(
-    ranks: list[list[Event]], shape: PipelineShape, step: int, zero: int, first: int = 0, label: str = ""
+    ranks: list[list[Event]], shape: PipelineShape, step: int, zero: float, first: int = 0, label: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Yield the events and arrows of a step; here actions become text, and nanoseconds since `zero` microseconds.
 
@@ -125,17 +125,10 @@ def in_chromes_format(
     received: dict[Action | None, dict[str, Any]] = {}
     for process, events in enumerate(ranks, first):
         for action, lane, category, start, end, busy in events:
-            times = {"ts": (start - zero) / 1000, "dur": (end - start) / 1000}
-            args = {"step": step} | ({"busy_us": busy / 1000} if lane == COMPUTE_LANE else {})
-            event = {
-                "ph": "X",
-                "name": str(action),
-                "cat": category,
-                "pid": process,
-                "tid": lane,
-                **times,
-                "args": args,
-            }
+            event: dict[str, Any] = {"ph": "X", "name": str(action), "cat": category, "pid": process, "tid": lane}
+            event |= {"ts": (start - zero) / 1000, "dur": (end - start) / 1000, "args": {"step": step}}
+            if lane == COMPUTE_LANE:
+                event["args"]["busy_us"] = busy / 1000
             if lane == SENDING:
                 sent[action] = event
             if lane == RECEIVING:

@@ -8,9 +8,9 @@ ACTION, P2P, DP = "action", "p2p", "dp"  # kinds of an interval: an action, or a
 
 
 class Interval(NamedTuple):
-    """An action, or a wait for it. Times are in nanoseconds, everywhere up to a file or a reader."""
+    """An action, or a wait for it. Times are in nanoseconds, everywhere up to a file; measured.py has milliseconds."""
 
     action: Action
     kind: str  # ACTION, P2P, DP
-    start: int
-    end: int
+    start: float
+    end: float

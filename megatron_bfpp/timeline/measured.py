@@ -14,23 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..console.errors import UserError
 from ..schedule import Action, Op, PipelineShape, ScheduleError, Span, Timeline, simulate
 from .document import COMPUTE_LANE, FORMAT, REPLICAS, WAITING, Event
-from .intervals import DP, P2P
+from .intervals import DP, P2P, Interval
 
 _MS = 1e-6  # of a nanosecond
-
-
-class Wait(NamedTuple):
-    """A time in which a rank stood still for an action. kind: P2P or DP."""
-
-    kind: str
-    action: Action
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Measured(Timeline):
     """A measured step: a timeline, with waits."""
 
     length: float = 0.0
-    waits: list[list[Wait]] = field(default_factory=list)  # [pp_rank]
+    waits: list[list[Interval]] = field(default_factory=list)  # [pp_rank]
     busy: list[float] = field(default_factory=list)
     exposed_p2p: list[float] | None = None  # None: unknown, under Megatron's own loops
     exposed_dp: list[float] = field(default_factory=list)
@@ -76,11 +67,7 @@ def measure(shape: PipelineShape, ranks: list[list[Event]], waits_are_known: boo
 
     spans = [[Span(each.action, *times(each)) for each in events if each.lane == COMPUTE_LANE] for events in ranks]
     waits = [
-        [
-            Wait(each.category.removeprefix("wait-"), each.action, *times(each))
-            for each in events
-            if each.lane == WAITING
-        ]
+        [Interval(each.action, each.category[len("wait-") :], *times(each)) for each in events if each.lane == WAITING]
         for events in ranks
     ]
     gates = [

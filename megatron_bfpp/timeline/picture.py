@@ -146,7 +146,7 @@ class _Panel:
         """Draw bars along the foot of the rows, which leaves the actions that wait to be seen."""
         for pp_rank, waits in enumerate(measured.waits):
             y = self.y(pp_rank) + _ROW - 5
-            for kind, action, start, end in waits:
+            for action, kind, start, end in waits:
                 if (end - start) * self.scale >= 0.3:
                     about = f"waits for {action}: {end - start:.6g}"
                     self.add(Box(self.x(start), y, (end - start) * self.scale, 5, f"wait-{kind}", "", about))

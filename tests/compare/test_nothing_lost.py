@@ -63,7 +63,8 @@ def test_a_file_stays_as_it_was_where_the_new_one_does_not_fit(disk):
 
 def test_a_run_on_a_full_disk_trains_on_and_keeps_the_steps_before_and_after(disk, monkeypatch, capsys):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
-    from megatron_bfpp.integration.observe import run_files, tracing
+    from megatron_bfpp.integration.observe import run_files
+    from megatron_bfpp.integration.process import write_or_warn
 
     monkeypatch.setattr(run_files, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
     template = make_run(disk.parent, "1f1b", steps=3)
@@ -72,10 +73,10 @@ def test_a_run_on_a_full_disk_trains_on_and_keeps_the_steps_before_and_after(dis
     shutil.copy(template / "run.json", run.folder)
     trace = str(run.folder / "trace.json")
     run.add(1, lines[0])
-    tracing._write(trace, "a whole trace")
+    write_or_warn(trace, "a whole trace", "--bfpp-trace-steps")
     filler = fill(disk)
     run.add(2, lines[1])
-    tracing._write(trace, "another trace" * 1000)
+    write_or_warn(trace, "another trace" * 1000, "--bfpp-trace-steps")
     told = capsys.readouterr().out
     assert "WARNING: step 2 is missing in" in told and "WARNING: --bfpp-trace-steps" in told
     assert Path(trace).read_text() == "a whole trace"

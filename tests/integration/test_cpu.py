@@ -33,7 +33,7 @@ def node(monkeypatch):
 def cpu_enabled():
     cpu.enable_cpu()
     yield
-    cpu.disable_cpu()
+    cpu.seams.undo(cpu.CPU)
 
 
 # --device, is there a driver, CUDA_VISIBLE_DEVICES, devices that torch sees, ranks of the node -> the answer
@@ -120,7 +120,7 @@ def test_disable_undoes_every_attribute():
     cpu.enable_cpu()  # idempotent: nothing is wrapped twice
     assert _everything(owners) == during
     changed = {key for key in during if during[key] is not before.get(key)}
-    cpu.disable_cpu()
+    cpu.seams.undo(cpu.CPU)
     after = _everything(owners)
     assert len(changed) > 60
     assert after.keys() == before.keys()

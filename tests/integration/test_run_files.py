@@ -11,7 +11,7 @@ from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration import process
 from megatron_bfpp.integration.flags.settings import run_dir_of, trace_steps_of, word_of_job
 from megatron_bfpp.integration.observe import apply as observe
-from megatron_bfpp.integration.observe import metrics, run_files, step_log, tracing
+from megatron_bfpp.integration.observe import metrics, run_files, step_log
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_and_training_goes_on(run, capsys):
 
 
 def test_a_trace_that_cannot_be_written_is_told_and_training_goes_on(tmp_path, capsys):
-    tracing._write(str(tmp_path / "gone" / "trace.json"), "{}")
+    process.write_or_warn(str(tmp_path / "gone" / "trace.json"), "{}", "--bfpp-trace-steps")
     assert "WARNING: --bfpp-trace-steps" in capsys.readouterr().out
 
 

@@ -13,9 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -26,7 +24,7 @@ from .modules import module_patches
 from .optimizer import optimizer_patches
 from .tensors import random_patches, tensor_patches
 
-__all__ = ["choose_device", "disable_cpu", "enable_cpu", "is_cpu_enabled", "skip_compile_without_makefile"]
+__all__ = ["CPU", "choose_device", "enable_cpu", "is_cpu_enabled", "skip_compile_without_makefile"]
 
 CPU = "the CPU mode"
 HELPERS = "the data-set helpers"
@@ -76,7 +74,7 @@ def is_cpu_enabled() -> bool:
 
 
 def enable_cpu() -> None:
-    """Let Megatron run on CPU tensors in this process until `disable_cpu`. Before or after Megatron's import alike."""
+    """Let Megatron run on CPU tensors until `seams.undo(CPU)`. Before or after Megatron's import alike."""
     if is_cpu_enabled():
         return
     with seams.together(CPU) as undo:
@@ -94,15 +92,11 @@ def enable_cpu() -> None:
         logger.addFilter(_is_not_about_the_generator)
         undo.callback(logger.removeFilter, _is_not_about_the_generator)
         if importlib.util.find_spec("megatron.training") is not None:  # Megatron-Core is enough
-            seams.apply(INITIALIZE, _without_cuda)
+            # It asserts torch.cuda.is_available() otherwise.
+            seams.apply(INITIALIZE, lambda original, *args, **more: original(*args, **{**more, "allow_no_cuda": True}))
             undo.callback(seams.undo, INITIALIZE)
         atexit.register(_close_process_groups)
         undo.callback(atexit.unregister, _close_process_groups)
-
-
-def disable_cpu() -> None:
-    """Undo `enable_cpu`."""
-    seams.undo(CPU)
 
 
 def _close_process_groups() -> None:
@@ -113,11 +107,6 @@ def _close_process_groups() -> None:
     """
     if torch.distributed.is_initialized() and not hasattr(sys, "last_exc"):
         torch.distributed.destroy_process_group()
-
-
-def _without_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run initialize_megatron, which asserts torch.cuda.is_available() otherwise."""
-    return initialize(*args, **{**kwargs, "allow_no_cuda": True})
 
 
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:

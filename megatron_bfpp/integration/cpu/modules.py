@@ -5,6 +5,7 @@ Each is patched in the class or function itself, which serves every module that 
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,21 +25,15 @@ def module_patches() -> Iterator[tuple[Any, str, Any]]:
     yield WrappedTorchNorm, "__new__", staticmethod(_marking_sequence_parallel(WrappedTorchNorm.__new__))
     yield DotProductAttention, "__init__", _without_context_parallelism(DotProductAttention.__init__)
     yield DotProductAttention, "forward", _over_the_whole_sequence(DotProductAttention.forward)
-    yield fsdp2, "DeviceMesh", _CpuMesh
+    # The wrapper for FSDP2 names CUDA.
+    yield (
+        fsdp2,
+        "DeviceMesh",
+        SimpleNamespace(from_group=lambda group, _, **more: DeviceMesh.from_group(group, "cpu", **more)),
+    )
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy
     name = "reduce_from_tensor_model_parallel_region"
     yield layers, name, _unless_alone(getattr(layers, name))
-
-
-class _CpuMesh:
-    """The DeviceMesh of the wrapper for FSDP2, which names CUDA."""
-
-    @staticmethod
-    def from_group(group: Any, device_type: str, **kwargs: Any) -> DeviceMesh:
-        return DeviceMesh.from_group(group, "cpu", **kwargs)
-
-
-# Norms
 
 
 def _marking_sequence_parallel(new: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,9 +56,6 @@ def _changed(config: Any, **values: Any) -> Any:
     for name, value in values.items():
         setattr(config, name, value)
     return config
-
-
-# Attention with context parallelism
 
 
 def _without_context_parallelism(init: Callable[..., None]) -> Callable[..., None]:
@@ -119,9 +111,6 @@ def _gather_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
     positions = torch.cat([zigzag_positions(part.size(0), rank, group.size()) for rank in range(group.size())])
     ordered: torch.Tensor = gathered[torch.argsort(positions)]
     return ordered
-
-
-# Experts
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from ...console.errors import UserError
-from ...console.files import append_line, write_whole
+from ...console.files import append_line
 from ...console.version import __version__
 from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import is_sharded, settings_of, word_of_job
-from ..process import megatron_args, say, versions
+from ..process import megatron_args, say, versions, write_or_warn
 from ..seams import Seam
 from . import metrics
 
@@ -73,11 +73,11 @@ class Run:
 
     def end(self, reason: str | None = None) -> None:
         """Write end.json. reason: why the run has failed; None if it has not."""
-        if reason is None:
-            if _writes():
-                self._write_end("finished", None)
-        elif not (self.folder / "end.json").exists():  # the others fail because of the first one
-            self._write_end("failed", f"rank {dist.get_rank()}: {reason}")
+        # Once one rank has failed, the others fail because of it.
+        if _writes() if reason is None else not (self.folder / "end.json").exists():
+            why = None if reason is None else f"rank {dist.get_rank()}: {reason}"
+            end = {"status": "finished" if reason is None else "failed", "reason": why}
+            self._write("end.json", {**end, "ended": _now(), "steps": self.steps})
 
     def around(self, begins: bool, finishes: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function of Megatron with which the run's files begin or finish; they end however it ends the job."""
@@ -95,14 +95,9 @@ class Run:
             self.end()
         return answer
 
-    def _write_end(self, status: str, reason: str | None) -> None:
-        self._write("end.json", {"status": status, "reason": reason, "ended": _now(), "steps": self.steps})
-
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        try:
-            write_whole(str(self.folder / name), json.dumps(content, indent=1, default=str) + "\n", "--bfpp-run-dir")
-        except UserError as error:
-            say(f"WARNING: {error}")
+        text = json.dumps(content, indent=1, default=str) + "\n"
+        write_or_warn(str(self.folder / name), text, "--bfpp-run-dir")
 
 
 def describe(args: Any, name: str, hosts: list[str]) -> dict[str, Any]:

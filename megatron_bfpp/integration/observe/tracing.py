@@ -22,8 +22,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import schedules
 from torch.nn import Module
 
-from ...console.errors import UserError
-from ...console.files import write_whole
 from ...console.version import __version__
 from ...runtime.clocks import clock_of, offset_to_first
 from ...schedule import Action, Op, PipelineShape
@@ -35,7 +33,7 @@ from ...timeline.trace import picture
 from .. import process
 from ..flags.batches import microbatches_now
 from ..flags.settings import settings_of, word_of_job
-from ..process import noted, say, this_device
+from ..process import noted, say, this_device, write_or_warn
 from ..seams import Seam, changed
 from ..step.groups import local_group
 
@@ -148,11 +146,9 @@ class Tracer:
         events = self._trace.add(step, self._shape, ranks, clock_offset_us=offsets, clock_error_us=errors)
         measured = measure(self._shape, events, self._has_plan)
         trace_path, picture_path = self._paths
-        files = [(trace_path, json.dumps(self._trace.document()))]
+        write_or_warn(trace_path, json.dumps(self._trace.document()), "--bfpp-trace-steps")
         if picture_path is not None and is_last:
-            files.append((picture_path, picture(measured, step)))
-        for path, text in files:
-            _write(path, text)
+            write_or_warn(picture_path, picture(measured, step), "--bfpp-trace-steps")
         if is_last:
             say(f"steps up to {step} are traced in {trace_path}; bubble {measured.bubble_fraction:.1%}")
         return metrics_of(measured)
@@ -166,14 +162,6 @@ def metrics_of(measured: Measured) -> dict[str, Any]:
         "exposed_p2p_s": None if p2p is None else [each / 1000 for each in p2p],
         "exposed_dp_s": [each / 1000 for each in measured.exposed_dp],
     }
-
-
-def _write(path: str, text: str) -> None:
-    """Write a file, or a warning: a run of days does not end for a picture that cannot be written."""
-    try:
-        write_whole(path, text, "--bfpp-trace-steps")
-    except UserError as error:
-        say(f"WARNING: {error}")
 
 
 def _waits_of_replicas(chunk: Module) -> Iterator[tuple[object, str, Op]]:

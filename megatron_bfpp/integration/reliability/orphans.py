@@ -24,14 +24,14 @@ def end_with_parent() -> None:
     --exit-signal-handler the rank takes it as the wish to save, for which it needs its helper.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_exit_after_parent, daemon=True).start()
-
-
-def _exit_after_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "a helper has a parent"
-    parent.join()
-    os._exit(1)
+
+    def exit_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 def managers_end_with_this_process() -> AbstractContextManager[None]:
