@@ -1,12 +1,11 @@
 """bfpp bench: the schedules themselves, in real processes on emulated stages and an emulated network, without a GPU."""
 
 import argparse
-import json
 import sys
 from functools import partial
 
 from ..console.errors import require
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
 from ..schedule import PipelineShape
@@ -95,17 +94,11 @@ def run(args: argparse.Namespace) -> int:
         require("matplotlib", "--plot")
     results = _measure(args, settings(args))
     print(table(results))
-    if args.json is not None:
-        write_whole(args.json, json.dumps(as_json(results), indent=1) + "\n", "--json")
-        print(f"wrote {args.json}")
-    if args.markdown is not None:
-        write_whole(args.markdown, markdown(results), "--markdown")
-        print(f"wrote {args.markdown}")
+    write_wanted(args, json=lambda: as_json(results), markdown=lambda: markdown(results))
     if args.plot is not None:
         from .plot import plot
 
         plot(results, args.plot)
-        print(f"wrote {args.plot}")
     return 0
 
 

@@ -5,7 +5,6 @@ compared here with the estimates. Neither torch nor Megatron is imported in this
 """
 
 import argparse
-import json
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..console.config_file import cluster, load
 from ..console.errors import UserError
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..console.numbers import at_least, between
 from .answers import Question
 from .plan import check_plan
@@ -85,9 +84,7 @@ def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
     answer = Answer(ranks, question, gpu, 1e9 * args.reserve_gb, *estimate)
     print(report(answer.as_dict(), source))
     print(f"checked in {time.monotonic() - started:.0f} s")
-    if args.json is not None:
-        write_whole(args.json, json.dumps(answer.as_dict(), indent=1) + "\n", "--json")
-        print(f"wrote {args.json}")
+    write_wanted(args, json=answer.as_dict)
     return 1 if answer.findings() else 0
 
 

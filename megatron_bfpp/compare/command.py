@@ -3,13 +3,10 @@
 import argparse
 import json
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from ..console.errors import UserError, require
-from ..console.files import write_whole
+from ..console.errors import require
+from ..console.files import write_wanted
 from ..console.numbers import at_least, between
 from .numbers import Comparison, compare
 from .page import page
@@ -45,28 +42,17 @@ def run(args: argparse.Namespace) -> int:
     runs = load(args.runs)
     comparison = compare(runs, args.warmup, args.force, args.loss_tolerance)
     print(terminal(comparison))
-    contents: dict[str, Callable[[], str]] = {
-        "html": lambda: page(comparison, runs),
-        "markdown": lambda: markdown(comparison),
-        "json": lambda: json.dumps(comparison.as_json(), indent=1) + "\n",
-    }
-    failures = []
-    for kind, content in contents.items():
-        path = getattr(args, kind)
-        try:
-            if path is not None:
-                write_whole(path, content(), f"--{kind}")
-                print(f"wrote {path}")
-        except UserError as error:  # the others may fit, or lie elsewhere
-            failures.append(error)
-    if args.wandb_project is not None:
-        _to_wandb(args.wandb_project, comparison, runs, {kind: content() for kind, content in contents.items()})
-    if failures:
-        raise failures[0]
+    try:
+        write_wanted(
+            args, html=lambda: page(comparison, runs), markdown=lambda: markdown(comparison), json=comparison.as_json
+        )
+    finally:
+        if args.wandb_project is not None:
+            _to_wandb(args.wandb_project, comparison, runs)
     return 0 if comparison.is_good else 1
 
 
-def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict[str, str]) -> None:
+def _to_wandb(project: str, comparison: Comparison, runs: list[Run]) -> None:
     """Make one run of the job type "report". W&B reads group, mode and folder from its own environment variables."""
     import wandb
 
@@ -81,15 +67,14 @@ def _to_wandb(project: str, comparison: Comparison, runs: list[Run], files: dict
         if arm.ratio is not None:
             report.summary[f"ratio/{arm.name}"] = arm.ratio
     artifact = wandb.Artifact("comparison", type="report")
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, content in files.items():
-            path = Path(folder, {"html": "report.html", "markdown": "report.md", "json": "report.json"}[kind])
-            path.write_text(content, encoding="utf-8")
-            artifact.add_file(str(path), name=path.name)
-        for place, each in enumerate(runs, 1):  # two may have the same name
-            for name in ("trace.json", "timeline.svg"):
-                if (each.path / name).is_file():
-                    artifact.add_file(str(each.path / name), name=f"{place:02d} {each.path.name}/{name}")
-        report.log_artifact(artifact)
-        report.finish()  # uploads, while the files are there
+    texts = page(comparison, runs), markdown(comparison), json.dumps(comparison.as_json(), indent=1) + "\n"
+    for name, text in zip(("report.html", "report.md", "report.json"), texts, strict=True):
+        with artifact.new_file(name, encoding="utf-8") as file:
+            file.write(text)
+    for place, each in enumerate(runs, 1):  # two may have the same name
+        for name in ("trace.json", "timeline.svg"):
+            if (each.path / name).is_file():
+                artifact.add_file(str(each.path / name), name=f"{place:02d} {each.path.name}/{name}")
+    report.log_artifact(artifact)
+    report.finish()
     print(f"W&B: one report run in the project {project}")

@@ -4,20 +4,44 @@ import errno
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
 
+def write_wanted(args: Any, **contents: Callable[[], Any]) -> None:
+    """Write the files that the flags of a command line name, and say so. Raises the first UserError after the last one.
+
+    contents: the name of each flag, and what makes its text; anything but a text is written as JSON.
+    """
+    failures: list[UserError] = []
+    for name, make in contents.items():
+        path = getattr(args, name)
+        if path is None:
+            continue
+        content = make()
+        try:
+            write_whole(
+                path, content if isinstance(content, str) else json.dumps(content, indent=1) + "\n", f"--{name}"
+            )
+            print(f"wrote {path}")
+        except UserError as error:  # the others may fit, or lie elsewhere
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
 def write_figure(figure: Any, path: str, flag: str) -> None:
-    """Write a figure of matplotlib in the format of the path's ending, PNG without one."""
+    """Write a figure of matplotlib in the format of the path's ending, PNG without one, and say so."""
     picture = io.BytesIO()
     try:
         figure.savefig(picture, dpi=150, format=os.path.splitext(path)[1].lstrip(".") or "png")
     except ValueError as error:  # an ending that matplotlib does not know
         raise UserError(f"{flag} {path} cannot be written: {error}.") from None
     write_whole(path, picture.getvalue(), flag)
+    print(f"wrote {path}")
 
 
 def write_whole(path: str, content: str | bytes, flag: str) -> None:

@@ -6,11 +6,10 @@ It imports neither torch nor Megatron: where one is missing or broken, the table
 """
 
 import argparse
-import json
 from typing import Any
 
 from ..console import progress
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..console.version import __version__
 from . import facts as doctor_facts
 from . import trial as doctor_trial
@@ -43,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.clear()
     print(summary(lines))
-    if args.json is not None:
-        content["lines"] = [line._asdict() for line in lines]
-        write_whole(args.json, json.dumps(content, indent=1) + "\n", "--json")
-        print(f"wrote {args.json}")
+    write_wanted(args, json=lambda: content | {"lines": [line._asdict() for line in lines]})
     return 1 if any(line.status == FAIL for line in lines) else 0
 
 

@@ -1,7 +1,6 @@
 """bfpp plan: the ways to divide a model over GPUs, with predicted time and memory. Neither torch nor Megatron."""
 
 import argparse
-import json
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +9,7 @@ from functools import partial
 from ..console import progress
 from ..console.config_file import Cluster, cluster, load
 from ..console.errors import UserError, require
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..console.numbers import at_least, between, positive
 from . import lists, table
 from .flags import gpt_of, parse, precision_of, strategy_of
@@ -79,14 +78,11 @@ def run(args: argparse.Namespace) -> int:
                 print(f"global batch {batch}: {table.rejections(each, True)}")
         raise UserError(_fits_nowhere(request, found))
     _print(args, request, found)
-    if args.json is not None:
-        write_whole(args.json, json.dumps(_as_json(request, found, args.top), indent=1) + "\n", "--json")
-        print(f"wrote {args.json}")
+    write_wanted(args, json=lambda: _as_json(request, found, args.top))
     if args.plot is not None:
         from .plot import plot
 
         plot(found, request, args.plot, args.critical_batch_size, _title(request))
-        print(f"wrote {args.plot}")
     return 0
 
 

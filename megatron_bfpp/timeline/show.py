@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..console.errors import UserError, require
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..console.numbers import between
 from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, formats, lower
 from ..schedule.costs import Costs
@@ -165,17 +164,12 @@ def _write(args: argparse.Namespace, shown: list[Shown]) -> None:
     times = [f"backward {args.backward_time:g}"]
     times += [f"{noun} {getattr(args, flag):g}" for flag, (_, noun) in _TIMES.items() if getattr(args, flag)]
     note = f"Planned, not measured. In forwards of a chunk: {', '.join(times)}."
-    contents: dict[str, Callable[[], str]] = {
-        "csv": lambda: formats.to_csv(shown[0].plan if args.plan else shown[0].order),
-        "svg": lambda: picture(planned, note=note).svg(),
-        "html": lambda: page(planned, note),
-        "trace": lambda: json.dumps(document(planned)) + "\n",
-    }
-    for flag, content in contents.items():
-        path = getattr(args, flag)
-        if path is not None:
-            write_whole(path, content(), f"--{flag}")
-            print(f"wrote {path}")
+    write_wanted(
+        args,
+        csv=lambda: formats.to_csv(shown[0].plan if args.plan else shown[0].order),
+        svg=lambda: picture(planned, note=note).svg(),
+        html=lambda: page(planned, note),
+        trace=lambda: json.dumps(document(planned)) + "\n",
+    )
     if args.png is not None:
         picture(planned, note=note).png(args.png, "--png")
-        print(f"wrote {args.png}")

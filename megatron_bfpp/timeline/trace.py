@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..console.errors import UserError
-from ..console.files import write_whole
+from ..console.files import write_wanted
 from ..schedule import Op
 from ..schedule.formats import title
 from . import picture as draw
@@ -51,9 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     with damage_reported():
         text, drawn = _text(document["otherData"], steps, step), picture(steps[step], step)
     print(text)
-    if args.svg is not None:
-        write_whole(args.svg, drawn, "--svg")
-        print(f"wrote {args.svg}")
+    write_wanted(args, svg=lambda: drawn)
     return 0
 
 

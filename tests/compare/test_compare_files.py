@@ -1,6 +1,8 @@
 """What bfpp compare writes: the page, Markdown, JSON and the run of W&B."""
 
+import contextlib
 import importlib.machinery
+import io
 import json
 import os
 import re
@@ -120,10 +122,17 @@ class FakeWandb(types.ModuleType):
     def Table(self, columns, data):
         return {"columns": columns, "data": data}
 
+    @contextlib.contextmanager
+    def new_file(self, name, encoding):
+        file = io.StringIO()
+        yield file
+        self.files[name] = file.getvalue().encode(encoding)
+
+    def add_file(self, path, name):
+        self.files[name] = Path(path).read_bytes()
+
     def Artifact(self, name, type):
-        return types.SimpleNamespace(
-            name=name, type=type, add_file=lambda path, name: self.files.update({name: Path(path).read_bytes()})
-        )
+        return types.SimpleNamespace(name=name, type=type, add_file=self.add_file, new_file=self.new_file)
 
     def finish(self):
         self.is_finished = True
