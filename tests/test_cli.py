@@ -223,7 +223,7 @@ def test_a_fault_of_ours_is_a_traceback_and_no_mistake_of_the_user(monkeypatch, 
     def fails(path):
         raise ValueError("a list has no such entry")
 
-    monkeypatch.setattr("megatron_bfpp.check.plan.read", fails)
+    monkeypatch.setattr("megatron_bfpp.schedule.formats.read", fails)
     assert main(["check", "plan.csv"]) == 3
     message = capsys.readouterr().err
     assert "Traceback" in message and "ValueError: a list has no such entry" in message

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..compare.runs import read
 from ..console import progress
 from ..console.errors import UserError
 from ..console.files import write_whole
@@ -56,7 +57,7 @@ class Rounds:
         """Run one, with a directory of its own. A failure is recorded and does not stop the others."""
         name = f"{arm}.{round_}"
         folder, log = self.settings.output / name, self.settings.output / "logs" / f"{name}.log"
-        if _status(folder) == "finished":
+        if read(folder).is_finished:
             say(f"{name} has finished before: skipped")
             return
         # The check of every loss makes the host wait for the device after each micro-batch of the last stage.
@@ -77,9 +78,10 @@ class Rounds:
             return
         say(f"{name}: {self.steps} steps, log in {log}")
         code, reason = self._train(command, folder, log, name)
-        if (code and _status(folder) != "failed") or not _status(folder):
-            _record_failure(folder, reason)
-        if _status(folder) != "finished":
+        run = read(folder)
+        if code or not run.is_finished:
+            if run.end.get("status") != "failed":
+                _record_failure(folder, reason)
             say(f"{name} FAILED: {reason}")
 
     def _train(self, command: list[str], folder: Path, log: Path, name: str) -> tuple[int, str]:
@@ -134,15 +136,6 @@ def _set_aside(folder: Path) -> None:
             attempt += 1
         kept.mkdir(exist_ok=True)
         folder.rename(kept / f"{folder.name}-{attempt}")
-
-
-def _status(folder: Path) -> str:
-    """Return the status in the end.json of a run: finished, failed, or ""."""
-    try:
-        end = json.loads((folder / "end.json").read_bytes())
-        return str(end["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _reason(log: Path, code: int) -> str:

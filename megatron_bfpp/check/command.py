@@ -7,21 +7,26 @@ compared here with the estimates. Neither torch nor Megatron is imported in this
 import argparse
 import os
 import re
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console.config_file import cluster, load
-from ..console.errors import UserError
+from ..console.errors import UserError, require
 from ..console.files import write_wanted
+from ..console.forked import Forks
 from ..console.numbers import at_least, between
-from .answers import Question
-from .plan import check_plan
-from .processes import examine_ranks
+from ..console.progress import Steps
+from ..schedule import Op, ScheduleError, check, formats
+from .answers import Question, Rank
 
 if TYPE_CHECKING:
     from ..planner.hardware import GPU
 
+_PRELOAD = ("megatron.training.training", "megatron_bfpp.integration.step.forward_backward",
+            "megatron_bfpp.integration.gpt.script", "megatron_bfpp.check.rank")  # fmt: skip
 MOST_GPUS = 10**6
 GPUS_PER_NODE = 8  # where no kind of GPU is named
 # Major compute capability, which Megatron's validation asks for.
@@ -30,14 +35,14 @@ CAPABILITIES = {"v100": 7, "a100": 8, "h100": 9, "h200": 9}
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `check` to the commands of bfpp."""
-    check = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
+    parser = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
     what = "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; or -- and Megatron's flags"
-    check.add_argument("file", nargs="*", help=what)
+    parser.add_argument("file", nargs="*", help=what)
     given = "of the shape; default: what the file's stages and micro-batches say"
-    check.add_argument("--pp", type=at_least(2), help=f"pipeline ranks {given}")
-    check.add_argument("--chunks", type=at_least(1), help="model chunks per rank")
-    check.add_argument("--microbatches", type=at_least(1), help="micro-batches")
-    job = check.add_argument_group("a job's configuration, tried without a GPU")
+    parser.add_argument("--pp", type=at_least(2), help=f"pipeline ranks {given}")
+    parser.add_argument("--chunks", type=at_least(1), help="model chunks per rank")
+    parser.add_argument("--microbatches", type=at_least(1), help="micro-batches")
+    job = parser.add_argument_group("a job's configuration, tried without a GPU")
     job.add_argument("--config", metavar="YAML", help="a file of configs/; flags after -- replace its own")
     gpus = at_least(1, MOST_GPUS)
     job.add_argument("--gpus", type=gpus, metavar="N", help="world size; default: WORLD_SIZE, or the file's cluster")
@@ -50,7 +55,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--reserve-gb", type=reserved, default=4.0, help="of a GPU, for CUDA, NCCL and fragments; default 4"
     )
     job.add_argument("--json", metavar="PATH", help="write all that was found")
-    check.set_defaults(run=run)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +66,20 @@ def run(args: argparse.Namespace) -> int:
     if len(files) != len(args.file) or not files or args.config is not None:
         raise UserError("one thing is checked at a time.\n"
                         "  Give the FILE of a plan, or --config YAML, or -- and Megatron's flags.")  # fmt: skip
-    return check_plan(files[0], args.pp, args.chunks, args.microbatches)
+    return _check_plan(files[0], args.pp, args.chunks, args.microbatches)
+
+
+def _check_plan(path: str, pp: int | None, chunks: int | None, microbatches: int | None) -> int:
+    """Print whether the plan is sound and return 0 if it is, else 1. None: the shape that the file's numbers give."""
+    plan = formats.read(path)
+    shape = formats.shape_of(plan, pp, chunks, microbatches, path)
+    try:
+        check(plan, shape, forward_only=not any(action.op is Op.B for rank in plan for action in rank))
+    except ScheduleError as error:
+        print(f"unsound as {formats.title(shape)}: {error}")
+        return 1
+    print(f"sound: {formats.title(shape)}, {sum(map(len, plan))} actions, plan {formats.digest(plan)}")
+    return 0
 
 
 def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
@@ -86,6 +104,33 @@ def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
     print(f"checked in {time.monotonic() - started:.0f} s")
     write_wanted(args, json=answer.as_dict)
     return 1 if answer.findings() else 0
+
+
+def examine_ranks(question: Question, pp_ranks: list[int]) -> list[Rank]:
+    """Return the answers in the order of `pp_ranks`, the first with the plans; as many ranks at a time as cores.
+
+    Raises UserError with the message of the first rank that is refused, or where one is killed.
+    """
+    require("megatron", "a job's configuration")
+    found: dict[int, Rank] = {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with Forks(*_PRELOAD, at_most=cores) as forks, Steps(len(pp_ranks), "starting Megatron") as bar:
+        for pp_rank in pp_ranks:
+            forks.start(f"pp_rank {pp_rank}", _rank, question, pp_rank, pp_rank == pp_ranks[0])
+        while (answer := forks.next()) is not None:
+            rank: Rank = answer[1]
+            found[rank.pp_rank] = rank
+            bar.step(f"pp_rank {rank.pp_rank} is built")
+    return [found[pp_rank] for pp_rank in pp_ranks]
+
+
+def _rank(question: Question, pp_rank: int, with_plans: bool) -> Iterator[Rank]:
+    from .rank import examine
+
+    with tempfile.TemporaryFile() as log:  # Megatron lists its arguments and its groups; only the answer counts
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        yield examine(question, pp_rank, with_plans)
 
 
 def _question(args: argparse.Namespace, flags: list[str], gpu: "GPU | None") -> tuple[Question, str]:

@@ -47,7 +47,7 @@ def match(reference: Run, run: Run) -> Match:
     for step in common:
         one, two = ours[step], theirs[step]
         for name in _names(one) | _names(two):
-            (bits, value), (other_bits, other) = ((_bits(each, name), _value(each, name)) for each in (one, two))
+            (bits, value), (other_bits, other) = _value(one, name), _value(two, name)
             if (bits is None and value is None) or (other_bits is None and other is None):
                 unmatched[name] = None
                 continue
@@ -73,16 +73,14 @@ def _names(values: dict[str, Any]) -> set[str]:
     return {name.removesuffix(_HEX) for name in values if name.endswith((_HEX, "loss")) or name == GRADIENT_NORM}
 
 
-def _bits(values: dict[str, Any], name: str) -> str | None:
-    value = values.get(name + _HEX)
-    return value if isinstance(value, str) else None
-
-
-def _value(values: dict[str, Any], name: str) -> float | None:
+def _value(values: dict[str, Any], name: str) -> tuple[str | None, float | None]:
+    """Return all bits of a value and its number, None for what is not there."""
+    bits = values.get(name + _HEX)
+    bits = bits if isinstance(bits, str) else None
     try:
-        return number(float.fromhex(_bits(values, name) or ""))
+        return bits, number(float.fromhex(bits or ""))
     except (ValueError, OverflowError):
-        return number(values.get(name))
+        return bits, number(values.get(name))
 
 
 def _wider(before: Difference | None, name: str, step: int, size: float) -> Difference:

@@ -14,14 +14,12 @@ By hand: OmegaConf and Hydra bring an override syntax of their own beside Megatr
 
 import os
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import UserError, shown
+from .errors import UserError
 
 __all__ = ["Cluster", "cluster", "load"]
 
@@ -144,18 +142,3 @@ def _word(path: Path, key: str, value: Any, expand: bool) -> str:
 def _kind(value: Any) -> str:
     names = {dict: "map", list: "list", str: "text", bool: "true or false", type(None): "missing value"}
     return names.get(type(value), type(value).__name__)
-
-
-def main(argv: list[str]) -> int:
-    """Print the flags of a file, one shell-quoted word a line; `python -m megatron_bfpp.config_file` runs it."""
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print("usage: python -m megatron_bfpp.config_file PATH    prints the flags, shell-quoted, one a line")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    try:
-        _, flags = load(argv[0])
-    except UserError as error:
-        print(f"megatron_bfpp: {shown(error)}", file=sys.stderr)
-        return 2
-    for word in flags:
-        print(shlex.quote(word))
-    return 0
