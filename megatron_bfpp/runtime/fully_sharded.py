@@ -13,6 +13,8 @@ Not run on a GPU. It relies there on the following, read in FSDP2's source (torc
     puts on the same streams. Instead this module waits for a chunk's reduction when the next chunk's is launched: the
     reduction can hide under the next chunk's backwards, and one chunk of unreduced gradients stays in memory beside the
     gradients being added up. Where torch lacks the two functions, modules wait for each other.
+  - A communicator runs one collective at a time, in order of their launch. The gather of the chunk after the next is
+    launched behind a chunk's reductions: these have a communicator of their own where torch has a place for it (2.14).
   - FSDP2's root callback waits for all reductions after the last backward. It is held off and called once at the end of
     the step, so that no backward of the next chunk stands behind the reduction of this one.
 On a CPU a collective blocks. There `Reductions` launches it asynchronously and waits at the end of the step; not with a
@@ -20,8 +22,9 @@ On a CPU a collective blocks. There `Reductions` launches it asynchronously and 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +40,7 @@ from ..schedule.ir import Op
 
 # An FSDP module: torch makes the class at run time, of FSDPModule and of the module's own class.
 Unit = Any
+NewGroup = Callable[[list[int]], dist.ProcessGroup]
 
 
 class Reductions:
@@ -98,14 +102,20 @@ class FullySharded:
     sum_dtype: the type in which gradients are added up over micro-batches and replicas; None for their own. The reduced
         gradient has the parameter's type.
     average: whether gradients are averaged over the replicas; False for their sum.
+    new_group: makes a process group of these ranks for the reductions; None: they share that of the gathers.
     It has the methods of `DataParallel`, and serves evaluation too, which gathers and reshards.
     """
 
-    def __init__(self, model: list[Unit], sum_dtype: torch.dtype | None = None, average: bool = True):
+    def __init__(
+        self, model: list[Unit], sum_dtype: torch.dtype | None = None, average: bool = True,
+        new_group: NewGroup | None = None,
+    ):  # fmt: skip
         self._model = model
         self._units = [list(_units(chunk)) for chunk in model]
         if model[0] not in _prepared:
             _prepared[model[0]] = _prepare(model, self._units, sum_dtype, average)
+            if new_group is not None:
+                _separate_reductions(chain.from_iterable(self._units), new_group)
         self._reductions = _prepared[model[0]]
 
     def __enter__(self) -> Self:
@@ -162,6 +172,20 @@ def _units(chunk: Unit) -> Iterator[Unit]:
     for module in chunk.modules():
         if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_groups:
             yield module
+
+
+def _separate_reductions(units: Iterable[Unit], new_group: NewGroup) -> None:
+    """Give reductions groups of their own, one for the same ranks.
+
+    torch's set_separate_reduce_scatter_group would make one per chunk, and name it by what a process has made before,
+    in which the ranks may differ.
+    """
+    group_of = cache(lambda ranks: new_group(list(ranks)))
+    for unit in units:
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            if hasattr(group.mesh_info, "reduce_scatter_process_group"):
+                ranks = dist.get_process_group_ranks(group.mesh_info.shard_process_group)
+                group.mesh_info.reduce_scatter_process_group = group_of(tuple(ranks))
 
 
 def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool) -> Reductions:

@@ -11,6 +11,7 @@ import pytest
 from gpt import refused, train, validation_losses
 from jobs import run_job
 from sharded_job import Watch
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
@@ -129,6 +130,8 @@ def test_2v_minus_2_gathers_and_v_reductions_of_chunks_whatever_the_number_of_mi
         gathered = 4 * (2 * sum(parameters) - sum(parameters[2:]))
         assert found["gathered bytes"] == pytest.approx(steps * gathered / 2, rel=0.01)  # x (DP - 1) / DP
         assert found["reduced bytes"] == pytest.approx(steps * 4 * sum(parameters) / 2, rel=0.01)
+        # One communicator for the reductions of all chunks, beside the gathers where torch can.
+        assert found["groups"] == [1, 0 if hasattr(FSDPModule, "set_separate_reduce_scatter_group") else 1]
 
 
 @pytest.mark.parametrize("pp, chunks, dp", SHAPES if ALL_CASES else [(2, 4, 2)])

@@ -14,7 +14,8 @@ class Watch:
 
     gathers, reductions: all-gathers and reduce-scatters on the data-parallel group, and the bytes each has sent to the
     other replicas. parameters: of each chunk. peak bytes: the most that parameters, gradients and the optimizer's state
-    took at one time, looked at after every action and at every reduction.
+    took at one time, looked at after every action and at every reduction. groups: of reductions, and how many of them
+    gather too.
     """
 
     def __init__(self, folder: Path):
@@ -22,6 +23,7 @@ class Watch:
 
     def __call__(self) -> None:
         self.seen = {"gathers": 0, "reductions": 0, "gathered bytes": 0, "reduced bytes": 0, "peak bytes": 0}
+        self.groups = {"gather": set(), "reduc": set()}  # names of the process groups
         self.model = self.optimizer = None
         for names, kind, size in (
             (("all_gather_single", "_allgather_base"), "gather", lambda output, given: given.nbytes),
@@ -37,6 +39,7 @@ class Watch:
         def collective(group, output, given, *args, **kwargs):
             replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
             if dist.get_process_group_ranks(group) == dist.get_process_group_ranks(replicas):
+                self.groups[kind].add(group.group_name)
                 self.seen["gathers" if kind == "gather" else "reductions"] += 1
                 # A ring sends each rank's part to every other rank.
                 self.seen["gathered bytes" if kind == "gather" else "reduced bytes"] += size(output, given) * (
@@ -62,6 +65,7 @@ class Watch:
 
         def to_the_end(*args, **kwargs):
             result = train(*args, **kwargs)
+            self.seen["groups"] = [len(self.groups["reduc"]), len(self.groups["reduc"] & self.groups["gather"])]
             (self.folder / f"seen{os.environ['RANK']}.json").write_text(json.dumps(self.seen))
             return result
 

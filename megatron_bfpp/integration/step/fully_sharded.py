@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...runtime.fully_sharded import FullySharded
+from .groups import reduction_group
 
 
 def is_sharded(model: list[torch.nn.Module]) -> bool:
@@ -34,6 +35,7 @@ def data_parallel(model: list[Any], config: Any) -> FullySharded:
         [chunk.module for chunk in model],
         sum_dtype=torch.float32 if config.bf16 else None,
         average=not config.calculate_per_token_loss,
+        new_group=reduction_group,
     )
 
 

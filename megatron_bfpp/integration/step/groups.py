@@ -72,6 +72,10 @@ def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.devic
     return _channels[pp_group]
 
 
+def reduction_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
+    return local_group(ranks, "FSDP_REDUCTIONS", timeout=_timeout())
+
+
 def _nccl_options() -> Any:
     """Return the options of the channels: high-priority streams and few CTAs, unless --nccl-communicator-config-path
     gives Megatron's pipeline group other ones.
