@@ -2,7 +2,7 @@
 
     nox                                        megatron-core 0.17.1, 0.18.2 and 0.19.2, with the pinned torch
     nox -s "megatron(0.18.2)" -- -x -k equality   one release, some tests
-    nox -s torch                               older releases of torch, with the pinned megatron-core
+    nox -s torch                               other releases of torch, with the pinned megatron-core
     nox --list
 
 scripts/setup_env.sh makes the environments, so the pins stay in constraints.txt: .venv for what is pinned, else
@@ -14,7 +14,7 @@ from pathlib import Path
 import nox
 
 MEGATRON = ("0.17.1", "0.18.2", "0.19.2")
-TORCH = ("2.13.0", "2.14.1")
+TORCH = ("2.13.0", "2.14.1", "2.15.0")
 
 nox.options.sessions = ["megatron"]
 nox.options.default_venv_backend = "none"

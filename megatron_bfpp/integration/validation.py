@@ -45,9 +45,7 @@ class Validation:
         settings, lines = self._chosen(args), []
         is_breadth_first = settings.schedule != "1f1b"
         if is_breadth_first:
-            refuse(args, settings)
-            if self.device == "cuda":
-                refuse_on_cuda(args, settings)
+            self._refuse(args, settings)
         else:
             fully_sharded.refuse_under_1f1b(args)
         if self.device == "cpu":
@@ -86,7 +84,7 @@ class Validation:
             fully_sharded.refuse_under_1f1b(validated)
             self.on_1f1b()
         else:
-            refuse(validated, settings)
+            self._refuse(validated, settings)
             lines += _check_validated(validated, settings)
         self.report(validated, lines)
         return validated
@@ -95,6 +93,11 @@ class Validation:
         if self.explicit is not None:
             args.pipeline_schedule = self.explicit
         return settings_of(args)
+
+    def _refuse(self, args: Any, settings: Settings) -> None:
+        refuse(args, settings)
+        if self.device == "cuda":
+            refuse_on_cuda(args, settings)
 
 
 def _check_validated(args: Any, settings: Settings) -> list[str]:

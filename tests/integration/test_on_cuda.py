@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration import validation
 from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
 from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.integration.reliability import watch
 from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
-from megatron_bfpp.integration.validation import Validation
 
 PLAN, LOOP = Settings("breadth-first"), Settings("breadth-first", engine="megatron")
 
@@ -38,16 +38,18 @@ def test_they_are_refused_on_cuda_and_not_on_a_cpu(monkeypatch):
     class Reached(Exception):
         pass
 
-    def place(*_):
+    def reached(*_):
         raise Reached
 
-    monkeypatch.setattr("megatron_bfpp.integration.validation.refuse", lambda *_: None)
-    monkeypatch.setattr("megatron_bfpp.integration.validation.place", place)
-    monkeypatch.setattr("megatron_bfpp.integration.validation.cpu_arguments", lambda args: [])
+    for name in ("place", "_check_validated"):
+        monkeypatch.setattr(validation, name, reached)
+    for name in ("refuse", "cpu_arguments", "observe"):
+        monkeypatch.setattr(validation, name, lambda *_: [])
     for device, error in (("cuda", UserError), ("cpu", Reached)):
-        args = SimpleNamespace(pipeline_schedule="breadth-first")
-        with pytest.raises(error):
-            Validation(None, device, lambda: None).of_args(lambda args: args, args)
+        chosen = validation.Validation("breadth-first", device, lambda: None)
+        for validate in (chosen.of_args, chosen.of_yaml):
+            with pytest.raises(error):
+                validate(lambda args: args, SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -86,5 +88,5 @@ def test_an_old_torch_is_refused_with_fsdp2_before_the_model(monkeypatch):
 
     monkeypatch.setattr(fully_sharded, "_has_groups_of_parameters", lambda: False)
     args = SimpleNamespace(use_torch_fsdp2=True)
-    with pytest.raises(UserError, match=r"this is 2\.\d+.*\n  Use torch 2\.13 or later, or leave out"):
+    with pytest.raises(UserError, match=r"this is 2\.\d+.*\n  Use torch 2\.12 or later, or leave out"):
         fully_sharded.refuse(args, PLAN)

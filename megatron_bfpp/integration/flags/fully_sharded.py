@@ -40,7 +40,7 @@ def refuse(args: Any, settings: Settings) -> None:
     if not _has_groups_of_parameters():
         raise UserError(
             f"{_FLAG} needs a torch whose FSDP2 has several groups of parameters per module, but this is "
-            f"{torch.__version__}.\n  Use torch 2.13 or later, or leave out {_FLAG}."
+            f"{torch.__version__}.\n  Use torch 2.12 or later, or leave out {_FLAG}."
         )
     if settings.engine == "megatron":
         raise UserError(
