@@ -6,7 +6,7 @@
 #
 #   bash scripts/test.sh                  all quick tests, and the slow ones that tests/support/tour.py names
 #   bash scripts/test.sh --all            everything, some of it with an older torch too
-#   bash scripts/test.sh -m "not slow"    no processes of ranks: 80 seconds
+#   bash scripts/test.sh -m "not slow"    no processes of ranks, several tests at a time: a minute
 #   bash scripts/test.sh tests/ab -x      the tests that are named, slow or not
 set -euo pipefail
 
@@ -17,6 +17,7 @@ for word in "$@"; do
     case "${word}" in
         --all) all=yes ;;
         -m* | -k*) selection=() words+=("${word}") ;;
+        "not slow") words+=("${word}" --numprocesses auto --maxprocesses 4 --dist loadfile) ;;
         *)
             [[ ! -e "${word%%::*}" ]] || selection=()
             words+=("${word}")

@@ -26,9 +26,15 @@ def pytest_collection_modifyitems(config, items):
     config.stash[COLLECTED] = {item.nodeid: item.get_closest_marker("slow") is not None for item in items}
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose workers are given the tests' names as arguments
+def pytest_configure_node(node):
+    node.workerinput["is_part"] = node.config.args_source is pytest.Config.ArgsSource.ARGS
+
+
 @pytest.fixture(scope="session")
 def collected(pytestconfig) -> dict[str, bool]:
     """Every collected test, and whether it is slow. Skips where only a part of tests/ was asked for."""
-    if pytestconfig.args_source is pytest.Config.ArgsSource.ARGS:
+    given = pytestconfig.args_source is pytest.Config.ArgsSource.ARGS
+    if getattr(pytestconfig, "workerinput", {}).get("is_part", given):
         pytest.skip("needs a run of all directories")
     return pytestconfig.stash[COLLECTED]
