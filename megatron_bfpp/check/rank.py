@@ -193,7 +193,8 @@ def _chunks(args: Any, pp_rank: int, job: Job) -> Iterator[Chunk]:
     for chunk in range(job.chunks):
         stage = chunk * job.pp + pp_rank
         ends = {"pre_process": stage == 0, "post_process": stage == job.pp * job.chunks - 1}
-        with _on_meta():
+        # CUDA's current device, which Megatron names, goes before the default one.
+        with changed(torch.cuda, current_device=lambda: torch.device("meta")), torch.device("meta"):
             model = build(vp_stage=chunk if job.chunks > 1 else None, **ends)
         layers = {layer.layer_number: _count(layer) for layer in model.decoder.layers}
         yield Chunk(stage, layers, _count(model))
@@ -201,13 +202,6 @@ def _chunks(args: Any, pp_rank: int, job: Job) -> Iterator[Chunk]:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Make meta the default device, and CUDA's current one, which Megatron names and which goes before the default."""
-    with changed(torch.cuda, current_device=lambda: torch.device("meta")), torch.device("meta"):
-        yield
 
 
 def _builder(args: Any) -> Callable[..., Any]:

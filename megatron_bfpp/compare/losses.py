@@ -55,7 +55,10 @@ def match(reference: Run, run: Run) -> Match:
             has_bits = bits is not None and other_bits is not None
             all_bits &= has_bits
             if bits != other_bits if has_bits else value != other or value is None:
-                found[name] = _wider(found.get(name), name, step, relative(value, other))
+                size = relative(value, other)
+                before = found.setdefault(name, Difference(name, step, size, step))
+                if size > before.largest:
+                    found[name] = replace(before, largest=size, largest_step=step)
     losses = [found[name] for name in found if name != GRADIENT_NORM]
     norm = found.get(GRADIENT_NORM)
     return Match(run.name, len(common), _worst(losses), norm, all_bits, tuple(names), tuple(unmatched))
@@ -81,12 +84,6 @@ def _value(values: dict[str, Any], name: str) -> tuple[str | None, float | None]
         return bits, number(float.fromhex(bits or ""))
     except (ValueError, OverflowError):
         return bits, number(values.get(name))
-
-
-def _wider(before: Difference | None, name: str, step: int, size: float) -> Difference:
-    if before is None:
-        return Difference(name, step, size, step)
-    return before if size <= before.largest else replace(before, largest=size, largest_step=step)
 
 
 def _worst(differences: list[Difference]) -> Difference | None:

@@ -57,16 +57,14 @@ class Forks:
 
     def _start_waiting(self) -> None:
         while self._waiting and (self._at_most is None or len(self._running) < self._at_most):
-            self._start(*self._waiting.popleft())
-
-    def _start(self, name: str, target: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
-        ours, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_answer, args=(target, args, theirs), daemon=True)
-        process.start()
-        theirs.close()  # so that the end of the process ends the pipe
-        forked = Forked(process)
-        self._running[ours] = name, forked
-        self._ranks.add(forked)
+            name, target, args = self._waiting.popleft()
+            ours, theirs = self.context.Pipe(duplex=False)
+            process = self.context.Process(target=_answer, args=(target, args, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the process ends the pipe
+            forked = Forked(process)
+            self._running[ours] = name, forked
+            self._ranks.add(forked)
 
     def next(self, timeout_s: float | None = None) -> tuple[str, Any] | None:
         """Return the next answer behind the name of its process; None once all processes are done.

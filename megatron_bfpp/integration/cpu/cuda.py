@@ -77,13 +77,11 @@ def communication_patches() -> Iterator[tuple[Any, str, Any]]:
     """Yield (module, name, value) of what gloo does not do as NCCL."""
     barrier, isend = torch.distributed.barrier, torch.distributed.isend
 
-    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
-        return barrier(*args, **kwargs)
-
     def isend_keeping_the_data(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return isend(tensor.detach(), *args, **kwargs)
 
-    yield torch.distributed, "barrier", barrier_without_devices  # parallel_state passes device_ids
+    # parallel_state passes device_ids
+    yield torch.distributed, "barrier", lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
     # 0.17 takes the storage from a tensor (deallocate_output_tensor) while gloo still sends it; later releases wait.
     # A detached tensor keeps the storage. P2POp compares with the name of the second module.
     for module in (torch.distributed, torch.distributed.distributed_c10d):

@@ -68,9 +68,6 @@ def random_patches() -> Iterator[tuple[Any, str, Any]]:
     from torch.utils.data import DataLoader
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-    def get_state(device: Any = "cuda") -> torch.Tensor:
-        return torch.get_rng_state()
-
     def set_state(new_state: torch.Tensor, device: Any = "cuda", graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
@@ -78,7 +75,7 @@ def random_patches() -> Iterator[tuple[Any, str, Any]]:
         torch.default_generator.manual_seed(int(value))
 
     for module in (torch.cuda, torch.cuda.random):
-        yield module, "get_rng_state", get_state
+        yield module, "get_rng_state", lambda device="cuda": torch.get_rng_state()
         yield module, "set_rng_state", set_state
         yield module, "manual_seed", seed
     yield random, "_set_cuda_rng_state", set_state  # calls torch.cuda.default_generators, empty without a driver
