@@ -10,7 +10,8 @@
     bfpp compare ab/*.* --html report.html
     bfpp doctor
 
-Exit codes: 0 good, 1 found wrong, 2 bad input, 3 a fault of bfpp itself (a traceback names it).
+Exit codes: 0 good, 1 found wrong, 2 bad input, 3 a fault of bfpp itself (a traceback names it), 4 nothing wrong, but a
+trial could not run all of its rows (doctor --gpu-trial).
 """
 
 import argparse

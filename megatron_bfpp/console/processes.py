@@ -85,6 +85,10 @@ class Ranks:
         """Return the exit codes in the order of the starts: -N for an end by signal N, None for one that runs."""
         return [process.poll() for process in self._processes]
 
+    def kill(self, place: int) -> None:
+        """Kill one of them, by its place among the starts, with all that it has started."""
+        os.killpg(self._processes[place].pid, signal.SIGKILL)
+
     def wait(
         self, timeout_s: float = float("inf"), linger_s: float = 1.0, on_wait: Callable[[], None] = lambda: None
     ) -> list[int | None]:

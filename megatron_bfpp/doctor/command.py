@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from ..console import progress
+from ..console.errors import UserError
 from ..console.files import write_wanted
 from ..console.version import __version__
 from . import facts as doctor_facts
@@ -23,12 +24,20 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add `bfpp doctor`."""
     parser = commands.add_parser("doctor", help="examine this machine, and train on two of its devices for a moment")
     parser.add_argument("--no-run", action="store_true", help="leave out the training, which takes half a minute")
+    about = "ten minutes of jobs on this node's GPUs instead: bits, hangs, times, overlap, memory, a killed rank"
+    parser.add_argument("--gpu-trial", action="store_true", help=about)
     parser.add_argument("--json", metavar="PATH", help="write all that was found")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine and report; return 0 if nothing fails, else 1."""
+    """Examine and report; return 0 if nothing fails, else 1; 4 for a GPU trial some rows of which need more GPUs."""
+    if args.gpu_trial:
+        if args.no_run:
+            raise UserError("--gpu-trial runs jobs, and --no-run none.\n  Leave out one of them.")
+        from .gpu_trial import command as gpu_trial
+
+        return gpu_trial.run(args)
     try:
         facts = doctor_facts.gather(lambda part: progress.show(0.0, f"looking at {part}"))
         lines = judged(facts)

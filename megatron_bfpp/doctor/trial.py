@@ -3,38 +3,30 @@ default order, then with breadth-first, from the same seed. Every loss and gradi
 """
 
 import math
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..compare.losses import match
 from ..compare.runs import Run, load
-from ..console.processes import Ranks, first_error, free_port, package_on_path, rank_environment, stoppable
+from ..console.processes import stoppable
 from ..schedule.names import SCHEDULES
+from .jobs import DETERMINISTIC, PLAIN_LAYERS, TIMEOUT_S, Job, tiny
 
 STEPS, RANKS, MICROBATCHES = 4, 2, 4
 ARMS = {word: SCHEDULES[word].flags_for(MICROBATCHES) for word in ("interleaved", "breadth-first")}
-TIMEOUT_S = 300.0  # for an arm, which takes 15 s; imports from a network file system can take minutes
-MODEL = (
-    "--num-layers 4 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
-    "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 64 --lr 1e-2 --seed 1234 --attention-dropout 0 --hidden-dropout 0 "
-    "--log-interval 1 --eval-iters 0 --eval-interval 1000 --split 1,0,0 --num-workers 0 --micro-batch-size 1 "
-    f"--global-batch-size {MICROBATCHES} --train-iters {STEPS}"
-).split()
-# They need neither Apex nor Transformer Engine, and their kernels give the same bits twice.
-GPU_FLAGS = [
-    *("--transformer-impl", "local", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"),
-    *("--no-masked-softmax-fusion", "--deterministic-mode"),
-]
-GPU_ENVIRONMENT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-# Variables of a launcher around this command, and those that would lead the two ranks elsewhere.
-_NOT_OURS = ("SLURM_", "TORCHELASTIC_", "BFPP_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
+
+
+def equality_job(arm: str, flags: list[str], pp: int, microbatches: int, device: str, folder: Path) -> Job:
+    """Return the training of one arm in fp32: PP `pp` x 2 chunks, on a GPU with kernels that give the same bits."""
+    words = [*tiny(pp, 2, microbatches, STEPS), *flags]
+    on_gpu = device == "cuda"
+    words += [*PLAIN_LAYERS, "--deterministic-mode"] if on_gpu else []
+    return Job(arm, folder, device, pp, words, DETERMINISTIC if on_gpu else {})
 
 
 class Trial(NamedTuple):
@@ -60,7 +52,11 @@ def run_trial(device: str, on_step: Callable[[str, int], None]) -> Trial:
     try:
         with stoppable():
             for arm, flags in ARMS.items():
-                _train(arm, flags, device, folder, on_step)
+                job = equality_job(arm, flags, RANKS, MICROBATCHES, device, folder)
+                with job.start() as ranks:
+                    codes = ranks.wait(TIMEOUT_S, on_wait=partial(_report, on_step, job))
+                if failed := job.failure(codes):
+                    raise ArmFailed(failed)
         runs = load([str(folder / arm) for arm in ARMS])
         losses = [float(step.values.get("lm loss", math.nan)) for step in runs[1].steps]
         reason = verdict(*runs)
@@ -88,33 +84,5 @@ def verdict(reference: Run, run: Run) -> str:
     return ""
 
 
-def _train(arm: str, flags: list[str], device: str, folder: Path, on_step: Callable[[str, int], None]) -> None:
-    """Train with one arm. ArmFailed if a rank fails or the time is over."""
-    words = [*MODEL, *(GPU_FLAGS if device == "cuda" else []), *flags, "--bfpp-run-dir", str(folder / arm)]
-    words += ["--data-cache-path", str(folder / "cache")]
-    command = [sys.executable, "-m", "megatron_bfpp.pretrain_gpt", "--device", device, *words]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_OURS)}
-    kept |= {"PYTHONPATH": package_on_path(), "PYTHONWARNINGS": "ignore"}
-    logs, port, steps = (
-        [folder / f"{arm}.rank{rank}.log" for rank in range(RANKS)],
-        free_port(),
-        folder / arm / "steps.jsonl",
-    )
-    with Ranks() as ranks:
-        for rank, log in enumerate(logs):
-            ours = rank_environment(rank, RANKS, port) | (GPU_ENVIRONMENT if device == "cuda" else {})
-            ranks.start(command, log, kept | ours)
-        codes = ranks.wait(
-            TIMEOUT_S, on_wait=lambda: on_step(arm, steps.read_bytes().count(b"\n") if steps.is_file() else 0)
-        )
-    for rank, code in enumerate(codes):
-        if code:
-            raise ArmFailed(f"{arm}: rank {rank} ended with {code}: {_last_words(logs[rank])}")
-    if None in codes:
-        raise ArmFailed(f"{arm} did not end within {TIMEOUT_S:.0f} s; rank 0 reported last: {_last_words(logs[0])}")
-
-
-def _last_words(log: Path) -> str:
-    """Return the first error of a log, else its last line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return (first_error(log) or (lines or ["nothing"])[-1]).strip()[:300]
+def _report(on_step: Callable[[str, int], None], job: Job) -> None:
+    on_step(job.name, job.steps())

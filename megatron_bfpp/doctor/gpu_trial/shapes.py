@@ -1,0 +1,25 @@
+"""What the ranks of the trial and the command that judges them both know: shapes, arms, and what each step does."""
+
+from ...schedule import Schedule
+
+ARMS = {  # word: --pipeline-schedule, --breadth-first-engine
+    "1f1b": ("1f1b", "plan"),
+    "interleaved": ("1f1b", "plan"),
+    "interleaved-grouped": ("breadth-first", "megatron"),  # Megatron's loop with one group of a step's micro-batches
+    "breadth-first": ("breadth-first", "plan"),
+}
+QUIET_STEPS = 2  # of the walk, without a wait
+ROUNDS = 6  # of the alternation; the first ones warm up
+COUNTED = 4  # of the rounds, the last ones
+
+
+def positions_of(plan: Schedule) -> list[tuple[int | None, int]]:
+    """Return where the walk waits: (pp_rank, position in its list), then (None, position) for all ranks at once."""
+    each = [(rank, place) for rank, actions in enumerate(plan) for place in range(len(actions))]
+    return [*each, *((None, place) for place in range(max(map(len, plan))))]
+
+
+def turns_of(chunks: int, pp: int) -> list[tuple[str, int]]:
+    """Return the arms and numbers of micro-batches that take turns. chunks: per rank; 1F1B has one."""
+    words = ("1f1b",) if chunks == 1 else tuple(word for word in ARMS if word != "1f1b")
+    return [(word, count) for count in (pp, 2 * pp, 4 * pp) for word in words]
