@@ -1,4 +1,4 @@
-"""Bytes that a strategy needs on each pipeline rank: parameters, gradients, optimizer state, activations.
+"""Bytes that a strategy needs on each pipeline rank: parameters, gradients, optimizer state, activations, messages.
 
 replicated  Megatron's default: all of them on every data-parallel rank
 zero1       Megatron's distributed optimizer: the optimizer state is divided by the data-parallel size
@@ -50,12 +50,14 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
+    messages: float  # beside the activations
     working: float  # beside the activations, for one action at a time
     step: float  # for the optimizer's step, when the activations are gone
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + max(self.activations + self.working, self.step)
+        in_backwards = self.activations + self.messages + self.working
+        return self.parameters + self.gradients + self.optimizer + max(in_backwards, self.step)
 
 
 def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: bool, pp_rank: int) -> Memory:
@@ -86,9 +88,10 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
     activations = at_once * per_chunk * live.layer(s.recompute)
     if is_first:
         activations += min(at_once, s.num_microbatches) * live.embedding()
+    messages = s.peak_messages(pp_rank) * live.message
     working = live.working(s.recompute)
     if is_last:
         activations += s.live_logits * live.head()
         working = max(working, live.head_working())
     at_step = step * (count if s.sharding == "replicated" else divided)
-    return Memory(pp_rank, *of_state, activations, working, at_step)
+    return Memory(pp_rank, *of_state, activations, messages, working, at_step)

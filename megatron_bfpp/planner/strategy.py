@@ -14,6 +14,8 @@ RECOMPUTES = ("none", "selective", "full")
 # zero3: one chunk runs while the next is gathered. Both shardings by FSDP2: one chunk reduces its gradients while the
 # next makes its own.
 RESIDENT_CHUNKS = 2
+# Tensors of messages on a rank at a time: two windows of sends, receives that are posted ahead, a gradient in use.
+MOST_MESSAGES, MOST_MESSAGES_OF_1F1B = 8, 5
 
 _FSDP2 = [flag for flag in NAMED["breadth-first-sharded"].flags if flag not in NAMED["breadth-first"].flags]
 _SHARDING_FLAGS = {  # zero1 is Megatron's distributed optimizer; zero2 and zero3 are torch's FSDP2, per chunk
@@ -87,6 +89,17 @@ class Strategy:
         ahead = (self.chunks - (self.schedule != "breadth-first-late")) * self.group
         lead = min(behind, self.group) if self.schedule in BREADTH_FIRST else behind
         return min(total, ahead + 2 * lead + 1)
+
+    def peak_messages(self, pp_rank: int) -> int:
+        """Bound the tensors that a rank holds for messages at a time, as `schedule.buffers.most_messages` counts them.
+
+        Inputs of the next chunk come to the first rank, and gradients of the chunk before to the last one, while the
+        last group - pp micro-batches of this chunk run.
+        """
+        if self.pp == 1:
+            return 0
+        early = self.group - self.pp if self.chunks > 1 and pp_rank in (0, self.pp - 1) else 0
+        return max(0, early) + (MOST_MESSAGES if self.chunks > 1 else MOST_MESSAGES_OF_1F1B)
 
     @property
     def resident_chunks(self) -> int | None:

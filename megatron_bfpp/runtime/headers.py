@@ -1,11 +1,14 @@
-"""Headers that precede messages under --bfpp-debug-p2p, so that a wrong order is an error and not a hang.
+"""Headers of messages, for variable shapes and --bfpp-debug-p2p: a wrong order is an error and not a hang.
 
-A header is 8 integers: stage, op and microbatch of the send, dtype, and the tensor's 3 sizes with their number.
+A header is 8 integers: stage, op and microbatch of the send, dtype, and the tensor's 3 sizes with their number. It is a
+tensor of the CPU whatever the device of the message is, and travels over gloo: as the messages it is matched by its
+order alone, and as their channels do its tag keeps the two kinds of message apart.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ..schedule.ir import Action, Op
 
@@ -25,12 +28,35 @@ class Header(NamedTuple):
         return f"{self.send} of {self.sizes} {str(self.dtype).removeprefix('torch.')}"
 
 
-def write(send: Action, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+class OnTheWay(NamedTuple):
+    """A launched send or receive of a header."""
+
+    handle: dist.Work | None
+    numbers: torch.Tensor
+
+
+def send(action: Action, tensor: torch.Tensor, target: int, group: dist.ProcessGroup) -> OnTheWay:
+    """Launch the header of `tensor`, which SEND_F or SEND_B sends."""
+    numbers = write(action, tensor)
+    return OnTheWay(dist.isend(numbers, target, group, _tag(action.op)), numbers)
+
+
+def receive(op: Op, source: int, group: dist.ProcessGroup) -> OnTheWay:
+    """Launch the receive of the header of the next message of RECV_F or RECV_B."""
+    numbers = torch.empty(SIZE, dtype=torch.int64)
+    return OnTheWay(dist.irecv(numbers, source, group, _tag(op)), numbers)
+
+
+def _tag(op: Op) -> int:
+    return int(op in (Op.SEND_B, Op.RECV_B))
+
+
+def write(send: Action, tensor: torch.Tensor) -> torch.Tensor:
     """Return the header of `tensor`, which has at most 3 dimensions."""
     sizes = list(tensor.shape)
     dtype = _DTYPES.index(tensor.dtype) if tensor.dtype in _DTYPES else -1
     numbers = [send.stage, _OPS.index(send.op), send.microbatch, dtype, len(sizes), *sizes, *[0] * (3 - len(sizes))]
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def read(header: torch.Tensor) -> Header:

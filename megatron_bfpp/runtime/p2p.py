@@ -6,6 +6,10 @@ The groups that carry them are made by channels.py. Decisions for GPUs, where th
   - A sent tensor is kept beside its handle and given up SEND_WINDOW compute actions later. Megatron since 0.18 waits
     for a forward send before it frees the output (PR 4047), which delays the next forward; before 0.18 it does not
     wait, and the receiver may read freed memory.
+  - Headers go from host to host over a group of gloo: no channel holds one, and nothing waits for the device. A tensor
+    of a known shape is asked for at once, and its header is compared when the tensor is waited for. With variable
+    shapes the host waits for the header where the receive is posted. `schedule.buffers.after_sends` has put that where
+    every such wait points back in time; posted ahead as usual, two ranks would wait for each other's next sends.
 """
 
 import re
@@ -19,12 +23,12 @@ import torch
 import torch.distributed as dist
 
 from ..schedule.check import SEND_WINDOW
-from ..schedule.ir import RECEIVES, SENDS, Action, Op, PipelineShape
+from ..schedule.ir import SENDS, Action, Op, PipelineShape
 from ..schedule.lower import peer
 from ..schedule.simulate import Key
 from . import headers
 from .activity import Activity
-from .channels import ChannelGroups, Route
+from .channels import ChannelGroups
 
 
 class PeerLostError(RuntimeError):
@@ -32,27 +36,27 @@ class PeerLostError(RuntimeError):
 
 
 class MessageMismatchError(RuntimeError):
-    """Under --bfpp-debug-p2p a message arrived that is not the one this rank waits for."""
+    """The header of a message says that it is not the one this rank waits for."""
 
 
-@dataclass(slots=True)
-class _Receive:
-    """A posted receive: of a tensor, or of the header that precedes it."""
+class _Received(NamedTuple):
+    """A posted receive. header: still to be compared."""
 
     action: Action
     handle: dist.Work | None
     buffer: torch.Tensor
-    is_header: bool = False
+    header: headers.OnTheWay | None = None
 
 
 class _Sent(NamedTuple):
     """A launched send. release is called with `tensor` once it may be reused."""
 
     action: Action
-    handles: list[dist.Work | None]
-    sent: list[torch.Tensor]  # what the handles send: a header, and the tensor or a contiguous copy of it
+    handle: dist.Work | None
+    sent: torch.Tensor  # what the handle sends: the tensor or a contiguous copy of it
     tensor: torch.Tensor
     release: Callable[[torch.Tensor], None] | None
+    header: headers.OnTheWay | None = None
 
 
 @dataclass
@@ -64,58 +68,56 @@ class Messages:
     tensor_shape: tuple[int, ...]  # [sequence / cp (/ tp), microbatch, hidden]
     dtype: torch.dtype
     device: torch.device
-    variable_shapes: bool = False  # each tensor is preceded by its three sizes
-    debug: bool = False  # each tensor is preceded by a header of headers.py, which is compared
+    header_group: dist.ProcessGroup | None = None  # of gloo: each tensor has a header there, which is compared
+    variable_shapes: bool = False  # a tensor has the sizes of its header, if there are headers
     activity: Activity = field(default_factory=Activity)  # the watchdog reads it
     waiting: Callable[[Action], AbstractContextManager[object]] | None = None  # around every wait; None costs nothing
-    _receives: dict[Key, _Receive] = field(default_factory=dict)
-    _unread: dict[dist.ProcessGroup, _Receive] = field(default_factory=dict)  # headers, one at most per channel
-    _postponed: dict[dist.ProcessGroup, deque[Action]] = field(default_factory=dict)
+    _receives: dict[Key, _Received] = field(default_factory=dict)
     _sent: deque[list[_Sent]] = field(default_factory=lambda: deque([[]]))
 
     def __post_init__(self) -> None:
         self._routes = self.groups.routes(self.shape)
-        self._has_headers = self.variable_shapes or self.debug
         self._is_cuda = self.device.type == "cuda"
 
     def post_receive(self, action: Action) -> None:
         """Launch the receive of RECV_F or RECV_B; `receive` waits for it."""
-        route = self._routes[action.stage, action.op]
-        if not self._has_headers:
-            self._receives[action] = self._irecv(action, route, self._empty(self.tensor_shape, action))
-            return
-        # A channel is in order: the tensor of an earlier header must be received before the next header. That header
-        # may not have arrived, and nothing waits here; `receive`, which has to wait anyway, continues the channel.
-        if route.group in self._unread:
-            self._postponed.setdefault(route.group, deque()).append(action)
-        else:
-            self._post_header(action, route)
+        group, source = self._routes[action.stage, action.op]
+        sizes, header = self.tensor_shape, None
+        if self.header_group is not None:
+            header = self._launch(action, headers.receive, action.op, source, self.header_group)
+            if self.variable_shapes:
+                sizes, header = self._compared(header, action), None
+        # A stage's input is a leaf of its graph; backward_step reads from it the gradient to send back.
+        buffer = torch.empty(sizes, dtype=self.dtype, device=self.device, requires_grad=action.op is Op.RECV_F)
+        handle = self._launch(action, dist.irecv, buffer, source, group)
+        self._receives[action] = _Received(action, handle, buffer, header)
 
     def receive(self, action: Key) -> torch.Tensor:
         """Wait for the tensor of an earlier `post_receive` and return it. action: it, or a tuple that equals it."""
-        while self._has_headers and (action not in self._receives or self._receives[action].is_header):
-            self._read_header(self._routes[action[0], action[1]])
         received = self._receives.pop(action)
+        if received.header is not None:
+            self._compared(received.header, received.action)
         self._wait(received.handle, received.action)
+        if self._is_cuda:
+            # wait() only made the compute stream wait. An event behind that wait tells when the message has arrived.
+            # The handle must not be kept for it: a NCCL handle holds its tensors, which would live to the step's end.
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self.activity.launched(received.action, event)
         return received.buffer
 
     def send(self, action: Action, tensor: torch.Tensor, release: Callable[[torch.Tensor], None] | None = None) -> None:
         """Launch SEND_F or SEND_B. release is called with `tensor` once it may be reused, within the step."""
         group, target = self._routes[action.stage, action.op]
-        sent = [tensor.contiguous()]
-        if self.debug:
-            sent.insert(0, headers.write(action, tensor, self.device))
-        elif self.variable_shapes:
-            sent.insert(0, torch.tensor(tensor.shape, dtype=torch.int64, device=self.device))
-        try:
-            handles = [dist.isend(each, target, group=group) for each in sent]
-        except RuntimeError as error:
-            self._lost(action, error)
-        self._sent[-1].append(_Sent(action, handles, sent, tensor, release))
+        sent, header = tensor.contiguous(), None
+        if self.header_group is not None:
+            header = self._launch(action, headers.send, action, tensor, target, self.header_group)
+        handle = self._launch(action, dist.isend, sent, target, group)
+        self._sent[-1].append(_Sent(action, handle, sent, tensor, release, header))
 
     def before_compute(self) -> None:
         """Give up the tensors sent SEND_WINDOW or more compute actions ago. Call it before each F and B."""
-        while len(self._sent) >= SEND_WINDOW and self._may_wait_for(self._sent[0]):
+        while len(self._sent) >= SEND_WINDOW:
             self._finish(self._sent.popleft())
         self._sent.append([])
 
@@ -136,10 +138,17 @@ class Messages:
 
     def _finish(self, sent: list[_Sent]) -> None:
         for each in sent:
-            for handle in each.handles:
-                self._wait(handle, each.action)
+            if each.header is not None:
+                self._wait(each.header.handle, each.action)
+            self._wait(each.handle, each.action)
             if each.release is not None:
                 each.release(each.tensor)
+
+    def _launch[**P, T](self, action: Action, launch: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return launch(*args, **kwargs)
+        except RuntimeError as error:
+            self._lost(action, error)
 
     def _wait(self, handle: dist.Work | None, action: Action) -> None:
         assert handle is not None, "this rank takes part in its own messages"
@@ -154,12 +163,6 @@ class Messages:
         except RuntimeError as error:
             self._lost(action, error)
         activity.waiting = None
-        if self._is_cuda and action.op in RECEIVES:
-            # wait() only made the compute stream wait. An event behind that wait tells when the message has arrived.
-            # The handle must not be kept for it: a NCCL handle holds its tensors, which would live to the step's end.
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            activity.launched(action, event)
 
     def _lost(self, action: Action, error: RuntimeError) -> NoReturn:
         verb = "sent to" if action.op in SENDS else "received from"
@@ -174,50 +177,20 @@ class Messages:
         pp_rank = self.shape.rank_of(other.stage)
         return f"pp_rank {pp_rank} (rank {self.groups.ranks[pp_rank]})"
 
-    def _may_wait_for(self, sent: list[_Sent]) -> bool:
-        """Return whether waiting for these sends is safe.
+    def _compared(self, header: headers.OnTheWay, action: Action) -> tuple[int, ...]:
+        """Wait for the header of a receive; return the sizes of its tensor. MessageMismatchError for another message.
 
-        With headers the peer posts a tensor's receive only when it has read the header, and before that it may wait for
-        this rank's next action. Waiting for such a send can deadlock: it is given up once it has completed.
+        The header was sent by the host of the sender just before the tensor, so this waits for no device.
         """
-        handles = (handle for each in sent for handle in each.handles)
-        return not self._has_headers or all(handle is None or handle.is_completed() for handle in handles)
-
-    def _post_header(self, action: Action, route: Route) -> None:
-        size = headers.SIZE if self.debug else 3
-        header = self._irecv(action, route, torch.empty(size, dtype=torch.int64, device=self.device))
-        header.is_header = True
-        self._receives[action] = self._unread[route.group] = header
-
-    def _read_header(self, route: Route) -> None:
-        """Wait for the last header of a channel; then post the receives of its tensor and of the next header."""
-        header = self._unread.pop(route.group)
-        self._wait(header.handle, header.action)
-        sizes = self._compared(header) if self.debug else tuple(header.buffer.tolist())
-        self._receives[header.action] = self._irecv(header.action, route, self._empty(sizes, header.action))
-        if self._postponed.get(route.group):
-            self._post_header(self._postponed[route.group].popleft(), route)
-
-    def _compared(self, received: _Receive) -> tuple[int, ...]:
-        """Return the sizes of the tensor that follows; MessageMismatchError unless it is the expected one."""
-        expected = peer(received.action, self.shape)
+        self._wait(header.handle, action)
+        expected = peer(action, self.shape)
         assert expected is not None, "a message has two ends"
-        found = headers.read(received.buffer)
+        found = headers.read(header.numbers)
         sizes = found.sizes if self.variable_shapes else tuple(self.tensor_shape)
         wanted = headers.Header(expected, self.dtype, sizes)
         if found != wanted:
             raise MessageMismatchError(
-                f"pp_rank {self.groups.pp_rank} waits for {wanted} ({received.action} here), "
-                f"but {self._other(received.action)} has sent {found}"
+                f"pp_rank {self.groups.pp_rank} waits for {wanted} ({action} here), "
+                f"but {self._other(action)} has sent {found}"
             )
         return sizes
-
-    def _empty(self, shape: tuple[int, ...], action: Action) -> torch.Tensor:
-        # A stage's input is a leaf of its graph; backward_step reads from it the gradient to send back.
-        return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=action.op is Op.RECV_F)
-
-    def _irecv(self, action: Action, route: Route, buffer: torch.Tensor) -> _Receive:
-        try:
-            return _Receive(action, dist.irecv(buffer, route.peer, group=route.group), buffer)
-        except RuntimeError as error:
-            self._lost(action, error)

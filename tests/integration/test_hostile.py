@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from gpt import ZERO_1, flags_of, losses, train
-from hostile import hostile
+from hostile import hostile, late_headers
 from jobs import run_job
 
-from megatron_bfpp.runtime import p2p
+from megatron_bfpp.integration import activation
+from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.runtime import headers, p2p
 
 pytestmark = pytest.mark.slow
 
 
-def use_the_hostile_transport():
-    p2p.dist = hostile(seed=int(os.environ["RANK"]))
+def use_the_hostile_transport(one_queue=False):
+    p2p.dist, headers.dist = hostile(int(os.environ["RANK"]), one_queue), late_headers(int(os.environ["RANK"]))
 
 
 @pytest.mark.parametrize(
@@ -39,22 +41,34 @@ def test_losses_are_bit_identical_on_the_hostile_transport(pp, chunks, dp, micro
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_sequences_of_any_length_are_bit_identical_on_the_hostile_transport(ranks, tmp_path):
-    run_job(_any_lengths, ranks, tmp_path)
+def test_headers_block_nothing_on_the_hostile_transport_with_own_queues_and_with_one(ranks, tmp_path):
+    run_job(_headers, ranks, tmp_path)
 
 
-def _any_lengths() -> None:
-    from chunks import assert_same, batch, both, chunks, schedules, start, step
+def _headers() -> None:
+    """With --bfpp-debug-p2p and with sequences of any length, in the shapes of the tests above, and M = 1 and P + 1."""
+    from chunks import assert_same, batch, chunks, schedules, start, step
 
-    start(num_chunks=3)
-    use_the_hostile_transport()
-    for lengths in ([3, 7, 2, 5], [4], [1, 9, 9, 1, 6, 2, 8, 5]):
-        model = chunks(3, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
-        data = batch(len(lengths), lengths=lengths)
-        if len(lengths) % dist.get_world_size() == 0:
-            assert_same(*both(model, data))
-        else:  # Megatron refuses these
-            step(schedules()[1], model, data)
+    ranks = int(os.environ["WORLD_SIZE"])
+    num_chunks = 4 if ranks == 2 else 2
+    start(num_chunks)
+    fixed, variable = (
+        chunks(num_chunks),
+        chunks(num_chunks, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall"),
+    )
+    for microbatches in (2 * ranks, 1, ranks + 1):
+        lengths = [3, 7, 2, 5, 1, 9, 4, 4][:microbatches]
+        for model, data in ((fixed, batch(microbatches)), (variable, batch(microbatches, lengths=lengths))):
+            default, ours = schedules()
+            reference = step(default, model, data) if microbatches % ranks == 0 else None  # it refuses the others
+            for order in ({}, {"backward": "late"}, {"group_size": ranks + 1}):
+                settings = Settings("breadth-first", debug_p2p=model is fixed, **order)
+                activation._settings = lambda _, settings=settings: settings
+                for one_queue in (False, True):
+                    use_the_hostile_transport(one_queue)
+                    found = step(ours, model, data)
+                    reference = reference or found
+                    assert_same(reference, found)
 
 
 def test_the_transport_is_hostile(tmp_path):

@@ -10,6 +10,7 @@ from megatron_bfpp.planner.memory import PRECISIONS, memory
 from megatron_bfpp.planner.model import GPT
 from megatron_bfpp.planner.strategy import BREADTH_FIRST, SCHEDULES, Strategy
 from megatron_bfpp.schedule import lower, simulate
+from megatron_bfpp.schedule.buffers import most_messages
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
 # A vocabulary of 255: the NullTokenizer of 0.17 adds one word, and both are padded to 256.
@@ -91,9 +92,12 @@ def test_activations_and_operations_are_what_megatron_counts(tmp_path, name, pre
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
 @pytest.mark.parametrize(
-    ("pp", "chunks", "microbatches", "group"), [(2, 2, 4, 2), (4, 2, 8, 4), (4, 4, 8, 8), (4, 1, 2, 2), (4, 3, 2, 2)]
+    ("pp", "chunks", "microbatches", "group"),
+    [(2, 2, 4, 2), (4, 2, 8, 4), (4, 4, 8, 8), (4, 1, 2, 2), (4, 3, 2, 2), (2, 3, 12, 12), (8, 2, 32, 16)],
 )
-def test_the_peak_of_live_activations_is_that_of_the_schedule(schedule, pp, chunks, microbatches, group):
+def test_the_peaks_of_live_activations_and_messages_are_those_of_the_schedule(
+    schedule, pp, chunks, microbatches, group
+):
     if schedule == "1f1b":
         chunks = 1
     if schedule in ("1f1b", "interleaved-grouped"):
@@ -103,8 +107,26 @@ def test_the_peak_of_live_activations_is_that_of_the_schedule(schedule, pp, chun
         with pytest.raises(ValueError):
             strategy.order()
         return
-    peaks = simulate(strategy.order(), strategy.shape).peak_live_activations()
-    assert [strategy.peak_live(rank) for rank in range(pp)] == peaks
+    order, ranks = strategy.order(), range(pp)
+    peaks = simulate(order, strategy.shape).peak_live_activations()
+    assert [strategy.peak_live(rank) for rank in ranks] == peaks
+    messages = [most_messages(actions, strategy.shape) for actions in lower(order, strategy.shape)]
+    assert all(most <= strategy.peak_messages(rank) <= most + 5 for rank, most in zip(ranks, messages))
+
+
+def test_messages_take_memory_of_their_own_beside_the_activations():
+    gpt = GPT(64, 8192, 64, 1024, 50257, untied=True)
+    for pp, sequence_parallel, bytes_of_one in (
+        (4, True, 2 * 1024 * 8192 / 2),
+        (4, False, 2 * 1024 * 8192),
+        (1, True, 0),
+    ):
+        schedule = "breadth-first" if pp > 1 else "no-pipeline"
+        strategy = Strategy(schedule, pp, 2, 1, 4, 1, 12, 12, "replicated", sequence_parallel=sequence_parallel)
+        found = memory(gpt, strategy, PRECISIONS["bf16"], True, 0)
+        assert found.messages == strategy.peak_messages(0) * bytes_of_one
+        state = found.parameters + found.gradients + found.optimizer
+        assert found.total == state + found.activations + found.messages + found.working
 
 
 @pytest.mark.parametrize(("sharding", "chunks"), [("zero2", 2), ("zero2", 4), ("zero3", 2), ("zero3", 4), ("zero3", 8)])

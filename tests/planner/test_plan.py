@@ -75,7 +75,7 @@ def test_several_batches_are_compared_and_drawn_and_written(tmp_path, capsys):
         assert each["considered"] == each["fit"] + sum(each["rejected"].values())
         best = each["fastest"][0]
         assert best["step_s"] == pytest.approx(min(one["step_s"] for one in each["schedules"]))
-        parts = ("parameters", "gradients", "optimizer", "activations")
+        parts = ("parameters", "gradients", "optimizer", "activations", "messages")
         assert sum(best["memory"][part] for part in parts) <= best["memory"]["total"] < 28e9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
 

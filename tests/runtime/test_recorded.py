@@ -6,9 +6,10 @@ recorded.py records it on torch's fake process group; cuda_rules.py says what a 
 import json
 
 import pytest
-from cuda_rules import one, own, run, step_time
+from cuda_rules import Hang, hanging_waits, one, own, run, step_time
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
+from megatron_bfpp.schedule.buffers import after_sends
 from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.schedule.replay import replay
 
@@ -52,6 +53,27 @@ def test_one_communicator_for_a_group_runs_as_one_for_each_pair_of_ranks():
         shape, plan = planned(sizes)
         per_pair, per_group = (programmes(record(plan, shape, per_pair=choice)) for choice in (True, False))
         assert run(per_pair, 0.25) == run(per_group, 0.25)
+
+
+HEADERS = [(4, 2, 8), (2, 4, 4), (2, 2, 4), (3, 2, 6), *SMALL]  # of the hostile transport's tests, and smaller ones
+
+
+@pytest.mark.parametrize("queue", [own, one])
+@pytest.mark.parametrize("eager", [True, False])
+def test_headers_hang_nothing_and_cost_no_time_where_sizes_are_known(queue, eager):
+    for sizes in HEADERS:
+        shape, plan = planned(sizes, eager)
+        plain, debug = (programmes(record(plan, shape, with_headers=choice)) for choice in (False, True))
+        assert step_time(debug, 0.25, queue) == step_time(plain, 0.25, queue)
+        moved = programmes(record(after_sends(plan, shape), shape, with_headers=True, variable_shapes=True))
+        assert step_time(moved, 0.25, queue) >= bound(shape)
+        assert not any(hanging_waits(moved, queue)), "the host may even wait for the device anywhere"
+
+
+def test_two_ranks_that_wait_for_sizes_where_receives_are_posted_ahead_wait_for_each_other():
+    shape, plan = planned((2, 2, 4))
+    with pytest.raises(Hang, match="the wait for the header"):
+        run(programmes(record(plan, shape, with_headers=True, variable_shapes=True)))
 
 
 GROUPED = {"microbatch_group_size_per_vp_stage": 16, "overlap_p2p_comm_warmup_flush": True}

@@ -9,6 +9,9 @@ torch.distributed's isend and irecv as runtime/p2p.py sees them, so the runtime'
   - A sent tensor is read as late as allowed: when the sender waits for it, or after a random time. The object given to
     isend is read, not a copy of it, and after its wait() a deallocated or reused tensor does no harm any more.
   - Deliveries are delayed at random.
+  - With one hardware queue a rank that launches a send or receive stops there until the one before it on the same
+    process group is complete.
+Headers, which travel over gloo in earnest, are sent late and one after the other; nothing else is done to them.
 """
 
 from __future__ import annotations
@@ -29,13 +32,17 @@ READY = 1  # gloo's tag of the message that says "my receive has started"; data 
 class Stream:
     """The operations of one rank on one process group, one after the other, in a thread."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, has_own_queue: bool = True):
         self.random = random.Random(seed)
+        self._has_own_queue, self._last = has_own_queue, Work()
+        self._last.done.set()
         self._operations: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def launch(self, operation) -> Work:
-        work = Work()
+        if not self._has_own_queue:
+            self._last.done.wait()
+        self._last = work = Work()
         self._operations.put((operation, work))
         return work
 
@@ -55,10 +62,8 @@ class Work:
     def __init__(self) -> None:
         self.done, self.is_waited_for = threading.Event(), threading.Event()
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.sent: dist.Work | None = None  # of a header
         self.error: BaseException | None = None
-
-    def is_completed(self) -> bool:
-        return self.done.is_set()
 
     def wait(self) -> bool:
         self.is_waited_for.set()
@@ -70,16 +75,18 @@ class Work:
             with torch.no_grad():
                 buffer.copy_(data)
             self.arrived = None
+        if self.sent is not None:
+            self.sent.wait()
         return True
 
 
-def hostile(seed: int) -> SimpleNamespace:
+def hostile(seed: int, one_queue: bool = False) -> SimpleNamespace:
     """What stands for torch.distributed in runtime/p2p.py."""
     streams: dict[dist.ProcessGroup, Stream] = {}
 
     def stream(group: dist.ProcessGroup) -> Stream:
         if group not in streams:
-            streams[group] = Stream(1000 * seed + len(streams))
+            streams[group] = Stream(1000 * seed + len(streams), not one_queue)
         return streams[group]
 
     def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup) -> Work:
@@ -107,3 +114,19 @@ def hostile(seed: int) -> SimpleNamespace:
         return own.launch(operation)
 
     return SimpleNamespace(**{**vars(dist), "isend": isend, "irecv": irecv})
+
+
+def late_headers(seed: int) -> SimpleNamespace:
+    """What stands for torch.distributed in runtime/headers.py."""
+    stream = Stream(seed)
+
+    def isend(numbers: torch.Tensor, dst: int, group: dist.ProcessGroup, tag: int) -> Work:
+        assert numbers.device.type == "cpu" and dist.get_backend(group) == "gloo"
+
+        def operation(work: Work) -> None:
+            time.sleep(stream.random.uniform(0, MOST_DELAY_S))
+            work.sent = dist.isend(numbers, dst, group, tag)
+
+        return stream.launch(operation)
+
+    return SimpleNamespace(**{**vars(dist), "isend": isend})

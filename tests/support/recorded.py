@@ -5,6 +5,7 @@ code: runtime.executor, p2p, channels and data_parallel. Only the computation is
 wait of their handles note what ProcessGroupNCCL launches:
   - isend, irecv: a command on the communicator's stream, behind all that the compute stream holds at that moment;
   - wait(): the compute stream waits for the end of that command; the host waits for nothing.
+Headers, which gloo carries under a tag, are messages from host to host: their wait stops the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,10 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from cuda_rules import Command, End, Programme
+from cuda_rules import Command, End, HostMessage, HostWait, Programme
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_bfpp.runtime import headers
 from megatron_bfpp.runtime.channels import ChannelGroups
 from megatron_bfpp.runtime.data_parallel import DataParallel
 from megatron_bfpp.runtime.executor import Executor
@@ -62,6 +64,14 @@ class Recorder:
         stream = (group.group_desc, pair) if self.per_pair else group.group_desc
         return self.beside(name, stream, end=End(group.group_desc, other, is_send, content))
 
+    def header(self, numbers: torch.Tensor, other: int, tag: int, is_send: bool) -> Any:
+        """Send a header to the global rank `other`, or begin to receive one from it."""
+        assert self.doing is not None and self.shape is not None, "an action runs"
+        send = self.doing if is_send else peer(self.doing, self.shape)
+        message = HostMessage(f"the header of {self.doing}", End(("gloo", tag), other, is_send, send))
+        self.programme.append(message)
+        return HeaderHandle(message, numbers, self)
+
     @contextmanager
     def span(self, action: Action) -> Iterator[None]:
         """Note where an action begins."""
@@ -86,15 +96,33 @@ class Handle:
         return False  # the host runs ahead of the device
 
 
+@dataclass
+class HeaderHandle:
+    """What isend and irecv of a header return."""
+
+    message: HostMessage
+    numbers: torch.Tensor
+    recorder: Recorder
+
+    def wait(self) -> None:
+        self.recorder.programme.append(HostWait(self.message))
+        if not self.message.end.is_send:
+            self.numbers.copy_(headers.write(self.message.end.content, torch.empty(1)))
+
+
 @contextmanager
 def fake_pipeline(recorder: Recorder, size: int) -> Iterator[dist.ProcessGroup]:
     """Be one rank of a pipeline of `size` ranks, which is torch's world, and record its messages."""
     isend, irecv = dist.isend, dist.irecv
 
-    def record_send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup) -> Handle:
+    def record_send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup, tag: int | None = None) -> Any:
+        if tag is not None:
+            return recorder.header(tensor, dst, tag, True)
         return Handle(isend(tensor, dst, group), recorder.message(group, dst, True), recorder)
 
-    def record_receive(tensor: torch.Tensor, src: int, group: dist.ProcessGroup) -> Handle:
+    def record_receive(tensor: torch.Tensor, src: int, group: dist.ProcessGroup, tag: int | None = None) -> Any:
+        if tag is not None:
+            return recorder.header(tensor, src, tag, False)
         return Handle(irecv(tensor, src, group), recorder.message(group, src, False), recorder)
 
     dist.init_process_group("fake", store=FakeStore(), rank=recorder.pp_rank, world_size=size)
@@ -141,17 +169,29 @@ class Compute:
 
 
 def record(
-    plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, forward_only: bool = False, per_pair: bool = True
+    plan: Schedule,
+    shape: PipelineShape,
+    costs: Costs = UNIT,
+    forward_only: bool = False,
+    per_pair: bool = True,
+    with_headers: bool = False,
+    variable_shapes: bool = False,
 ) -> list[Recorder]:
     """Run the executor of each rank of a plan; return what each launched. costs: of what is no message."""
     return [
-        _record(Recorder(rank, shape, per_pair), actions, shape, costs, forward_only)
+        _record(Recorder(rank, shape, per_pair), actions, shape, costs, forward_only, with_headers, variable_shapes)
         for rank, actions in enumerate(plan)
     ]
 
 
 def _record(
-    recorder: Recorder, actions: list[Action], shape: PipelineShape, costs: Costs, forward_only: bool
+    recorder: Recorder,
+    actions: list[Action],
+    shape: PipelineShape,
+    costs: Costs,
+    forward_only: bool,
+    with_headers: bool,
+    variable_shapes: bool,
 ) -> Recorder:
     compute = Compute(recorder, costs)
 
@@ -164,7 +204,9 @@ def _record(
         DataParallel(None, of_each_chunk(compute.reduce), of_each_chunk(compute.gather), model) as data_parallel,
     ):
         cpu = torch.device("cpu")
-        messages = Messages(ChannelGroups(world, cpu, dist.new_group), shape, (1,), torch.float32, cpu)
+        groups = ChannelGroups(world, cpu, dist.new_group)
+        gloo = world if with_headers else None
+        messages = Messages(groups, shape, (1,), torch.float32, cpu, gloo, variable_shapes)
         Executor(shape, compute, messages, data_parallel, forward_only, recorder.span).run(actions)
     return recorder
 

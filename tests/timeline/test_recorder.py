@@ -113,9 +113,9 @@ def test_messages_wait_within_the_context_that_they_are_given():
     received, sent = Action(2, Op.RECV_F, 0), Action(2, Op.SEND_F, 0)
     done = []
     handle = SimpleNamespace(wait=lambda: done.append(True))
-    messages._receives[received] = SimpleNamespace(action=received, handle=handle, buffer="buffer")
+    messages._receives[received] = SimpleNamespace(action=received, handle=handle, buffer="buffer", header=None)
     assert messages.receive(received) == "buffer"
-    messages._sent[-1].append(_Sent(sent, [handle], [], None, None))
+    messages._sent[-1].append(_Sent(sent, handle, None, None, None))
     messages.assert_finished()
     assert waited == [received, sent] and len(done) == 2
 

@@ -36,7 +36,7 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
      "reports what it was doing. 0: never. Default: 0.8 of --distributed-timeout-minutes."),
     ("--bfpp-debug-p2p", {"action": "store_true"},
      "Breadth-first: send with each message which one it is; a receiver that waits for another one ends the job and "
-     "names both. Slower: a message is asked for only when its header is read."),
+     "names both. Their headers travel over one gloo group."),
     ("--bfpp-log-communication", {"action": "store_true"},
      "Log the collectives and messages of each step with their bytes, under either schedule: one line per log "
      "interval, and bfpp/... in TensorBoard and W&B."),
@@ -79,10 +79,12 @@ class Settings:
                 f"  Use {RESIDENT_CHUNKS}, which hides the gathers, or the number of chunks: one gather each per step."
             )
 
-    def plan_of(self, shape: PipelineShape, evaluation: bool = False, is_sharded: bool = False) -> Plan:
+    def plan_of(
+        self, shape: PipelineShape, evaluation: bool = False, is_sharded: bool = False, variable_shapes: bool = False
+    ) -> Plan:
         """Return the checked plan that engine `plan` runs for a step of this shape."""
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
-        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident)
+        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, variable_shapes)
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""

@@ -15,7 +15,6 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from ...console.version import __version__
-from ...runtime.channels import ChannelGroups
 from ...runtime.executor import Executor
 from ...runtime.p2p import Messages
 from ...schedule import Action, PipelineShape
@@ -26,7 +25,7 @@ from ..seams import changed
 from . import fully_sharded, replicas
 from .call import StepCall, check_config
 from .compute import MegatronCompute
-from .groups import channel_groups, process_groups
+from .groups import channel_groups, header_group, process_groups
 
 _announced: set[tuple[str, str]] = set()  # engine and plan of the lines that this process has in its log
 
@@ -43,7 +42,8 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     pp_group, groups = process_groups(call.p2p_communicator, call.pg_collection)
     shape = PipelineShape(pp_group.size(), len(call.model), call.num_microbatches)
     is_sharded = fully_sharded.is_sharded(call.model)
-    plan = settings.plan_of(shape, call.forward_only, is_sharded)
+    variable_shapes = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
+    plan = settings.plan_of(shape, call.forward_only, is_sharded, variable_shapes)
     pp_rank, device = pp_group.rank(), process.this_device()
     channels = channel_groups(pp_group, device)
     process.begin_step(call.forward_only, shape, channels.ranks, pp_rank)
@@ -60,7 +60,11 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
 
     peak = plan.peak_live_activations[pp_rank]
     compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
-    messages = _messages(channels, shape, call.tensor_shape(config, groups), config, device, settings.debug_p2p)
+    messages = Messages(
+        channels, shape, call.tensor_shape(config, groups), config.pipeline_dtype, device,
+        header_group(pp_group) if settings.debug_p2p or variable_shapes else None, variable_shapes, process.ACTIVITY,
+        None if process.RECORDING.recorder is None else process.RECORDING.recorder.waiting,
+    )  # fmt: skip
     if is_sharded:
         gates: Any = fully_sharded.data_parallel(call.model, config)
     else:
@@ -107,22 +111,6 @@ def run_megatron(settings: Settings, original: Callable[..., list[Any]], **argum
         answer = original(**arguments)
     process.after_schedule(call.forward_only)
     return answer
-
-
-def _messages(
-    channels: ChannelGroups,
-    shape: PipelineShape,
-    sizes: tuple[int, ...],
-    config: Any,
-    device: torch.device,
-    debug: bool,
-) -> Messages:
-    return Messages(
-        channels, shape, sizes, config.pipeline_dtype, device,
-        variable_shapes=config.variable_seq_lengths or getattr(config, "mtp_standalone", False), debug=debug,
-        activity=process.ACTIVITY,
-        waiting=None if process.RECORDING.recorder is None else process.RECORDING.recorder.waiting,
-    )  # fmt: skip
 
 
 @contextmanager

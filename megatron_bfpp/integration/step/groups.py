@@ -21,6 +21,7 @@ from ..seams import changed
 MAX_CTAS = 4  # of NCCL, for a message; 4 of an H100's 132 SMs
 
 _channels: WeakKeyDictionary[Any, ChannelGroups] = WeakKeyDictionary()  # pipeline group -> its channels
+_headers: WeakKeyDictionary[Any, torch.distributed.ProcessGroup] = WeakKeyDictionary()
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()  # groups of one description and the same ranks
 
 
@@ -74,6 +75,19 @@ def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.devic
 
 def reduction_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
     return local_group(ranks, "FSDP_REDUCTIONS", timeout=_timeout())
+
+
+def header_group(pp_group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup | None:
+    """Return the group of gloo for the headers of a pipeline's messages; None where the process groups are fake.
+
+    --disable-gloo-process-groups does not concern it: the headers would otherwise wait behind tensors on the device.
+    """
+    if torch.distributed.get_backend(pp_group) == "fake":
+        return None
+    if pp_group not in _headers:
+        ranks = torch.distributed.get_process_group_ranks(pp_group)
+        _headers[pp_group] = local_group(ranks, "BFPP_HEADERS", backend="gloo", timeout=_timeout())
+    return _headers[pp_group]
 
 
 def _nccl_options() -> Any:
