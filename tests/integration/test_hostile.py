@@ -49,26 +49,31 @@ def _headers() -> None:
     """With --bfpp-debug-p2p and with sequences of any length, in the shapes of the tests above, and M = 1 and P + 1."""
     from chunks import assert_same, batch, chunks, schedules, start, step
 
+    from megatron_bfpp.integration.step import groups
+
     ranks = int(os.environ["WORLD_SIZE"])
     num_chunks = 4 if ranks == 2 else 2
     start(num_chunks)
-    fixed, variable = (
-        chunks(num_chunks),
-        chunks(num_chunks, variable_seq_lengths=True, moe_token_dispatcher_type="alltoall"),
-    )
-    for microbatches in (2 * ranks, 1, ranks + 1):
-        lengths = [3, 7, 2, 5, 1, 9, 4, 4][:microbatches]
-        for model, data in ((fixed, batch(microbatches)), (variable, batch(microbatches, lengths=lengths))):
-            default, ours = schedules()
+    default, ours = schedules()
+    lengths = [3, 7, 2, 5, 1, 9, 4, 4]
+    variable = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    step(ours, chunks(num_chunks), batch(ranks))
+    assert not groups._headers, "a group for headers that nobody asked for"
+    late, grouped = {"backward": "late"}, {"group_size": ranks + 1}
+    for is_debug, config in ((True, {}), (False, variable)):
+        model = chunks(num_chunks, **config)
+        for microbatches, orders in ((2 * ranks, ({}, late, grouped)), (1, ({},)), (ranks + 1, ({},))):
+            data = batch(microbatches, lengths=None if is_debug else lengths[:microbatches])
             reference = step(default, model, data) if microbatches % ranks == 0 else None  # it refuses the others
-            for order in ({}, {"backward": "late"}, {"group_size": ranks + 1}):
-                settings = Settings("breadth-first", debug_p2p=model is fixed, **order)
+            for order in orders:
+                settings = Settings("breadth-first", debug_p2p=is_debug, **order)
                 activation._settings = lambda _, settings=settings: settings
-                for one_queue in (False, True):
+                for one_queue in (False, True) if order is orders[0] else (True,):
                     use_the_hostile_transport(one_queue)
                     found = step(ours, model, data)
                     reference = reference or found
                     assert_same(reference, found)
+    assert len(groups._headers) == 1
 
 
 def test_the_transport_is_hostile(tmp_path):

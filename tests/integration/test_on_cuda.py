@@ -90,3 +90,18 @@ def test_an_old_torch_is_refused_with_fsdp2_before_the_model(monkeypatch):
     args = SimpleNamespace(use_torch_fsdp2=True)
     with pytest.raises(UserError, match=r"this is 2\.\d+.*\n  Use torch 2\.12 or later, or leave out"):
         fully_sharded.refuse(args, PLAN)
+
+
+@pytest.mark.parametrize("backend, makes_one", [("nccl", True), ("fake", False)])
+def test_headers_have_one_group_of_gloo_also_where_megatron_has_none(monkeypatch, backend, makes_one):
+    from megatron_bfpp.integration.step import groups
+
+    made, pp_group = [], threading.Event()  # any object
+    monkeypatch.setattr(dist, "get_backend", lambda group: backend)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [1, 5])
+    monkeypatch.setattr(
+        groups, "local_group", lambda ranks, name, **more: made.append((ranks, more["backend"])) or made
+    )
+    found = [groups.header_group(pp_group) for _ in range(2)]
+    assert found == ([made, made] if makes_one else [None, None])
+    assert made == [([1, 5], "gloo")] * makes_one
