@@ -124,7 +124,7 @@ def late_headers(seed: int) -> SimpleNamespace:
         assert numbers.device.type == "cpu" and dist.get_backend(group) == "gloo"
 
         def operation(work: Work) -> None:
-            time.sleep(stream.random.uniform(0, MOST_DELAY_S))
+            time.sleep(stream.random.uniform(0, MOST_DELAY_S / 4))
             work.sent = dist.isend(numbers, dst, group, tag)
 
         return stream.launch(operation)
