@@ -195,7 +195,7 @@ def bench(rng, folder):
 
 
 def doctor(rng, folder):
-    return ["doctor", *flags(rng, {"--no-run": None, "--json": outputs("json")})]
+    return ["doctor", *flags(rng, {"--no-run": None, "--gpu-trial": None, "--json": outputs("json")})]
 
 
 def nothing(rng, folder):

@@ -43,9 +43,9 @@ class Judged(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Run the trial; print a line per row, and return the exit code."""
-    folder = Path(tempfile.mkdtemp(prefix="bfpp-trial-"))
     lines: list[Judged] = []
     facts = doctor_facts.gather(lambda part: progress.show(0.0, f"looking at {part}"))
+    folder = Path(tempfile.mkdtemp(prefix="bfpp-trial-"))
     place = Place(len(gpus(facts)), bool(section(facts, "te").get("version")), facts, folder)
     print(f"megatron_bfpp {__version__}: GPU trial on {_where(place)}", flush=True)
     try:
