@@ -54,23 +54,27 @@ def test_links_are_read_from_the_topology_of_nvidia_smi():
 
 
 def test_row_1_names_the_shape_whose_bits_differ():
-    assert judges.equality({"2x2": "", "4x2": ""}) == Verdict([], "2x2, 4x2: the same bits")
+    all_good = {"2x2": "", "3x2": "", "4x2": ""}
+    assert judges.equality(all_good) == Verdict([], "2x2, 3x2, 4x2: the same bits")
+    figures = "2x2: the same bits; not run: 3x2 (3 GPUs), 4x2 (4 GPUs)"
+    assert judges.equality({"2x2": ""}) == Verdict([], figures)
     assert judges.equality({"2x2": "", "3x2": "lm loss differs"}).wrong == ["3x2: lm loss differs"]
 
 
 def test_row_2_allows_losses_of_bf16_to_round_and_no_more():
-    good = {"refused": "", "interleaved": [5.0, 4.0], "breadth-first": [5.0, 4.0], "fully sharded": [5.0, 4.02]}
+    good = {"left_out": "", "interleaved": [5.0, 4.0], "breadth-first": [5.0, 4.0], "fully sharded": [5.0, 4.02]}
     assert judges.features(good) == Verdict([], "breadth-first: the same losses, fully sharded differs by 5.0e-03")
     for losses, words in (
         ([5.0, 4.02], "differ by 5.0e-03 of interleaved's, at most 0.001"),
         ([5.0], "has the losses [5.0]"),
+        ([], "has the losses []"),
         ([5.0, float("nan")], "has the losses [5.0, nan]"),
     ):
         (wrong,) = judges.features({**good, "breadth-first": losses}).wrong
         assert words in wrong
-    without = {**good, "refused": "needs torch 2.13"}
+    without = {**good, "left_out": "FSDP2 needs 4 GPUs"}
     del without["fully sharded"]
-    assert judges.features(without) == Verdict([], "not judged: needs torch 2.13, breadth-first: the same losses")
+    assert judges.features(without) == Verdict([], "FSDP2 needs 4 GPUs, breadth-first: the same losses")
 
 
 def test_row_3_takes_an_end_or_a_refusal_of_all_ranks_and_nothing_else():

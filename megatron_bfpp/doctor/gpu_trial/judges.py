@@ -10,7 +10,7 @@ from ...compare.losses import relative
 from ...schedule import PipelineShape
 from . import overlap
 from .kernels import COMPUTE, Kernel
-from .shapes import COUNTED
+from .shapes import COUNTED, EQUAL_PP
 
 # bf16 has 8 bits: what another order of the same sums may move in a loss after a few steps.
 MOST_LOSS = {"breadth-first": 1e-3, "fully sharded": 1e-2}
@@ -55,18 +55,20 @@ def links_of(topology: str) -> list[str]:
 
 
 def equality(data: dict[str, str]) -> Verdict:
-    """Judge the bits of fp32. data: shape -> what differs, or ""."""
-    return Verdict([f"{shape}: {why}" for shape, why in data.items() if why], f"{', '.join(data)}: the same bits")
+    """Judge the bits of fp32. data: shape -> what differs, or ""; shapes that need more GPUs are missing."""
+    left = ", ".join(f"{pp}x2 ({pp} GPUs)" for pp in EQUAL_PP if f"{pp}x2" not in data)
+    figures = f"{', '.join(data)}: the same bits" + (f"; not run: {left}" if left else "")
+    return Verdict([f"{shape}: {why}" for shape, why in data.items() if why], figures)
 
 
 def features(data: dict[str, Any]) -> Verdict:
-    """Judge losses in bf16 against those of interleaved. data: name -> losses of all steps; refused: why FSDP2 is."""
-    wrong, figures = [], [f"not judged: {data['refused']}"] if data["refused"] else []
+    """Judge losses in bf16 against those of interleaved. data: name -> losses of all steps; left_out: what and why."""
+    wrong, figures = [], [data["left_out"]] if data["left_out"] else []
     reference = data["interleaved"]
     for name, most in MOST_LOSS.items():
         if name in data:
             losses = data[name]
-            if len(losses) != len(reference) or not all(map(math.isfinite, losses)):
+            if not losses or len(losses) != len(reference) or not all(map(math.isfinite, losses)):
                 wrong.append(f"{name} has the losses {losses}, interleaved {reference}")
                 continue
             off = max(map(relative, losses, reference))

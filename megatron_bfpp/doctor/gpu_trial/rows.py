@@ -24,7 +24,7 @@ from . import judges
 from .judges import Verdict
 from .kernels import read as read_kernels
 from .place import JobFailed, Place
-from .shapes import QUIET_STEPS, ROUNDS, positions_of, turns_of
+from .shapes import EQUAL_PP, QUIET_STEPS, ROUNDS, positions_of, turns_of
 
 CONNECTIONS = (1, 8, 32)
 OURS = list(SCHEDULES["breadth-first"].flags)
@@ -70,7 +70,7 @@ def _machine(place: Place) -> dict[str, Any]:
 
 def _equality(place: Place) -> dict[str, Any]:
     data = {}
-    for pp in (2, 3, 4):
+    for pp in EQUAL_PP:
         if pp <= place.ranks:
             folder = place.folder / f"{pp}x2"
             folder.mkdir()
@@ -94,10 +94,10 @@ def _features(place: Place) -> dict[str, Any]:
         flags["fully sharded"] = ["--recompute-activations", *SCHEDULES["breadth-first-sharded"].flags]
     jobs = {name: place.job(f"bf16-{name.replace(' ', '-')}", 2 * dp, [*words, *more]) for name, more in flags.items()}
     ended = place.run([replace(job, environment=job.environment | DETERMINISTIC) for job in jobs.values()])
-    data: dict[str, Any] = {"refused": ""}
+    data: dict[str, Any] = {"left_out": "" if dp > 1 else "FSDP2 and the overlaps of ZeRO-1 need 4 GPUs"}
     for (name, job), each in zip(jobs.items(), ended):
         if name == "fully sharded" and set(each.codes) == {2}:  # its torch is too old
-            data["refused"] = each.said
+            data["left_out"] = f"FSDP2 not judged: {each.said}"
         elif each.failure:
             raise JobFailed(each.failure)
         else:

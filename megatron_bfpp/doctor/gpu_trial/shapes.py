@@ -8,6 +8,7 @@ ARMS = {  # word: --pipeline-schedule, --breadth-first-engine
     "interleaved-grouped": ("breadth-first", "megatron"),  # Megatron's loop with one group of a step's micro-batches
     "breadth-first": ("breadth-first", "plan"),
 }
+EQUAL_PP = (2, 3, 4)  # of the shapes whose bits are compared, PP x 2 chunks; each needs so many GPUs
 QUIET_STEPS = 2  # of the walk, without a wait
 ROUNDS = 6  # of the alternation; the first ones warm up
 COUNTED = 4  # of the rounds, the last ones
