@@ -5,11 +5,11 @@ from typing import Any
 
 from ...console.errors import UserError
 from . import fully_sharded
-from .settings import Settings, timeout_of
+from .batches import batch_sizes
+from .settings import Settings, is_sharded, timeout_of
 
 _ONLY_1F1B = "use --pipeline-schedule 1f1b"
-_TE_GRAPHS = "Transformer Engine's graphs are captured in 1F1B's order"
-_LOCAL_GRAPHS = "graphs share buffers in the order of the first step, and breadth-first's has not run on a GPU yet"
+_LOCAL_GRAPHS = "use --cuda-graph-impl local"
 # argument, flag, why it does not work with this schedule, what to do instead of leaving it out.
 _REFUSED = (
     ("overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm",
@@ -20,14 +20,7 @@ _REFUSED = (
      "use --context-parallel-size"),
     ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP cannot be built with pipeline ranks",
      "use --use-torch-fsdp2"),
-    ("external_cuda_graph", "--external-cuda-graph", _TE_GRAPHS, _ONLY_1F1B),
-    ("enable_cuda_graph", "--enable-cuda-graph", _LOCAL_GRAPHS, _ONLY_1F1B),
 )  # fmt: skip
-_GRAPHS = {
-    "transformer_engine": _TE_GRAPHS,
-    "local": _LOCAL_GRAPHS,
-    "full_iteration": "a graph of a whole step with its messages has not run on a GPU yet",
-}
 
 
 def refuse(args: Any, settings: Settings) -> None:
@@ -39,9 +32,7 @@ def refuse(args: Any, settings: Settings) -> None:
     for name, flag, why, instead in _REFUSED:
         if getattr(args, name, None):
             _refuse(flag, why, instead)
-    graphs = getattr(args, "cuda_graph_impl", None) or "none"
-    if graphs != "none":
-        _refuse(f"--cuda-graph-impl {graphs}", _GRAPHS.get(graphs, _LOCAL_GRAPHS), _ONLY_1F1B)
+    _refuse_graphs(args, settings)
     if args.pipeline_model_parallel_size == 2 and getattr(args, "overlap_p2p_comm", True) is False:
         why = "on 2 pipeline ranks Megatron takes chunks only with the overlap"
         _refuse("--no-overlap-p2p-communication", why, "use 3 or more pipeline ranks")
@@ -72,6 +63,43 @@ def refuse_on_cuda(args: Any, settings: Settings) -> None:
     if (getattr(args, "timing_log_level", None) or 0) > 1:
         why = "its timers wait for the device, and so for receives whose messages are sent only later"
         _refuse("--timing-log-level 2", why, "use --timing-log-level 1")
+
+
+def _refuse_graphs(args: Any, settings: Settings) -> None:
+    """Refuse all CUDA graphs but those that Megatron captures per layer, and what these cannot do.
+
+    The reasons were found by reading Megatron, and by running its graphs on a CPU (tests/support/graphs.py).
+    """
+    graphs = getattr(args, "cuda_graph_impl", None) or "none"
+    flag = f"--cuda-graph-impl {graphs}"
+    for name, meaning in (("external_cuda_graph", "transformer_engine"), ("enable_cuda_graph", "local")):
+        if getattr(args, name, None):
+            graphs, flag = meaning, "--" + name.replace("_", "-")
+    if graphs == "none":
+        return
+    names = ("cuda_graph_scope", "cuda_graph_scope_deprecated")
+    scopes = [getattr(scope, "name", scope) for name in names for scope in getattr(args, name, None) or ()]
+    is_whole = graphs == "full_iteration" or "full_iteration" in scopes
+    for is_given, why, instead in (
+        (graphs == "transformer_engine", "Megatron has Transformer Engine capture them in 1F1B's order", _LOCAL_GRAPHS),
+        (is_whole, "the step asks whether messages have arrived, which a capture forbids", _LOCAL_GRAPHS),
+        (settings.engine == "megatron", "Megatron's loop frees what it has sent, and that memory is a graph's",
+         "use --breadth-first-engine plan"),
+        (is_sharded(args), "a graph needs parameters that stay where they are", "leave out --use-torch-fsdp2"),
+        (getattr(args, "transformer_impl", None) == "local",
+         "what torch's own layers keep for their backward is lost: Megatron finds only what Transformer Engine's keep",
+         "use --transformer-impl transformer_engine"),
+        (getattr(args, "fp8", None) or getattr(args, "fp4", None),
+         "Megatron notes per graph whether weights must be rounded anew, and forgets it with a graph per micro-batch",
+         "leave out --fp8-format and --fp4-format"),
+        (not hasattr(args, "cuda_graph_modules"), "before megatron-core 0.18 a layer's input does not last",
+         "use megatron-core 0.18 or later"),
+    ):  # fmt: skip
+        if is_given:
+            _refuse(flag, why, instead)
+    sizes, grows = batch_sizes(args)
+    if len(sizes) > 1:
+        _refuse(flag, "they are captured for one number of micro-batches", f"leave out {grows}")
 
 
 def _refuse(flag: str, why: str, instead: str) -> None:

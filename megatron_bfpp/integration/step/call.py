@@ -62,5 +62,6 @@ def check_config(config: Any) -> None:
     """Refuse what the command line refuses, for configurations that did not come from one."""
     if config.overlap_moe_expert_parallel_comm:
         raise ValueError("overlap_moe_expert_parallel_comm does not work with breadth-first: it is a 1F1B schedule")
-    if getattr(config, "cuda_graph_impl", "none") not in ("none", None):
-        raise ValueError(f"cuda_graph_impl={config.cuda_graph_impl} does not work with breadth-first: set it to none")
+    graphs = getattr(config, "cuda_graph_impl", None) or "none"
+    if graphs not in ("none", "local"):
+        raise ValueError(f"cuda_graph_impl={graphs} does not work with breadth-first: set it to none or local")

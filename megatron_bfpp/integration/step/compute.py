@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import schedules
 
+from . import cuda_graphs
 from .call import StepCall
 
 
@@ -23,6 +24,7 @@ class MegatronCompute:
         self._call, self._config, self._max_outstanding = call, config, max_outstanding
         self._last_chunk = len(call.model) - 1 if is_last_rank else None  # the chunk that ends with the loss
         self._partial = config.num_microbatches_with_partial_activation_checkpoints
+        self._has_graphs = cuda_graphs.are_used(config) and not call.forward_only
         self._forwards = 0
         self._forward_step = partial(
             schedules.forward_step, call.forward_step_func, num_microbatches=call.num_microbatches,
@@ -33,6 +35,8 @@ class MegatronCompute:
     def forward(self, chunk: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
         """Return the output of a chunk, or the loss on the last stage."""
         call = self._call
+        if self._has_graphs:
+            cuda_graphs.before_forward(call.model[chunk])
         output: torch.Tensor
         output, num_tokens = self._forward_step(
             call.data_iterator[chunk], call.model[chunk], input_tensor=received,
@@ -44,7 +48,7 @@ class MegatronCompute:
         )  # fmt: skip
         self.total_num_tokens += num_tokens
         self._forwards += 1
-        return output
+        return cuda_graphs.output_of(output) if self._has_graphs and chunk != self._last_chunk else output
 
     def backward(
         self, received: torch.Tensor | None, output: torch.Tensor, grad: torch.Tensor | None

@@ -22,7 +22,7 @@ from ...schedule.plan import Plan
 from .. import process
 from ..flags.settings import Settings
 from ..seams import changed
-from . import fully_sharded, replicas
+from . import cuda_graphs, fully_sharded, replicas
 from .call import StepCall, check_config
 from .compute import MegatronCompute
 from .groups import channel_groups, header_group, process_groups
@@ -69,7 +69,7 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
         gates: Any = fully_sharded.data_parallel(call.model, config)
     else:
         gates = replicas.data_parallel(config, call.model, call.forward_only)
-    with process.RECORDING.around(gates, shape, pp_rank), gates:
+    with process.RECORDING.around(gates, shape, pp_rank), gates, cuda_graphs.around(call, config):
         executor = Executor(shape, compute, messages, gates, call.forward_only, _span(), process.ACTIVITY)
         executor.run(plan.actions[pp_rank])
 
@@ -82,6 +82,7 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
         schedules.off_interface.reset()
     if config.timers is not None:
         config.timers("forward-backward").stop()
+    cuda_graphs.create(call, config)
     process.after_schedule(call.forward_only)
     return compute.store
 
