@@ -23,6 +23,7 @@ from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration import process
 from megatron_bfpp.integration.flags.arguments import refuse
 from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.step.call import check_config
 
 WARMUP = 2
 has_graphs = pytest.mark.skipif(
@@ -147,6 +148,14 @@ def test_a_batch_that_grows_is_refused_before_the_model(flag, batch):
     setattr(args, flag[2:].replace("-", "_"), batch)
     with pytest.raises(UserError, match=f"one number of micro-batches.\n .* leave out {flag}"):
         refuse(args, Settings("breadth-first"))
+
+
+def test_a_configuration_without_a_command_line_is_refused_too():
+    others = {"overlap_moe_expert_parallel_comm": False}
+    check_config(SimpleNamespace(cuda_graph_impl="local", cuda_graph_modules=[], **others))
+    for graphs in ({"cuda_graph_impl": "local"}, {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}):
+        with pytest.raises(ValueError, match=f"{graphs['cuda_graph_impl']} does not work .* none, or from"):
+            check_config(SimpleNamespace(**graphs, **others))
 
 
 def test_a_megatron_whose_graphs_lose_inputs_is_refused():

@@ -63,5 +63,8 @@ def check_config(config: Any) -> None:
     if config.overlap_moe_expert_parallel_comm:
         raise ValueError("overlap_moe_expert_parallel_comm does not work with breadth-first: it is a 1F1B schedule")
     graphs = getattr(config, "cuda_graph_impl", None) or "none"
-    if graphs not in ("none", "local"):
-        raise ValueError(f"cuda_graph_impl={graphs} does not work with breadth-first: set it to none or local")
+    if graphs != "none" and (graphs != "local" or not hasattr(config, "cuda_graph_modules")):
+        raise ValueError(
+            f"cuda_graph_impl={graphs} does not work with breadth-first: set it to none, or from megatron-core 0.18 on "
+            "to local"
+        )
