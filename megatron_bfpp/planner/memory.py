@@ -75,8 +75,8 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
     divided = count / s.dp
     element, gradient, optimizer, step = precision[:4]
     weights = element * count + precision.copies * chunk * s.chunks
-    # FSDP2 adds gradients up in fp32 and hands them over in the parameter's type.
-    divided_by_fsdp2 = (element * (gathered + divided), 4 * summed + element * divided, optimizer * divided)
+    # Under FSDP2 gradients are added up and handed over in fp32.
+    divided_by_fsdp2 = (element * (gathered + divided), 4 * (summed + divided), optimizer * divided)
     stored: dict[str, tuple[float, float, float]] = {
         "replicated": (weights, gradient * count, optimizer * count),
         "zero1": (weights, gradient * count, optimizer * divided),

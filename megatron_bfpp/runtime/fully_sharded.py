@@ -17,14 +17,13 @@ Not run on a GPU. It relies there on the following, read in FSDP2's source (torc
     launched behind a chunk's reductions: these have a communicator of their own where torch has a place for it (2.14).
   - FSDP2's root callback waits for all reductions after the last backward. It is held off and called once at the end of
     the step, so that no backward of the next chunk stands behind the reduction of this one.
-On a CPU a collective blocks. There `Reductions` launches it asynchronously and waits at the end of the step; not with a
-`sum_dtype`, since FSDP2 casts the result at once.
+On a CPU a collective blocks. There `Reductions` launches it asynchronously and waits at the end of the step.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..schedule.ir import Op
 
@@ -99,8 +99,8 @@ class FullySharded:
     """A context around one step, in which chunks are gathered, resharded and reduced by its methods alone.
 
     model: the chunks of the rank, each an FSDP root (`fully_shard` was called on it last).
-    sum_dtype: the type in which gradients are added up over micro-batches and replicas; None for their own. The reduced
-        gradient has the parameter's type.
+    sum_dtype: the type in which gradients are added up over micro-batches and replicas, and handed over; None for their
+        own.
     average: whether gradients are averaged over the replicas; False for their sum.
     new_group: makes a process group of these ranks for the reductions; None: they share that of the gathers.
     It has the methods of `DataParallel`, and serves evaluation too, which gathers and reshards.
@@ -159,9 +159,8 @@ class FullySharded:
     def waits(self) -> Iterator[tuple[object, str, int, Op]]:
         """Yield the functions that wait for gathers and reductions: owner, name, chunk, and UNSHARD or REDUCE_GRAD."""
         for chunk, units in enumerate(self._units):
-            for unit in units:
-                for group in unit._get_fsdp_state()._fsdp_param_groups:
-                    yield group, "wait_for_unshard", chunk, Op.UNSHARD
+            for group in _groups(units):
+                yield group, "wait_for_unshard", chunk, Op.UNSHARD
             yield self._model[chunk]._get_fsdp_state(), "_root_post_backward_final_callback", chunk, Op.REDUCE_GRAD
         for name in ("finish", "finish_earlier"):
             yield self._reductions, name, 0, Op.REDUCE_GRAD
@@ -174,6 +173,17 @@ def _units(chunk: Unit) -> Iterator[Unit]:
             yield module
 
 
+def _groups(units: Iterable[Unit]) -> Iterator[Any]:
+    """Yield FSDP2's groups of parameters."""
+    for unit in units:
+        yield from unit._get_fsdp_state()._fsdp_param_groups
+
+
+def _distributed(spec: Any, local: torch.Tensor) -> DTensor:
+    """Return the distributed tensor of a replica's part, in the type of that part and not of the parameter."""
+    return DTensor.from_local(local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride)
+
+
 def _separate_reductions(units: Iterable[Unit], new_group: NewGroup) -> None:
     """Give reductions groups of their own, one for the same ranks.
 
@@ -181,11 +191,10 @@ def _separate_reductions(units: Iterable[Unit], new_group: NewGroup) -> None:
     in which the ranks may differ.
     """
     group_of = cache(lambda ranks: new_group(list(ranks)))
-    for unit in units:
-        for group in unit._get_fsdp_state()._fsdp_param_groups:
-            if hasattr(group.mesh_info, "reduce_scatter_process_group"):
-                ranks = dist.get_process_group_ranks(group.mesh_info.shard_process_group)
-                group.mesh_info.reduce_scatter_process_group = group_of(tuple(ranks))
+    for group in _groups(units):
+        if hasattr(group.mesh_info, "reduce_scatter_process_group"):
+            ranks = dist.get_process_group_ranks(group.mesh_info.shard_process_group)
+            group.mesh_info.reduce_scatter_process_group = group_of(tuple(ranks))
 
 
 def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype | None, average: bool) -> Reductions:
@@ -204,12 +213,20 @@ def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype 
         if not average:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
-        for group in unit._get_fsdp_state()._fsdp_param_groups:
+        for group in _groups([unit]):
             if sum_dtype is not None:
                 group.mp_policy = replace(group.mp_policy, reduce_dtype=sum_dtype)
-            elif group.device.type == "cpu" and hasattr(unit, "set_custom_reduce_scatter"):
+            if group.device.type == "cpu" and hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(reductions)
     for chunk in model:
         # Now and not in the first forward: each chunk makes the shared state anew, which must not happen during a step.
         chunk._get_fsdp_state()._lazy_init()
+    if sum_dtype is not None:
+        # FSDP2 would round the sum to the type of the parameter, which torch no longer asks of a gradient.
+        for group in _groups(chain.from_iterable(units)):
+            group._orig_dtype = sum_dtype
+            group.lazy_init = lambda: None  # which unshard() calls each time, and which would read the type anew
+            for each in group.fsdp_params:
+                each.sharded_param.grad_dtype = sum_dtype
+                each.to_sharded_dtensor = partial(_distributed, each._sharding_spec)
     return reductions

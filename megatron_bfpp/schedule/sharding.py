@@ -134,7 +134,7 @@ class ParameterBytes:
     gathered: int = 4  # the parameter; 2 in bf16
     summed: int = 4  # its gradient, unreduced: added up in fp32 also for bf16
     shard: int = 12  # the parameter and the optimizer's state; 14 in bf16, with an fp32 copy
-    reduced: int = 4  # its reduced gradient; 2 in bf16
+    reduced: int = 4  # its reduced gradient, in fp32 also for bf16
 
 
 def peak_parameter_bytes(

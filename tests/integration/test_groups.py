@@ -5,7 +5,6 @@ from jobs import run_job
 
 
 def make_channels_after_different_groups():
-    """For pipelines of 2 and 4 ranks, beside and behind each other, with groups of single ranks before and between."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -16,29 +15,33 @@ def make_channels_after_different_groups():
     from megatron_bfpp.integration.step.groups import channel_groups, local_group
 
     dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(1, 2, 2)
     rank = dist.get_rank()
-
-    def add_groups(number):
-        for _ in range(number):  # torch counts them, before 2.14 those of a rank, since 2.14 those that it has made
-            dist.new_group([rank], use_local_synchronization=True)
-
-    for pp, order in ((2, "tp-cp-ep-dp-pp"), (2, "tp-cp-ep-pp-dp"), (4, "tp-cp-ep-dp-pp")):
-        add_groups(3 - rank)
-        parallel_state.initialize_model_parallel(1, pp, 2, order=order)
-        add_groups(rank % 3)
-        pp_group = parallel_state.get_pipeline_model_parallel_group()
-        channels = channel_groups(pp_group, torch.device("cpu"))
-        assert channels is channel_groups(pp_group, torch.device("cpu"))
-        again = [local_group(channels.ranks, "CLOCKS", backend="gloo") for _ in range(2)]  # of the same ranks
-        for group in again:
-            total = torch.tensor([rank])
-            dist.all_reduce(total, group=group)
-            assert total.item() == sum(channels.ranks)
-        assert len({group.group_name for group in again}) == 2 and len(channels.ranks) == pp
-        parallel_state.destroy_model_parallel()
+    for _ in range(rank):  # torch counts them, before 2.14 those that a rank belongs to, since 2.14 those that it makes
+        dist.new_group([rank], use_local_synchronization=True)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    channels = channel_groups(pp_group, torch.device("cpu"))
+    assert channels is channel_groups(pp_group, torch.device("cpu"))
+    again = [local_group(channels.ranks, "CLOCKS", backend="gloo") for _ in range(2)]  # the same ranks, another group
+    for group in again:
+        total = torch.tensor([rank])
+        dist.all_reduce(total, group=group)
+        assert total.item() == sum(channels.ranks)
+    assert len({group.group_name for group in again}) == 2
 
 
 @pytest.mark.slow
 def test_ranks_with_different_groups_before_make_their_channels(tmp_path):
     # Without a name of its own the group is waited for under another name on each rank, until the test's time is up.
     run_job(make_channels_after_different_groups, 4, tmp_path)
+
+
+def test_a_torch_that_names_groups_otherwise_is_refused_before_any_rank_waits(monkeypatch):
+    from torch.distributed import distributed_c10d
+
+    from megatron_bfpp.integration.seams import SeamError
+    from megatron_bfpp.integration.step.groups import local_group
+
+    monkeypatch.delattr(distributed_c10d, "_hash_ranks_to_str")
+    with pytest.raises(SeamError, match="names groups otherwise"):
+        local_group([0, 1], "TEST")

@@ -136,7 +136,7 @@ def test_fully_sharded_state_is_what_its_plan_holds(sharding, chunks):
     found = memory(gpt, strategy, PRECISIONS["bf16"], True, 1)
     plan = lower(strategy.order(), strategy.shape, resident_chunks=strategy.resident_chunks)
     of_chunk = 16 // chunks * gpt.layer_parameters(2)
-    each = ParameterBytes(gathered=2, summed=4, shard=14, reduced=2)
+    each = ParameterBytes(gathered=2, summed=4, shard=14, reduced=4)
     peak = peak_parameter_bytes(plan[1], strategy.shape, [of_chunk] * chunks, 8, each)
     # At the peak, not all chunks are reduced yet.
     assert found.parameters + found.gradients + found.optimizer == pytest.approx(peak, rel=0.05)

@@ -23,8 +23,8 @@ def is_sharded(model: list[torch.nn.Module]) -> bool:
 def data_parallel(model: list[Any], config: Any) -> FullySharded:
     """Return the runtime's FullySharded over Megatron's wrappers of the chunks.
 
-    bf16 gradients are added up over micro-batches and replicas in fp32, as Megatron's DDP does under --bf16. Megatron's
-    FSDP2 wrapper does not ask for that.
+    bf16 gradients are added up over micro-batches and replicas and given to the optimizer in fp32, as Megatron's DDP
+    does under --bf16. Megatron's FSDP2 wrapper does not ask for that.
     """
     for chunk in model:
         # The step ends with all gradients reduced. Megatron's wrapper does not take finalize's argument before 0.19.

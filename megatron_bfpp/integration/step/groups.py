@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from ...runtime.channels import ChannelGroups
 from ..process import megatron_args
-from ..seams import changed
+from ..seams import SeamError, changed
 
 MAX_CTAS = 4  # of NCCL, for a message; 4 of an H100's 132 SMs
 
@@ -34,6 +34,8 @@ def local_group(ranks: list[int], group_desc: str, **options: Any) -> torch.dist
     names for ever. Here the name follows from the description, the ranks and their number, which all of them agree on.
     """
     key = group_desc, tuple(ranks)
+    if not hasattr(distributed_c10d, "_hash_ranks_to_str"):
+        raise SeamError(f"torch {torch.__version__} names groups otherwise than those before it; use an older one")
     _made[key] += 1
     name = hashlib.sha1(f"{key} {_made[key]}".encode(), usedforsecurity=False).hexdigest()
     with changed(distributed_c10d, _hash_ranks_to_str=lambda _: name):
