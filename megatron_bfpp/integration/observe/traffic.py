@@ -7,12 +7,12 @@ ranks, twice that of an all-reduce. Groups of one rank send nothing. Not seen: c
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from .. import seams
 
@@ -66,18 +66,10 @@ class Traffic:
             ranks = group.size()
             if ranks > 1:
                 given = args[argument] if argument < len(args) else list(kwargs.values())[argument - len(args)]
-                sent = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(given))
+                sent = sum(tensor.nbytes for tensor in tree_leaves(given))
                 count = self.counts[self.name(group, kind), kind]
                 count[0] += 1
                 count[1] += sent * rounds * (ranks - 1) / ranks if rounds else sent
             return real(group, *args, **kwargs)
 
         return wrapper
-
-
-def _tensors(given: torch.Tensor | Iterable[Any]) -> Iterator[torch.Tensor]:
-    if isinstance(given, torch.Tensor):
-        yield given
-    else:
-        for each in given:
-            yield from _tensors(each)
