@@ -214,8 +214,9 @@ def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype 
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
         for group in _groups([unit]):
-            if sum_dtype is not None:
-                group.mp_policy = replace(group.mp_policy, reduce_dtype=sum_dtype)
+            for owner in (group, *group.fsdp_params) if sum_dtype is not None else ():
+                if hasattr(owner, "mp_policy"):  # each parameter's since torch 2.15
+                    owner.mp_policy = replace(owner.mp_policy, reduce_dtype=sum_dtype)
             if group.device.type == "cpu" and hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(reductions)
     for chunk in model:
@@ -224,9 +225,9 @@ def _prepare(model: list[Unit], units: list[list[Unit]], sum_dtype: torch.dtype 
     if sum_dtype is not None:
         # FSDP2 would round the sum to the type of the parameter, which torch no longer asks of a gradient.
         for group in _groups(chain.from_iterable(units)):
-            group._orig_dtype = sum_dtype
+            group._orig_dtype = sum_dtype  # read before torch 2.15, then each.sharded_grad_dtype
             group.lazy_init = lambda: None  # which unshard() calls each time, and which would read the type anew
             for each in group.fsdp_params:
-                each.sharded_param.grad_dtype = sum_dtype
+                each.sharded_param.grad_dtype = each.sharded_grad_dtype = sum_dtype
                 each.to_sharded_dtensor = partial(_distributed, each._sharding_spec)
     return reductions
