@@ -45,7 +45,9 @@ def rank(monkeypatch):
 
 def step(pp_rank: int, recorder: recorded.Recorder | None = None) -> recorded.Recorder:
     """Run one step of a rank on the fake process group; return what it launched."""
-    return recorded._record(recorder or recorded.Recorder(pp_rank, SHAPE), PLAN[pp_rank], SHAPE, UNIT, False)
+    return recorded._record(
+        recorder or recorded.Recorder(pp_rank, SHAPE), PLAN[pp_rank], SHAPE, UNIT, False, False, False
+    )
 
 
 @pytest.mark.parametrize("pp_rank", [0, 1])

@@ -10,7 +10,7 @@ from ...compare.losses import relative
 from ...schedule import PipelineShape
 from . import overlap
 from .kernels import COMPUTE, Kernel
-from .shapes import COUNTED, EQUAL_PP
+from .shapes import ARMS, COUNTED, EQUAL_PP
 
 # bf16 has 8 bits: what another order of the same sums may move in a loss after a few steps.
 MOST_LOSS = {"breadth-first": 1e-3, "fully sharded": 1e-2}
@@ -115,12 +115,10 @@ def ratios(data: dict[str, Any]) -> Verdict:
         for factor in (1, 2, 4):
             count = factor * data["pp"]
             found = {
-                arm: median(times[connections, arm, count][-COUNTED:])
-                for arm in ("1f1b", "interleaved", "interleaved-grouped", "breadth-first")
-                if times[connections, arm, count]
+                arm: median(times[connections, arm, count][-COUNTED:]) for arm in ARMS if times[connections, arm, count]
             }
             where = f"M {count}, connections {connections}"
-            if len(found) < 4:
+            if len(found) < len(ARMS):
                 wrong.append(f"{where}: only {', '.join(found) or 'nothing'} was measured")
                 continue
             grouped = found.pop("interleaved-grouped")

@@ -26,7 +26,7 @@ from ...integration.process import megatron_args
 from ...runtime.executor import Executor
 from ...runtime.p2p import Messages
 from ...schedule.ir import Action, Op
-from .shapes import ARMS, QUIET_STEPS, positions_of, turns_of
+from .shapes import QUIET_STEPS, flags_of, positions_of, turns_of
 
 Span = Callable[[Action], AbstractContextManager[object]]
 
@@ -191,7 +191,7 @@ def arms(folder: Path) -> None:
             chunks = args.virtual_pipeline_model_parallel_size or 1
             turns = cycle(turns_of(chunks, args.pipeline_model_parallel_size))
         arm, call["num_microbatches"] = next(turns)
-        args.pipeline_schedule, args.breadth_first_engine = ARMS[arm]
+        args.pipeline_schedule, args.breadth_first_engine = flags_of(arm)
         if dist.get_rank() == 0:
             step = args.curr_iteration + 1
             append_line(folder / "arms.jsonl", {"step": step, "arm": arm, "microbatches": call["num_microbatches"]})

@@ -1,13 +1,9 @@
 """What the ranks of the trial and the command that judges them both know: shapes, arms, and what each step does."""
 
 from ...schedule import Schedule
+from ...schedule.names import ORDERS
 
-ARMS = {  # word: --pipeline-schedule, --breadth-first-engine
-    "1f1b": ("1f1b", "plan"),
-    "interleaved": ("1f1b", "plan"),
-    "interleaved-grouped": ("breadth-first", "megatron"),  # Megatron's loop with one group of a step's micro-batches
-    "breadth-first": ("breadth-first", "plan"),
-}
+ARMS = ORDERS[: ORDERS.index("breadth-first") + 1]
 EQUAL_PP = (2, 3, 4)  # of the shapes whose bits are compared, PP x 2 chunks; each needs so many GPUs
 QUIET_STEPS = 2  # of the walk, without a wait
 ROUNDS = 6  # of the alternation; the first ones warm up
@@ -18,6 +14,13 @@ def positions_of(plan: Schedule) -> list[tuple[int | None, int]]:
     """Return where the walk waits: (pp_rank, position in its list), then (None, position) for all ranks at once."""
     each = [(rank, place) for rank, actions in enumerate(plan) for place in range(len(actions))]
     return [*each, *((None, place) for place in range(max(map(len, plan))))]
+
+
+def flags_of(arm: str) -> tuple[str, str]:
+    """Return --pipeline-schedule and --breadth-first-engine of an arm, which change between the steps of one job."""
+    if arm == "interleaved-grouped":  # Megatron's loop with one group of a step's micro-batches
+        return "breadth-first", "megatron"
+    return "breadth-first" if arm == "breadth-first" else "1f1b", "plan"
 
 
 def turns_of(chunks: int, pp: int) -> list[tuple[str, int]]:
