@@ -9,6 +9,7 @@ the backwards of a chunk, `gather` its forwards.
 
 import sys
 
+from megatron_bfpp.bench.case import Case
 from megatron_bfpp.bench.results import Result, lower_bound_s
 from megatron_bfpp.console.files import write_whole
 from megatron_bfpp.schedule import PipelineShape
@@ -28,7 +29,7 @@ SETTINGS = (  # what a reader sees, P, V, M, hop, transfer, reduction, gather
 def ratios(shape: PipelineShape, costs: Costs) -> dict[str, float]:
     """Return the predicted step time of each schedule over the lower bound of the shape."""
     bound = lower_bound_s(shape, costs)
-    return {word: Result(word, shape, "", costs, []).predicted_s / bound for word in WORDS}
+    return {word: Result(word, Case(shape, costs), []).predicted_s / bound for word in WORDS}
 
 
 def settings() -> list[tuple[list[str], dict[str, float]]]:

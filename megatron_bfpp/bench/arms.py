@@ -1,6 +1,7 @@
 """The arms of `bfpp bench`: every schedule of the table, on the same emulated stages and network. Runs in each rank."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,17 +32,18 @@ class Arms:
         self.collectives = Collectives(network, parallel_state.get_data_parallel_group()) if is_replicated else None
         self.plans: dict[str, Schedule] = {}  # of torch's arms, once they are made
         self._chunks = self._model(self._new_chunks())
-        late, megatron = Settings("breadth-first", "late"), Settings("breadth-first", engine="megatron")
+        ours = Settings("breadth-first")
+        late, megatron = replace(ours, backward="late"), replace(ours, engine="megatron")
         interleaved = schedules.forward_backward_pipelining_with_interleaving
         interleaved = getattr(interleaved, "__wrapped__", interleaved)
         self.steps: dict[str, Step] = {
             "1f1b": self._not_interleaved(),
             "interleaved": lambda: self._grouped(interleaved, self.shape.pp_size),
             "interleaved-grouped": lambda: self._grouped(interleaved, self.shape.num_microbatches),
-            "breadth-first": lambda: self._run(forward_backward.run, Settings("breadth-first")),
+            "breadth-first": lambda: self._run(forward_backward.run, ours),
             "breadth-first-late": lambda: self._run(forward_backward.run, late),
             "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
-            "breadth-first-sharded": self._sharded(),
+            "breadth-first-sharded": self._sharded(ours),
             "torch-interleaved": self._torch("torch-interleaved", ScheduleInterleaved1F1B),
             "torch-looped-bfs": self._torch("torch-looped-bfs", ScheduleLoopedBFS),
         }
@@ -95,7 +97,7 @@ class Arms:
         (chunk,) = self._model([EmulatedChunk(self._config(False), None, self.network, repeat=self.shape.num_chunks)])
         return lambda: self._run(schedules.forward_backward_pipelining_without_interleaving, model=chunk)
 
-    def _sharded(self) -> Step:
+    def _sharded(self, settings: Settings) -> Step:
         if self.collectives is None:
             return _nothing_to_shard
         model = [data_parallel.under_fsdp(chunk, self.collectives) for chunk in self._new_chunks()]
@@ -105,7 +107,7 @@ class Arms:
 
         def step() -> None:
             with data_parallel.emulated_reductions(collectives):
-                self._run(forward_backward.run, Settings("breadth-first"), model=model)
+                self._run(forward_backward.run, settings, model=model)
 
         return step
 

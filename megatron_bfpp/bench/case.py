@@ -21,9 +21,11 @@ class Case:
     """One shape on one network.
 
     costs: in seconds, of equal stages. A chunk has costs.buckets layers: each is a bucket where Megatron makes buckets,
-    in the first chunk of the first rank, and a unit of FSDP. node_size: pipeline ranks in a node, within which messages
-    have their own link, which nothing else uses. replicas: of the pipeline; 1 for no data-parallel traffic. jitter:
-    standard deviation of every duration, as a part of it.
+        in the first chunk of the first rank, and a unit of FSDP.
+    node_size: pipeline ranks in a node, within which messages have their own link, which nothing else uses.
+    jitter: standard deviation of every duration, as a part of it.
+    replicas: of the pipeline; 1 for no data-parallel traffic.
+    connections: hardware queues of a GPU, 1 or one for each stream.
     """
 
     shape: PipelineShape
@@ -35,6 +37,7 @@ class Case:
     replicas: int = 1
     arms: tuple[str, ...] = tuple(SCHEDULES)
     repeat: int = 1
+    connections: int = 32
 
     @property
     def ranks(self) -> int:
@@ -47,23 +50,9 @@ class Case:
         return shared if isinstance(shared, bool) else any(shared)
 
     @property
-    def forward_s(self) -> float:
-        return _equal(self.costs.forward)
-
-    @property
-    def backward_s(self) -> float:
-        return _equal(self.costs.backward)
-
-    @property
     def variants(self) -> tuple[str, ...]:
         """Name the variants of each arm: with data parallelism also one whose collectives take no time."""
         return ("", FREE) if self.replicas > 1 else ("",)
-
-
-def _equal(cost: object) -> float:
-    if not isinstance(cost, int | float):
-        raise TypeError("the stages of the bench are equal")
-    return cost
 
 
 @dataclass(frozen=True)

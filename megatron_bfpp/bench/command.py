@@ -21,13 +21,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_cases(bench)
     _add_emulation(bench)
     add, count = bench.add_argument, at_least(1, 10_000)
-    add(
-        "--arm",
-        action="append",
-        choices=tuple(SCHEDULES),
-        metavar="ARM",
-        help=f"run this arm; may be repeated. One of {', '.join(SCHEDULES)}. Default: all",
-    )
+    add("--arm", action="append", choices=tuple(SCHEDULES), metavar="ARM",
+        help=f"run this arm; may be repeated. One of {', '.join(SCHEDULES)}. Default: all")  # fmt: skip
     add("--repeat", type=count, default=2, help="steps of every arm, alternating between the arms; default 2")
     add("--json", metavar="PATH", help="write all that was measured")
     add("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
@@ -37,22 +32,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_cases(bench: argparse.ArgumentParser) -> None:
     add, time = bench.add_argument_group("cases").add_argument, between(0, 10_000)
-    add(
-        "--set",
-        choices=("short", "full"),
-        default="short",
-        help="of cases; short, the default: 3 minutes; full: 15 to 20",
-    )
+    sets = "of cases; short, the default: 3 minutes; full: 15 to 20"
+    add("--set", choices=("short", "full"), default="short", help=sets)
     add("--shape", action="append", type=_shape, metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     add("--hop", type=time, action="append", help="latency between ranks, in forwards; may be repeated")
     add("--transfer", type=time, help="of a message at a card, in forwards: size / bandwidth")
     add("--reduction", type=time, help="of a chunk's gradients, in backwards of all its micro-batches")
     add("--gather", type=time, help="of a chunk's parameters, in forwards of all its micro-batches")
-    add(
-        "--node-size",
-        type=at_least(1, 10_000),
-        help="pipeline ranks in a node, --hop and --transfer lead out of it; default 1",
-    )
+    add("--node-size", type=at_least(1, 10_000),
+        help="pipeline ranks in a node, --hop and --transfer lead out of it; default 1")  # fmt: skip
     add("--node-hop", type=time, default=0.0, help="latency within a node, in forwards; default 0")
     add("--node-transfer", type=time, default=0.0, help="transfer within a node, in forwards; default 0")
     add("--model", metavar="FILE", help="of configs/: its strategy in slow motion, with the times of `bfpp plan`")
@@ -61,22 +49,18 @@ def _add_cases(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_emulation(bench: argparse.ArgumentParser) -> None:
-    add = bench.add_argument_group("emulation").add_argument
+    add, count = bench.add_argument_group("emulation").add_argument, at_least(1, 10_000)
     add("--forward-ms", type=between(0.1, 10_000), default=15.0, help="of a chunk and micro-batch; default 15 ms")
     add("--backward-time", type=between(0.01, 10_000), default=2.0, help="of a backward, in forwards; default 2")
-    add(
-        "--dp",
-        type=at_least(2, 10_000),
-        default=2,
-        help="replicas of the pipeline with reductions or gathers; default 2",
-    )
-    add(
-        "--buckets", type=at_least(1, 10_000), default=1, help="of gradients in the first rank's first chunk; default 1"
-    )
+    replicas = "replicas of the pipeline with reductions or gathers; default 2"
+    add("--dp", type=at_least(2, 10_000), default=2, help=replicas)
+    add("--buckets", type=count, default=1, help="of gradients in the first rank's first chunk; default 1")
+    queues = "hardware queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS): 1, or 32, the default: one for each stream"
+    add("--connections", type=int, choices=(1, 32), default=32, help=queues)
     add("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
     add("--half-duplex", action="store_true", help="a card either sends or receives")
-    add("--jitter", type=between(0, 0.99), default=0.0,
-        help="standard deviation of every duration, as a part of it")  # fmt: skip
+    spread = "standard deviation of every duration, as a part of it"
+    add("--jitter", type=between(0, 0.99), default=0.0, help=spread)
 
 
 def _shape(text: str) -> PipelineShape:
@@ -121,10 +105,9 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
             found = run_case(case, partial(_report, bar, title))
             repeated += found.repeated
             results += [
-                Result(arm, shape, case.network, case.costs, found.step_times_s[arm],
-                       found.step_times_s.get(arm + FREE), found.plans.get(arm))
+                Result(arm, case, found.step_times_s[arm], found.step_times_s.get(arm + FREE), found.plans.get(arm))
                 for arm in case.arms
-            ]  # fmt: skip
+            ]
     if repeated:
         print(f"{repeated} steps were run again: the machine was busy when the emulated work was due", file=sys.stderr)
     return results

@@ -18,13 +18,13 @@ def plot(results: list[Result], path: str) -> None:
 
     found = {each.arm for each in results}
     arms = [schedule for word, schedule in SCHEDULES.items() if word in found]
-    cases = list(dict.fromkeys(each.case for each in results))
+    cases = list(dict.fromkeys(each.row for each in results))
     rows = [cases[first : first + CASES_IN_A_ROW] for first in range(0, len(cases), CASES_IN_A_ROW)]
     size = max(7.5, 1.3 + 0.21 * len(arms) * len(rows[0])), 1.2 + 2.7 * len(rows)
     figure = Figure(figsize=size, layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), squeeze=False, sharey=True)[:, 0], rows, strict=True):
         for index, arm in enumerate(arms):
-            bars = [(row.index(each.case), each) for each in results if each.arm == arm.word and each.case in row]
+            bars = [(row.index(each.row), each) for each in results if each.arm == arm.word and each.row in row]
             width = 0.86 / len(arms)
             _bars(axes, arm.color, bars, (index - (len(arms) - 1) / 2) * width, width)
         axes.axhline(1.0, color="#1c1c1c", linewidth=0.8)

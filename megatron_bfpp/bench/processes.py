@@ -57,7 +57,7 @@ def run_case(case: Case, on_step: Callable[[str], None] = lambda arm: None) -> M
 def _memory(case: Case, context: Any) -> Memory:
     shared = None
     if case.shares_card:
-        shared = SharedCards(context, case.ranks, case.full_duplex, _BEHIND * case.forward_s)
+        shared = SharedCards(context, case.ranks, case.full_duplex, _BEHIND * at(case.costs.forward, 0))
     return Memory(context.Value("i", 0), context.Array("d", NUMBERS_PER_CARD * case.ranks), shared)
 
 
@@ -72,4 +72,5 @@ def _expected_s(case: Case) -> float:
     shape, costs = case.shape, case.costs
     slots = (shape.num_chunks - 1) * max(shape.num_microbatches, shape.pp_size) + shape.num_microbatches + shape.pp_size
     collectives_s = 2 * shape.num_chunks * (costs.reduction + costs.gather)
-    return 4 * slots * (case.forward_s + case.backward_s + 2 * at(costs.hop, 0)) + collectives_s
+    action_s = at(costs.forward, 0) + at(costs.backward, 0) + 2 * at(costs.hop, 0)
+    return 4 * slots * action_s + collectives_s

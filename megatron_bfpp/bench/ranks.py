@@ -16,6 +16,7 @@ from ..integration.cpu.mode import enable_cpu
 from .arms import Arms
 from .case import ATTEMPTS, FREE, Case, Memory
 from .emulate.network import Network, sleep_until
+from .emulate.transport import installed
 
 _LEAD_S = 0.05  # between the agreement on a step's start and the start, for the slowest rank to hear of it
 _LATE = 1.01  # of the emulated step; one that really took longer was held up by the machine
@@ -63,7 +64,7 @@ def _steps(rank: int, case: Case, memory: Memory) -> Iterator[tuple[str, Any]]:
     network = Network(case, memory.cards, memory.shared, scale=0.0)
     network.random.seed(rank)
     arms = Arms(network)
-    with network.installed():
+    with installed(network):
         # Plans and process groups are made in the first step; Megatron's hooks work from the second.
         for arm in 2 * case.arms:
             arms.steps[arm]()

@@ -8,10 +8,9 @@ from typing import Any
 from ..integration.flags.settings import Settings
 from ..schedule import Op, PipelineShape, Schedule, lower, one_f_one_b
 from ..schedule.costs import MEGATRON, TORCH, Costs, at
-from ..schedule.lower import aligned
-from ..schedule.names import SCHEDULES, order_of
+from ..schedule.names import SCHEDULES, order_of, predict
 from ..schedule.replay import replay
-from .case import SHARDED
+from .case import SHARDED, Case
 
 REFERENCE = "interleaved"  # Megatron's default; the arm that the others are compared with
 
@@ -21,16 +20,15 @@ class Result:
     """The steps of one arm in one case. Times in seconds."""
 
     arm: str
-    shape: PipelineShape
-    network: str
-    costs: Costs  # in seconds, of the emulated stages and network
+    case: Case
     step_times_s: list[float]
     free_step_times_s: list[float] | None = None  # with data-parallel collectives that took no time; None without any
     plan: Schedule | None = None  # torch's own, of its arms: computation, sends and receives
 
     @property
-    def case(self) -> tuple[PipelineShape, str]:
-        return self.shape, self.network
+    def row(self) -> tuple[PipelineShape, str]:
+        """The shape and the name of the network, of which a table has a row or a block."""
+        return self.case.shape, self.case.network
 
     @property
     def median_s(self) -> float:
@@ -43,7 +41,7 @@ class Result:
 
     @property
     def to_bound(self) -> float:
-        return self.median_s / lower_bound_s(self.shape, self.costs)
+        return self.median_s / lower_bound_s(self.case.shape, self.case.costs)
 
     @property
     def exposed_s(self) -> float | None:
@@ -53,25 +51,26 @@ class Result:
     @property
     def exposed(self) -> float | None:
         """Return it in units of the collectives of one chunk: its reduction and its gather."""
-        return None if self.exposed_s is None else self.exposed_s / (self.costs.reduction + self.costs.gather)
+        return None if self.exposed_s is None else self.exposed_s / (self.case.costs.reduction + self.case.costs.gather)
 
     @property
-    def predicted_s(self) -> float:
-        """The simulated step time of the arm's plan, or of a plan in its order."""
-        shape, costs, schedule = self.shape, self.costs, SCHEDULES[self.arm]
+    def predicted_s(self) -> float | None:
+        """The simulated step time of the arm's plan, or of a plan in its order.
+
+        None with one hardware queue.
+        """
+        case, shape, costs = self.case, self.case.shape, self.case.costs
+        if case.connections == 1:
+            return None
         if self.plan is not None:
             # torch's DDP reduces and gathers in one all-reduce.
             costs = replace(costs, gather=0.0, reduction=costs.reduction + costs.gather)
             return replay(self.plan, shape, costs, TORCH).step_time
-        if not schedule.chunks:
+        if not SCHEDULES[self.arm].chunks:
             return _one_f_one_b_s(shape, costs)
-        if self.arm == SHARDED:
-            plan = Settings("breadth-first").plan_of(shape, is_sharded=True).actions
-        else:
-            plan = lower(order_of(self.arm, shape), shape)
-        if schedule.waits is MEGATRON:  # whose loop reduces the first chunk as a whole
-            plan, costs = aligned(plan, shape), replace(costs, buckets=1)
-        return replay(plan, shape, costs, schedule.waits).step_time
+        resident = Settings("breadth-first").resident_chunks_of(shape.num_chunks) if self.arm == SHARDED else None
+        order = order_of(self.arm, shape)
+        return predict(self.arm, order, shape, costs, resident)[1].step_time
 
 
 def _one_f_one_b_s(shape: PipelineShape, costs: Costs) -> float:
@@ -102,7 +101,7 @@ def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
 def table(results: list[Result]) -> str:
     """Return one block per shape and network, its arms in the order they were run."""
     lines: list[str] = []
-    for (shape, network), arms in _cases(results):
+    for (shape, network), arms in _rows(results):
         reference = next((each.median_s for each in arms if each.arm == REFERENCE), None)
         lines += [
             f"PP {shape.pp_size} x {shape.num_chunks} chunks, {shape.num_microbatches} micro-batches, "
@@ -113,7 +112,7 @@ def table(results: list[Result]) -> str:
         lines += [
             f"  {each.arm:<24}{each.median_s:>8.3f} s{each.spread:>9.1%}{each.to_bound:>10.3f}"
             f"{'' if reference is None else f'{each.median_s / reference:.3f}':>16}"
-            f"{each.predicted_s / each.median_s - 1:>+11.1%}"
+            + _error(each)
             + ("" if each.exposed is None else f"{each.exposed:>9.2f}")
             for each in arms
         ]
@@ -123,11 +122,16 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def _error(each: Result) -> str:
+    predicted_s = each.predicted_s
+    return f"{'-':>11}" if predicted_s is None else f"{predicted_s / each.median_s - 1:>+11.1%}"
+
+
 def markdown(results: list[Result]) -> str:
     """Return a row per case, a column per arm: step time over lower bound; in brackets the exposed collectives."""
     arms = list(dict.fromkeys(each.arm for each in results))
     lines = ["| P x V, M | network | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
-    for (shape, network), found in _cases(results):
+    for (shape, network), found in _rows(results):
         by_arm = {
             each.arm: f"{each.to_bound:.3f}" + ("" if each.exposed is None else f" ({each.exposed:.2f})")
             for each in found
@@ -137,25 +141,23 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cases(results: list[Result]) -> Iterator[tuple[tuple[PipelineShape, str], list[Result]]]:
-    grouped: dict[tuple[PipelineShape, str], list[Result]] = {}
-    for each in results:
-        grouped.setdefault(each.case, []).append(each)
-    yield from grouped.items()
+def _rows(results: list[Result]) -> Iterator[tuple[tuple[PipelineShape, str], list[Result]]]:
+    for row in dict.fromkeys(each.row for each in results):
+        yield row, [each for each in results if each.row == row]
 
 
 def as_json(results: list[Result]) -> dict[str, Any]:
     """Return everything that was measured; times in seconds."""
+    return {"format": "megatron_bfpp bench 1", "results": [_as_json(each) for each in results]}
+
+
+def _as_json(each: Result) -> dict[str, Any]:
+    case, shape, costs = each.case, each.case.shape, each.case.costs
     return {
-        "format": "megatron_bfpp bench 1",
-        "results": [
-            {"arm": each.arm, "pp_size": each.shape.pp_size, "num_chunks": each.shape.num_chunks,
-             "num_microbatches": each.shape.num_microbatches, "network": each.network,
-             "forward_s": each.costs.forward, "backward_s": each.costs.backward, "hop_s": each.costs.hop,
-             "transfer_s": each.costs.transfer, "gather_s": each.costs.gather, "reduction_s": each.costs.reduction,
-             "buckets": each.costs.buckets, "lower_bound_s": lower_bound_s(each.shape, each.costs),
-             "predicted_s": each.predicted_s, "step_times_s": each.step_times_s,
-             "free_step_times_s": each.free_step_times_s}
-            for each in results
-        ],
+        "arm": each.arm, "pp_size": shape.pp_size, "num_chunks": shape.num_chunks,
+        "num_microbatches": shape.num_microbatches, "network": case.network, "connections": case.connections,
+        "forward_s": costs.forward, "backward_s": costs.backward, "hop_s": costs.hop,
+        "transfer_s": costs.transfer, "gather_s": costs.gather, "reduction_s": costs.reduction,
+        "buckets": costs.buckets, "lower_bound_s": lower_bound_s(shape, costs), "predicted_s": each.predicted_s,
+        "step_times_s": each.step_times_s, "free_step_times_s": each.free_step_times_s,
     }  # fmt: skip

@@ -57,10 +57,12 @@ class Setting(NamedTuple):
             buckets=args.buckets if self.is_replicated else 1,
             shared_card=args.shared_card if crosses is None else [args.shared_card and each for each in crosses],
         )
+        queue = ", one hardware queue" if args.connections == 1 else ""
         return Case(
-            self.shape, costs, self.network, self.node_size, not args.half_duplex, args.jitter,
+            self.shape, costs, self.network + queue, self.node_size, not args.half_duplex, args.jitter,
             replicas=args.dp if self.is_replicated else 1,
             arms=tuple(arm for arm in arms if self.is_replicated or arm != SHARDED), repeat=args.repeat,
+            connections=args.connections,
         )  # fmt: skip
 
 

@@ -14,11 +14,10 @@ too low.
 
 from dataclasses import dataclass
 
-from ..schedule import lower
-from ..schedule.costs import MEGATRON, OURS, Costs, at
-from ..schedule.lower import aligned
+from ..schedule.costs import Costs, Waits, at
+from ..schedule.names import predict
 from ..schedule.replay import replay
-from .strategy import BREADTH_FIRST, Strategy
+from .strategy import Strategy
 from .time import Durations
 
 __all__ = ["REPLAY_LIMIT", "Step", "formula_step", "replay_step"]
@@ -51,23 +50,10 @@ def replay_step(strategy: Strategy, times: Durations) -> Step:
     """Replay the plan of the step. One rank has no plan: the formula is exact for it."""
     if strategy.pp == 1:
         return formula_step(strategy, times)
-    shape, is_chunked = strategy.shape, strategy.is_interleaved
-    plan = lower(strategy.order(), shape, resident_chunks=strategy.resident_chunks)
-    if is_chunked:
-        plan = aligned(plan, shape)
-    costs = Costs(
-        times.forward,
-        times.backward,
-        times.hop,
-        times.transfer,
-        times.gather,
-        times.reduction,
-        1 if is_chunked else times.buckets,
-        times.shared_card,
-    )
-    waits = OURS if strategy.schedule in BREADTH_FIRST else MEGATRON
-    step = replay(plan, shape, costs, waits).step_time + times.ends + times.optimizer
-    free = replay(plan, shape, Costs(times.forward, times.backward)).step_time
+    s, shape = strategy, strategy.shape
+    plan, predicted = predict(s.schedule, s.order(), shape, times, s.resident_chunks)
+    step = predicted.step_time + times.ends + times.optimizer
+    free = replay(plan, shape, Costs(times.forward, times.backward), Waits(for_sends=False)).step_time
     return _step(strategy, times, step, free, True)
 
 

@@ -12,7 +12,6 @@ a collective The parameters or gradients of a chunk, over data-parallel ranks th
              shares the card with the messages.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..schedule.costs import Costs
@@ -34,27 +33,15 @@ OPTIMIZER_TRAFFIC = 30
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
-@dataclass(frozen=True)
-class Durations:
-    """Durations in seconds. forward, backward: of one micro-batch on each stage in order. hop, transfer, shared_card:
-    of every message, or for each edge of the ring of pipeline ranks, as in schedule.Costs.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Durations(Costs):
+    """Durations in seconds, with the parts of a step that its plan does not have."""
 
-    forward: list[float]
+    forward: list[float]  # of one micro-batch on each stage in order
     backward: list[float]
     tensor_parallel: float  # of a stage's forward and backward together, contained in them
-    hop: float | Sequence[float]
-    transfer: float | Sequence[float]
-    gather: float  # of a chunk's parameters
-    reduction: float  # of a chunk's gradients
     ends: float  # reduction and gather of the embedding, which comes last
-    buckets: int  # in which a chunk is gathered and reduced
     optimizer: float
-    shared_card: bool | Sequence[bool] = False
-
-    def messages(self, pp: int) -> list[float]:
-        """Return hop + transfer of each edge."""
-        return Costs(hop=self.hop, transfer=self.transfer).messages(pp)
 
 
 def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: bool = True) -> Durations:
@@ -77,18 +64,13 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
     owned //= 1 if s.sharding == "replicated" else s.dp
     times = Durations(
-        forward,
-        backward,
-        tensor_parallel=layers * layer.tensor_parallel,
-        hop=[each.latency_s for each in links],
-        transfer=[live.message / each.bytes_per_s for each in links],
-        gather=gather,
-        reduction=reduction,
-        ends=ends,
+        forward=forward, backward=backward, tensor_parallel=layers * layer.tensor_parallel,
+        hop=[each.latency_s for each in links], transfer=[live.message / each.bytes_per_s for each in links],
+        gather=gather, reduction=reduction, ends=ends,
         buckets=_buckets(s, layers, layers * gpt.layer_parameters(s.tp)),
         optimizer=owned * OPTIMIZER_TRAFFIC / gpu.memory_bytes_per_s,
         shared_card=[each and s.dp > 1 and not gpu.is_in_node(s.tp, s.dp, s.num_gpus) for each in crosses],
-    )
+    )  # fmt: skip
     return times if overlap or s.schedule in BREADTH_FIRST else _blocking(s, times)
 
 

@@ -4,11 +4,13 @@ Every command, picture, table and A/B arm takes words, flags and colours from he
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .costs import MEGATRON, OURS, TORCH, Waits
+from .costs import MEGATRON, OURS, TORCH, UNIT, Costs, Waits
 from .ir import PipelineShape, Schedule
+from .lower import aligned, lower
 from .orders import breadth_first, interleaved_1f1b, one_f_one_b
+from .replay import Prediction, replay
 
 Order = Callable[[PipelineShape, int | None], Schedule]  # shape, micro-batches per group or None for the default
 
@@ -98,3 +100,18 @@ def order_of(word: str, shape: PipelineShape, group: int | None = None) -> Sched
 def waits_of(word: str) -> Waits:
     """Return what a runtime waits for in that schedule; this plugin runs an order of any other name."""
     return SCHEDULES[word].waits if word in SCHEDULES else OURS
+
+
+def predict(
+    word: str, order: Schedule, shape: PipelineShape, costs: Costs = UNIT, resident_chunks: int | None = None
+) -> tuple[Schedule, Prediction]:
+    """Return the plan of `order`, and what `replay` predicts of it.
+
+    Megatron's loops with chunks launch collectives where --align-grad-reduce and --align-param-gather have them, and
+    those of the first chunk as one.
+    """
+    waits = waits_of(word)
+    plan = lower(order, shape, resident_chunks=resident_chunks)
+    if waits is MEGATRON and shape.num_chunks > 1 and resident_chunks is None:
+        plan, costs = aligned(plan, shape), replace(costs, buckets=1)
+    return plan, replay(plan, shape, costs, waits)

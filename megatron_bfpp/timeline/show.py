@@ -15,8 +15,7 @@ from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, format
 from ..schedule.costs import Costs
 from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
-from ..schedule.lower import aligned
-from ..schedule.names import ORDERS, SCHEDULES, order_of, waits_of
+from ..schedule.names import ORDERS, SCHEDULES, order_of, predict
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page
@@ -133,9 +132,7 @@ def _of_name(args: argparse.Namespace, word: str, shape: PipelineShape) -> Shown
     if not SCHEDULES[word].chunks:  # those of a rank, in a row, are its one stage
         chunks, shape = shape.num_chunks, replace(shape, num_chunks=1)
     order = order_of(word, shape, args.group)
-    plan = lower(order, shape, resident_chunks=args.resident_chunks)
-    running = aligned(plan, shape) if word.startswith("interleaved") and args.resident_chunks is None else plan
-    predicted = replay(running, shape, _costs(args, chunks), waits_of(word))
+    plan, predicted = predict(word, order, shape, _costs(args, chunks), args.resident_chunks)
     return Shown(word, order, plan, replace(predicted, chunks_per_stage=chunks))
 
 

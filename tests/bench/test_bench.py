@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bfpp.bench import command
+from megatron_bfpp.bench.case import Case
 from megatron_bfpp.bench.command import add_command
 from megatron_bfpp.bench.results import Result, as_json, lower_bound_s, markdown, table
 from megatron_bfpp.bench.settings import settings
@@ -41,9 +42,9 @@ def test_no_plan_is_faster_than_the_lower_bound(sizes, hop):
 
 def test_the_table_has_medians_and_ratios():
     results = [
-        Result("interleaved", SHAPE, "hop 0.5", COSTS, [1.5, 1.4, 2.0]),
-        Result("breadth-first", SHAPE, "hop 0.5", COSTS, [1.2, 1.3, 1.2]),
-        Result("1f1b", SHAPE, "hop 0.5", COSTS, [1.8, 1.8, 1.8]),
+        Result("interleaved", Case(SHAPE, COSTS, "hop 0.5"), [1.5, 1.4, 2.0]),
+        Result("breadth-first", Case(SHAPE, COSTS, "hop 0.5"), [1.2, 1.3, 1.2]),
+        Result("1f1b", Case(SHAPE, COSTS, "hop 0.5"), [1.8, 1.8, 1.8]),
     ]
     lines = table(results).splitlines()
     assert lines[0] == "PP 4 x 2 chunks, 8 micro-batches, network hop 0.5 (median of 3)"
@@ -55,7 +56,7 @@ def test_the_table_has_medians_and_ratios():
 
 def test_what_collectives_cost_is_in_the_table_and_in_the_bound():
     costs = Costs(0.02, 0.04, reduction=0.3, gather=0.1, buckets=2)
-    result = Result("breadth-first", SHAPE, "free", costs, [1.4, 1.3, 1.6], [1.2, 1.2, 1.1])
+    result = Result("breadth-first", Case(SHAPE, costs, "free"), [1.4, 1.3, 1.6], [1.2, 1.2, 1.1])
     assert result.exposed_s == pytest.approx(0.2) and result.exposed == pytest.approx(0.5)
     assert lower_bound_s(SHAPE, costs) == pytest.approx(0.06 * 19 + 0.2)
     lines = table([result]).splitlines()
@@ -65,9 +66,9 @@ def test_what_collectives_cost_is_in_the_table_and_in_the_bound():
 def test_the_markdown_table_has_a_row_per_case():
     costs = Costs(0.02, 0.04, reduction=0.4)
     results = [
-        Result("interleaved", SHAPE, "free", Costs(0.02, 0.04), [1.2]),
-        Result("interleaved", SHAPE, "reduction 1", costs, [1.8], [1.2]),
-        Result("breadth-first-sharded", SHAPE, "reduction 1", costs, [1.6], [1.2]),
+        Result("interleaved", Case(SHAPE, Costs(0.02, 0.04), "free"), [1.2]),
+        Result("interleaved", Case(SHAPE, costs, "reduction 1"), [1.8], [1.2]),
+        Result("breadth-first-sharded", Case(SHAPE, costs, "reduction 1"), [1.6], [1.2]),
     ]
     assert markdown(results).splitlines()[2:] == [
         "| 4 x 2, 8 | free | 1.053 |  |",
@@ -80,7 +81,7 @@ def test_torchs_arms_are_predicted_from_torchs_plan():
     plan = add_send_recv(breadth_first(shape), shape)
     costs = Costs(1, 2, reduction=5, gather=1)
     alone, replicated = (
-        Result("torch-looped-bfs", shape, "free", each, [1.0], plan=plan) for each in (Costs(1, 2), costs)
+        Result("torch-looped-bfs", Case(shape, each, "free"), [1.0], plan=plan) for each in (Costs(1, 2), costs)
     )
     assert replicated.predicted_s == alone.predicted_s + 4 * 6  # each stage waits for its all-reduce
 
@@ -123,6 +124,15 @@ def test_a_model_runs_in_slow_motion_with_the_times_that_plan_estimates():
     assert 1.5 < args.backward_time < 2.5 and 0 < setting.hop < 0.1 and 0 < setting.transfer < 0.5
     slower = parsed("--model", configuration, "--gpu", "a100-80", "--gpus", "512")
     assert settings(slower)[0].hop < setting.hop  # the network takes less of a slower GPU's time
+
+
+def test_one_hardware_queue_is_in_the_name_of_the_network():
+    args = parsed("--shape", "8,4,16", "--hop", "0.25", "--connections", "1")
+    case = settings(args)[0].case(args, ["breadth-first"])
+    assert (case.connections, case.network) == (1, "hop 0.25, one hardware queue")
+    result = Result("breadth-first", case, [1.0])
+    assert as_json([result])["results"][0]["connections"] == 1
+    assert table([result]).splitlines()[2].split()[-1] == "-"  # of the prediction
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_picture_of_the_bench_has_the_colours_of_the_table(tmp_path):
     pytest.importorskip("matplotlib")
     shape, costs = PipelineShape(2, 2, 4), Costs()
     path = tmp_path / "bench.svg"
-    plot.plot([Result(arm, shape, "free", costs, [10.0 + index]) for index, arm in enumerate(SCHEDULES)], str(path))
+    plot.plot([Result(arm, Case(shape, costs), [10.0 + index]) for index, arm in enumerate(SCHEDULES)], str(path))
     picture = path.read_text(encoding="utf-8").lower()
     assert all(color in picture for color in COLORS)
 

@@ -49,8 +49,8 @@ def cases(schedule: str, count: int) -> list[tuple[Strategy, Durations]]:
         forward[-1], backward[-1] = forward[-1] + head, backward[-1] + 2 * head
         message, part = draw.choice([0.0, 0.05, 0.1, 0.3, 0.6]), draw.random()
         times = Durations(
-            forward,
-            backward,
+            forward=forward,
+            backward=backward,
             tensor_parallel=0.0,
             hop=message * part,
             transfer=message * (1 - part),
@@ -104,7 +104,8 @@ def test_the_formula_agrees_on_real_durations():
 
 
 def test_without_a_pipeline_a_step_is_its_micro_batches():
-    times = Durations([1.0], [2.0], 0.0, 9.0, 9.0, gather=0.5, reduction=0.25, ends=0.1, buckets=1, optimizer=0.2)
+    times = Durations(forward=[1.0], backward=[2.0], tensor_parallel=0.0, hop=9.0, transfer=9.0, gather=0.5,
+                      reduction=0.25, ends=0.1, optimizer=0.2)  # fmt: skip
     step = replay_step(Strategy("no-pipeline", 1, 1, 8, 1, 1, 4, 4), times)
     assert step.step == pytest.approx(4 * 3 + 0.5 + 0.25 + 0.1 + 0.2)
     assert step.bubble_fraction == pytest.approx(0.0)

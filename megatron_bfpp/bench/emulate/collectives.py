@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ class Collectives:
 
     def launch(self, duration_s: float) -> Collective:
         """Launch a collective of what the compute stream has made so far."""
+        queue = self.network.queue
+        if queue is not None:
+            queue.begin(self._group)
         duration_s = 0.0 if self.are_free else self.network.drawn(duration_s)
         times = torch.tensor([self.network.stream_s, duration_s], dtype=torch.float64)
         work = dist.all_reduce(times, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -53,13 +57,18 @@ class Collectives:
         self._launched.append(collective)
         if self._begins:
             self._to_begin.put(collective)
+        if queue is not None:
+            queue.launched(self._group, partial(self._end_of, collective))
         return collective
 
     def wait(self, collective: Collective) -> None:
         """Have the compute stream wait for the end of a collective."""
+        self.network.wait_until(self._end_of(collective))
+
+    def _end_of(self, collective: Collective) -> float:
         while collective.end_s is None:
             self._learn_end(self._launched.popleft())
-        self.network.wait_until(collective.end_s)
+        return collective.end_s
 
     def _learn_end(self, collective: Collective) -> None:
         collective.work.wait()

@@ -13,26 +13,22 @@ up in the order of their launch; with a half-duplex card, those that arrive at i
 (collectives.py) have a card of their own, or share this one: then each of the n transfers that are under way in a
 direction of a card has an n-th of it (shared_card.py), and its end is known when it has ended.
 
-Emulated are dependencies, orders and waits of a schedule, overlap of messages with compute, and queues at a card. Not
-emulated are a host too slow for its GPU's queue, communication kernels that take SMs from compute, in-order streams of
-NCCL communicators (schedule/check.py has those; arms whose messages share one are flattered), and congestion between
-different cards.
+Emulated are dependencies, orders and waits of a schedule, overlap of messages with compute, queues at a card, and one
+hardware queue of a GPU (queue.py). Not emulated are a host too slow for its GPU's queue, communication kernels that
+take SMs from compute, congestion between different cards, and, with a hardware queue for each stream, the in-order
+streams of NCCL communicators (schedule/check.py has those; arms whose messages share one are flattered).
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
-from ...integration.seams import changed
 from ...schedule.costs import at
 from ..case import NUMBERS_PER_CARD, Case
+from .queue import HardwareQueue
 from .shared_card import SharedCards
 
 
@@ -67,6 +63,11 @@ class Network:
     stream_s: float = 0.0  # until when the compute stream of this rank has work, of time.monotonic()
     random: Random = field(default_factory=Random)
     sent: int = 0  # messages of this rank on the shared card
+    queue: HardwareQueue | None = None  # where there is one for all streams
+
+    def __post_init__(self) -> None:
+        if self.case.connections == 1:
+            self.queue = HardwareQueue(self.wait_until)
 
     def drawn(self, duration_s: float) -> float:
         """Return a duration as it happens to be this time; never below half of it."""
@@ -107,7 +108,7 @@ class Network:
                 self.cards[index] = begin + duration_s
         return begin
 
-    def _launch(self, receiver: int, way: Way) -> float:
+    def launch(self, receiver: int, way: Way) -> float:
         """Send a message of what the stream has made.
 
         Returns the mark that it carries: when it begins, or on a shared card its ticket.
@@ -127,57 +128,3 @@ class Network:
 
     def _index(self, rank: int, direction: int) -> int:
         return NUMBERS_PER_CARD * rank + (direction if self.case.full_duplex else _SENDING)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace isend and irecv where this plugin, Megatron and torch.distributed.pipelining look them up."""
-        real: Any = dist
-        real_isend, real_irecv = real.isend, real.irecv
-        world: Any = dist.group.WORLD
-
-        def isend(tensor: torch.Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> Any:
-            target = dist.get_global_rank(group or world, more["group_dst"]) if dst is None else dst
-            way = self.way_to(target)
-            mark = self._launch(target, way)
-            wire = stamped(tensor, mark)
-            work = real_isend(wire, dst, group=group, tag=tag, **more)
-            return _Message(work, wire, lambda: self.wait_until(self.left_s(mark, way)))
-
-        def irecv(tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **more: Any) -> Any:
-            posted_s = self.stream_s
-            way = self.way_to(dist.get_global_rank(group or world, more["group_src"]) if src is None else src)
-            latency_s = self.drawn(way.latency_s)
-
-            def arrive() -> None:
-                if tensor.dtype is torch.float64:
-                    mark = float(tensor.detach().view(-1)[-1])
-                    self.wait_until(self.left_s(mark, way, posted_s) + latency_s)
-
-            return _Message(real_irecv(tensor, src, group=group, tag=tag, **more), tensor, arrive)
-
-        # P2POp compares with the names of c10d.
-        with changed(dist, isend=isend, irecv=irecv), changed(c10d, isend=isend, irecv=irecv):
-            yield
-
-
-def stamped(tensor: torch.Tensor, mark: float) -> torch.Tensor:
-    """Return a copy that ends with the mark of its message. Stages ignore that number; float64 holds a nanosecond."""
-    if tensor.dtype is not torch.float64:  # a shape that is passed on, not a stage's tensor
-        return tensor.detach()
-    wire = tensor.detach().clone()
-    wire.view(-1)[-1] = mark
-    return wire
-
-
-class _Message(dist.Work):
-    """A real message. then: called behind its wait, for the time of the emulated one."""
-
-    def __init__(self, work: dist.Work, tensor: torch.Tensor, then: Callable[[], None]):
-        super().__init__()
-        self._work, self._then = work, then
-        self._tensor = tensor  # alive until it is sent
-
-    def wait(self, timeout: Any = None) -> bool:
-        self._work.wait()
-        self._then()
-        return True

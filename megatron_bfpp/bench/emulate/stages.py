@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...schedule.costs import at
 from .network import Network, sleep_until
 
 HIDDEN = 2  # of the tensors between stages
@@ -46,8 +47,8 @@ class Layer(torch.nn.Module):
 
     def __init__(self, network: Network):
         super().__init__()
-        self.network, case = network, network.case
-        self.forward_s, self.backward_s = case.forward_s / case.costs.buckets, case.backward_s / case.costs.buckets
+        self.network, costs = network, network.case.costs
+        self.forward_s, self.backward_s = (at(each, 0) / costs.buckets for each in (costs.forward, costs.backward))
         self.before_work: Callable[[], None] = lambda: None
         self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
 
