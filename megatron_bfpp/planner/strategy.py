@@ -91,7 +91,7 @@ class Strategy:
         return min(total, ahead + 2 * lead + 1)
 
     def peak_messages(self, pp_rank: int) -> int:
-        """Bound the tensors that a rank holds for messages at a time, as `schedule.buffers.most_messages` counts them.
+        """Bound the tensors that a rank holds for messages at a time, as `schedule.plan.most_messages` counts them.
 
         Inputs of the next chunk come to the first rank, and gradients of the chunk before to the last one, while the
         last group - pp micro-batches of this chunk run.

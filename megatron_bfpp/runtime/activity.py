@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..schedule.ir import Action, PipelineShape
-from ..schedule.lower import peer
+from ..schedule.ir import Action, PipelineShape, peer
 
 
 class Status(NamedTuple):

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..schedule.ir import RECEIVES, SENDS, Action, Op, PipelineShape
-from ..schedule.lower import Channel, channel, communicator, peer
+from ..schedule.ir import RECEIVES, SENDS, Action, Channel, Op, PipelineShape, channel, communicator, peer
 
 
 class Route(NamedTuple):
@@ -50,6 +49,7 @@ class ChannelGroups:
         self.ranks = dist.get_process_group_ranks(pp_group)
         self.pp_rank = pp_group.rank()
         self._routes: dict[PipelineShape, dict[tuple[int, Op], Route]] = {}
+        self._has_run: set[bool] = set()
         size = len(self.ranks)
         edges = [(edge, (edge + 1) % size) for edge in range(size)]
         channels: list[Channel] = [(Op.SEND_F, *edge) for edge in edges] + [(Op.SEND_B, *edge[::-1]) for edge in edges]
@@ -70,6 +70,12 @@ class ChannelGroups:
         if shape not in self._routes:
             self._routes[shape] = dict(self._find_routes(shape))
         return self._routes[shape]
+
+    def is_first(self, forward_only: bool) -> bool:
+        """Return whether this is the first call for a step of this kind: all ranks of the pipeline know it."""
+        is_first = forward_only not in self._has_run
+        self._has_run.add(forward_only)
+        return is_first
 
     def _find_routes(self, shape: PipelineShape) -> Iterator[tuple[tuple[int, Op], Route]]:
         for stage in shape.stages_on(self.pp_rank):

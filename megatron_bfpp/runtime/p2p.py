@@ -8,7 +8,7 @@ The groups that carry them are made by channels.py. Decisions for GPUs, where th
     wait, and the receiver may read freed memory.
   - Headers go from host to host over a group of gloo: no channel holds one, and nothing waits for the device. A tensor
     of a known shape is asked for at once, and its header is compared when the tensor is waited for. With variable
-    shapes the host waits for the header where the receive is posted. `schedule.buffers.after_sends` has put that where
+    shapes the host waits for the header where the receive is posted. `schedule.lower` has put that where
     every such wait points back in time; posted ahead as usual, two ranks would wait for each other's next sends.
 """
 
@@ -22,9 +22,7 @@ from typing import NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..schedule.check import SEND_WINDOW
-from ..schedule.ir import SENDS, Action, Op, PipelineShape
-from ..schedule.lower import peer
+from ..schedule.ir import SEND_WINDOW, SENDS, Action, Op, PipelineShape, peer
 from ..schedule.simulate import Key
 from . import headers
 from .activity import Activity

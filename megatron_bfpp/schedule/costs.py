@@ -1,7 +1,5 @@
 """The durations of a step and the waits of a runtime, with which `replay` predicts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

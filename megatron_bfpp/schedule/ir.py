@@ -110,3 +110,50 @@ class PipelineShape:
     def stages_on(self, pp_rank: int) -> range:
         """Return the stages of a rank, first chunk first."""
         return range(pp_rank, self.num_stages, self.pp_size)
+
+
+Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
+Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
+
+# A sent tensor may be reused this many compute actions after its send was launched. By then the receiver has
+# posted its receive (`lower.add_send_recv`), and the wait costs nothing. With 1, the send would stand in the way of the
+# very next forward, as it does in Megatron since 0.18 (PR 4047).
+SEND_WINDOW = 2
+
+# Where the other end of a message is: how many stages on, and its op.
+_PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
+
+
+def peer(action: Action, shape: PipelineShape) -> Action | None:
+    """Return the receive that belongs to the send `action`, or the send that belongs to the receive.
+
+    None at the two ends of the model, where nothing is sent.
+    """
+    step, other = _PEER[action.op]
+    stage = action.stage + step
+    return Action(stage, other, action.microbatch) if 0 <= stage < shape.num_stages else None
+
+
+def channel(send: Action, shape: PipelineShape) -> Channel:
+    """Return the in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
+
+    NCCL matches the sends and receives of a pair of ranks by order alone. With a channel to itself, each kind keeps the
+    sender's own order, and neither kind of traffic can block the other. With 2 ranks the forward traffic of both ranks
+    would share a pair, so channels are directed.
+    """
+    received = peer(send, shape)
+    assert received is not None, f"{send} has no receiver"
+    return send.op, shape.rank_of(send.stage), shape.rank_of(received.stage)
+
+
+def communicator(key: Channel, pp_size: int) -> Communicator:
+    """Return (kind, colour): the communicator, a process group of all ranks, that carries a channel.
+
+    The operations of a rank on one communicator may be serialized (torch does that where it initializes NCCL eagerly),
+    so no two channels of a rank may share one: a receive that is posted ahead would stand in the way of later sends.
+    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges
+    that meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
+    """
+    kind, source, target = key
+    edge = source if kind is Op.SEND_F else target
+    return kind, 2 if pp_size % 2 and edge == pp_size - 1 else edge % 2

@@ -1,31 +1,31 @@
 """Lowering: passes that add communication to an order. Lists in, lists out; no pass knows the runtime."""
 
-from __future__ import annotations
-
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import zip_longest
 
-from .ir import Action, Op, PipelineShape, Schedule
+from .dry_run import posted_too_early
+from .ir import COMPUTE, RECEIVES, Action, Op, PipelineShape, Schedule, peer
 from .sharding import add_sharding
-from .simulate import Timeline, simulate
+from .simulate import Span, Timeline, dependency, simulate
 
-Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
-Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
-
-# Where the other end of a message is: how many stages on, and its op.
-_PEER = {Op.SEND_F: (1, Op.RECV_F), Op.RECV_F: (-1, Op.SEND_F), Op.SEND_B: (-1, Op.RECV_B), Op.RECV_B: (1, Op.SEND_B)}
+# The latency of a message, in forwards of one micro-batch through one chunk, for which receives are placed. Messages
+# of up to 1/4 of a forward then lose no time on one hardware queue; on queues of their own longer ones do not either.
+# A plan for longer ones keeps rank P-1 waiting for rank 0 where messages are short: from P h > 2 on, by 0.9% at P 8 and
+# h 0.5.
+DEFAULT_HOP = 0.25
 
 
 def lower(
-    order: Schedule, shape: PipelineShape, timeline: Timeline | None = None, resident_chunks: int | None = None
+    order: Schedule, shape: PipelineShape, resident_chunks: int | None = None, hop: float | None = DEFAULT_HOP
 ) -> Schedule:
     """Return the plan of a step: `order` with its sends, receives, parameter gathers and gradient reductions.
 
-    timeline: the result of `simulate(order, shape)`, from a caller that has it; made here otherwise.
     resident_chunks: with fully sharded parameters, how many chunks of a rank may be gathered at a time; None for
         replicated ones and ZeRO-1.
+    hop: of the messages for which receives are placed, see `add_send_recv`.
     """
-    plan = add_send_recv(order, shape, timeline)
+    plan = add_send_recv(order, shape, hop)
     has_backwards = any(action.op is Op.B for actions in order for action in actions)
     if has_backwards:
         plan = add_reduce_grad(plan, shape)
@@ -35,72 +35,103 @@ def lower(
     return add_unshard(plan, shape) if has_backwards else plan
 
 
-def peer(action: Action, shape: PipelineShape) -> Action | None:
-    """Return the receive that belongs to the send `action`, or the send that belongs to the receive.
+def add_send_recv(order: Schedule, shape: PipelineShape, hop: float | None = DEFAULT_HOP) -> Schedule:
+    """Launch every send right after its result; post every receive before the action that runs as it arrives.
 
-    None at the two ends of the model, where nothing is sent.
+    hop: the latency of a message, in forwards of one micro-batch through one chunk. A receive stands before the last
+        action that the receiver starts before the message is there, in a simulation with backwards twice as long as
+        forwards. That is one action ahead of need or earlier, so that a message can arrive while the receiver computes.
+        Not earlier: on one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) a receive that stands behind another on its
+        communicator blocks all later computation. Not later: then the sender waits.
+        None: nothing is posted ahead. A receive stands before the first action that starts once its message has been
+        sent. All waits then point back in time on that clock, for the device as for a message: nothing hangs even if
+        all ranks wait for their whole device before and after every forward and backward. Messages are not hidden.
+
+    Whatever hop says, a receive stands behind the last own action on which its sender depends, by data and by the order
+    of the ranks. Else a wait for the whole device in between (cudaFree, the first load of a kernel, an allocator that
+    tries again) would wait for a message that cannot be sent before it ends. Some orders in groups of a few
+    micro-batches have no such places for a long hop: they get those for DEFAULT_HOP.
     """
-    step, other = _PEER[action.op]
-    stage = action.stage + step
-    return Action(stage, other, action.microbatch) if 0 <= stage < shape.num_stages else None
+    plan, is_settled = _settled(_placed(order, shape, hop), shape)
+    return plan if is_settled else _settled(_placed(order, shape, DEFAULT_HOP), shape)[0]
 
 
-def channel(send: Action, shape: PipelineShape) -> Channel:
-    """Return the in-order channel of a send: one kind of message, in one direction, between one pair of ranks.
-
-    NCCL matches the sends and receives of a pair of ranks by order alone. With a channel to itself, each kind keeps the
-    sender's own order, and neither kind of traffic can block the other. With 2 ranks the forward traffic of both ranks
-    would share a pair, so channels are directed.
-    """
-    received = peer(send, shape)
-    assert received is not None, f"{send} has no receiver"
-    return send.op, shape.rank_of(send.stage), shape.rank_of(received.stage)
-
-
-def communicator(key: Channel, pp_size: int) -> Communicator:
-    """Return (kind, colour): the communicator, a process group of all ranks, that carries a channel.
-
-    The operations of a rank on one communicator may be serialized (torch does that where it initializes NCCL eagerly),
-    so no two channels of a rank may share one: a receive that is posted ahead would stand in the way of later sends.
-    Edge e of the ring joins ranks e and e + 1; its colour is e mod 2, and 2 for the last edge of an odd ring. Edges
-    that meet in a rank thus differ in colour, and a rank has one direction of one kind of message on a communicator.
-    """
-    kind, source, target = key
-    edge = source if kind is Op.SEND_F else target
-    return kind, 2 if pp_size % 2 and edge == pp_size - 1 else edge % 2
-
-
-def add_send_recv(order: Schedule, shape: PipelineShape, timeline: Timeline | None = None) -> Schedule:
-    """Launch every send right after its result; post every receive before the action that runs as it is sent.
-
-    A receive stands before the last action that the receiver starts before the sender ends, in a simulation with
-    backwards twice as long as forwards. That is one action ahead of need or earlier: a message can arrive while
-    the receiver computes, and on that clock no sender waits for a receiver that is merely ahead (rank 0 gets the first
-    microbatches of the next chunk while it still runs this one). With other durations a send can wait, in time that
-    its rank idles anyway: backwards of 1 to 3 forwards leave the step time as it is. Receives placed for shorter
-    backwards too would gain nothing and hold more buffers. All positions follow one clock, so plans cannot deadlock
-    whatever the real durations are: every wait points back in time.
-    """
-    timeline = timeline or simulate(order, shape)
-    sends = [[_send_after(span.action, shape) for span in spans] for spans in timeline.spans]
+def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedule:
+    """Return `order` with its sends and receives, before the waits of messages for each other are looked at."""
+    timeline = simulate(order, shape, hop=hop or 0.0)
+    places = {span.action: (rank, at) for rank, spans in enumerate(timeline.spans) for at, span in enumerate(spans)}
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):
-        arriving: list[tuple[float, Action]] = []
+        starts = [span.start for span in spans]
+        receives: dict[int, list[tuple[float, Action]]] = defaultdict(list)  # position in the order -> those before it
         for source, op in ((rank - 1, Op.SEND_F), ((rank + 1) % shape.pp_size, Op.SEND_B)):
-            sent = zip(timeline.spans[source], sends[source])
-            arriving += [(span.end, send) for span, send in sent if send is not None and send.op is op]
-        arriving.sort(reverse=True)  # the first to arrive is the last of the list
+            for span in timeline.spans[source]:
+                send = _send_after(span.action, shape)
+                if send is not None and send.op is op:
+                    receive = peer(send, shape)
+                    assert receive is not None, "a send has a receiver"
+                    following = bisect_left(starts, span.end + (hop or 0.0))
+                    place = following if hop is None else max(following - 1, 0)
+                    needed = 1 + _last_cause(span, rank, starts[place], timeline, places)
+                    receives[max(place, needed)].append((span.end, receive))
         actions: list[Action] = []
-        for span, following, send in zip_longest(spans, spans[1:], sends[rank]):
-            while arriving and (following is None or arriving[-1][0] <= following.start):
-                receive = peer(arriving.pop()[1], shape)
-                assert receive is not None, "a send has a receiver"
-                actions.append(receive)
+        for position, span in enumerate(spans):
+            actions += [receive for _, receive in sorted(receives[position])]
             actions.append(span.action)
+            send = _send_after(span.action, shape)
             if send is not None:
                 actions.append(send)
         plan.append(actions)
     return plan
+
+
+def _last_cause(
+    span: Span, pp_rank: int, since: float, timeline: Timeline, places: dict[Action, tuple[int, int]]
+) -> int:
+    """Return the last action of a rank, by its position, that starts at `since` or later and that `span` depends on.
+
+    -1 if there is none. It goes back from `span`, as far as `since`: mostly not at all.
+    """
+    last, coming, seen = -1, [span], {span.action}
+    while coming:
+        each = coming.pop()
+        rank, position = places[each.action]
+        if rank == pp_rank:
+            last = max(last, position)
+            continue
+        need = dependency(each.action, timeline.shape.num_stages - 1)
+        causes = [timeline.spans[rank][position - 1]] if position else []
+        if need is not None:
+            place = places[Action(*need)]
+            causes.append(timeline.spans[place[0]][place[1]])
+        for cause in causes:
+            if cause.start >= since and cause.action not in seen:
+                seen.add(cause.action)
+                coming.append(cause)
+    return last
+
+
+def _settled(plan: Schedule, shape: PipelineShape) -> tuple[Schedule, bool]:
+    """Move receives behind the own actions on which their senders depend by the waits of messages too.
+
+    Some plans with groups of a few micro-batches need it: there a sender waits for an older send of its own. Return
+    whether no message is too early then.
+    """
+    while early := posted_too_early(plan, shape):
+        if not any(action.op in RECEIVES for action in early):
+            return plan, False
+        settled: Schedule = []
+        for actions in plan:
+            behind: dict[int, list[Action]] = defaultdict(list)
+            moved = {action for action in actions if action in early and action.op in RECEIVES}
+            for action in actions:
+                if action in moved:
+                    behind[early[action]].append(action)
+            settled.append([])
+            for position, action in enumerate(actions):
+                settled[-1] += ([] if action in moved else [action]) + behind[position]
+        plan = settled
+    return plan, True
 
 
 def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
@@ -117,17 +148,28 @@ def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
 
 
 def add_unshard(plan: Schedule, shape: PipelineShape) -> Schedule:
-    """Gather a chunk's parameters while the chunk before it runs; those of the first chunk at the start."""
-    lowered: Schedule = []
-    for rank, actions in enumerate(plan):
-        stages = shape.stages_on(rank)
-        lowered.append([Action(stages[0], Op.UNSHARD)])
-        for action in actions:
-            following = action.stage + shape.pp_size
-            if action.op is Op.F and action.microbatch == 0 and following in stages:
-                lowered[rank].append(Action(following, Op.UNSHARD))
-            lowered[rank].append(action)
-    return lowered
+    """Gather a chunk's parameters while the chunk before it runs; those of the first chunk at the start.
+
+    Those of the second chunk behind the first forward of several: on one hardware queue its gather holds back what
+    comes behind it until the first chunk has been gathered in all its buckets, and that forward needs the first alone.
+    """
+    return [list(_unsharded(actions, shape.stages_on(rank))) for rank, actions in enumerate(plan)]
+
+
+def _unsharded(actions: list[Action], stages: range) -> Iterator[Action]:
+    yield Action(stages[0], Op.UNSHARD)
+    second: Action | None = None
+    for action in actions:
+        if second is not None and action.op in COMPUTE:
+            yield second
+            second = None
+        if action.op is Op.F and action.microbatch == 0 and action.stage < stages[-1]:
+            gather = Action(action.stage + stages.step, Op.UNSHARD)
+            if action.stage == stages[0] and Action(action.stage, Op.F, 1) in actions:
+                second = gather
+            else:
+                yield gather
+        yield action
 
 
 def _send_after(action: Action, shape: PipelineShape) -> Action | None:

@@ -1,13 +1,13 @@
 """The plan of a step: made and checked once per shape, for all ranks, before anything runs."""
 
-from __future__ import annotations
-
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 
-from . import PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
-from .buffers import after_sends
+from . import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from .formats import digest
+from .ir import COMPUTE, RECEIVES, SEND_WINDOW
+from .lower import DEFAULT_HOP
 from .sharding import count_gathers
 
 
@@ -29,19 +29,51 @@ def plan_of(
     eager: bool,
     evaluation: bool,
     resident_chunks: int | None = None,
-    variable_shapes: bool = False,
+    hop: float | None = DEFAULT_HOP,
 ) -> Plan:
-    """Return the breadth-first plan of a shape. resident_chunks: None unless fully sharded.
+    """Return the breadth-first plan of a shape. resident_chunks: None unless fully sharded. hop: see `add_send_recv`.
 
-    variable_shapes: a receive is posted once its sender can tell the sizes.
     Raises ScheduleError if the plan is unsound.
     """
     group = None if group_size is None else min(group_size, shape.num_microbatches)
     order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
     timeline = simulate(order, shape)
-    actions = lower(order, shape, timeline, resident_chunks)
-    if variable_shapes:
-        actions = after_sends(actions, shape)
+    actions = lower(order, shape, resident_chunks, hop)
     check(actions, shape, evaluation, resident_chunks)
     peaks = timeline.peak_live_activations()
     return Plan(actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]), peaks)
+
+
+def most_messages(actions: list[Action], shape: PipelineShape) -> int:
+    """Return the most tensors that a rank holds for messages at a time, beside its live activations.
+
+    actions: of the rank, from a lowered plan. A buffer counts from its receive on: that of an input until its forward
+    starts, whose activation it then is, and that of a gradient until its backward ends. A result that is sent counts
+    from the action that makes it until its send is waited for, SEND_WINDOW compute actions later; an output at the
+    latest until its own backward.
+
+    Most of them does not depend on the number of micro-batches, but where that exceeds the number of ranks by N, the
+    first rank keeps N inputs, and the last rank N gradients, that have come while it still runs the chunk before.
+    """
+    received = most = 0
+    sent: deque[list[Action]] = deque([[]], SEND_WINDOW)  # as in runtime/p2p.py
+    for action in actions:
+        stage, op, microbatch = action
+        if op in RECEIVES:
+            received += 1
+            most = max(most, received + sum(map(len, sent)))
+        if op not in COMPUTE:
+            continue
+        is_first, is_last = stage == 0, stage == shape.num_stages - 1
+        if op is Op.F:
+            received -= not is_first
+            made = [] if is_last else [Action(stage, Op.F, microbatch)]
+        else:
+            for results in sent:
+                if (output := Action(stage, Op.F, microbatch)) in results:
+                    results.remove(output)
+            made = [] if is_first else [action]
+        sent.append(made)
+        most = max(most, received + sum(map(len, sent)))
+        received -= op is Op.B and not is_last
+    return most

@@ -7,11 +7,12 @@
     SEND_WINDOW or more compute actions earlier, as the executor does.
   - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends
     with the last of them.
+  - With one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) what a rank launches starts in the order of launch: a send
+    or receive holds back all behind it until the one before it on its channel is over, at both ends, and a collective
+    until the one before it is.
   - With a shared card messages and collectives slow each other down (cards.py). The end of a transfer then depends on
     what begins meanwhile: ranks run as far as they can without it, then the cards go on to the next end.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -19,14 +20,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from ..console.errors import UserError
 from .cards import Cards, Transfer, receiving, sending
-from .check import SEND_WINDOW
 from .collectives import Collective, Collectives
 from .costs import OURS, UNIT, Costs, Waits, at
-from .ir import COMPUTE, MESSAGE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule
-from .lower import Channel, channel, peer
+from .ir import (
+    COMPUTE,
+    MESSAGE,
+    RECEIVES,
+    SEND_WINDOW,
+    SENDS,
+    Action,
+    Channel,
+    Op,
+    PipelineShape,
+    Schedule,
+    channel,
+    peer,
+)
 from .sharding import is_sharded
 from .simulate import Key, ScheduleError, Span, Timeline
+
+MESSAGES = SENDS | RECEIVES
 
 
 class Message(NamedTuple):
@@ -62,9 +77,17 @@ class Prediction(Timeline):
         return [spans[-1].end - sum(span.end - span.start for span in spans) for spans in self.spans]
 
 
-def replay(plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, waits: Waits = OURS) -> Prediction:
-    """Run a lowered plan; raise ScheduleError if no rank can go on (`check` gives the reason)."""
-    return _Replay(plan, shape, costs, waits).to_the_end()
+def replay(
+    plan: Schedule, shape: PipelineShape, costs: Costs = UNIT, waits: Waits = OURS, connections: int | None = None
+) -> Prediction:
+    """Run a lowered plan; raise ScheduleError if no rank can go on (`check` gives the reason).
+
+    connections: hardware queues of a GPU, CUDA_DEVICE_MAX_CONNECTIONS. 1: one for all. More, or None: as many as
+        streams. (Megatron's default on GPUs before Blackwell is 1 with tensor or context parallelism.)
+    """
+    if connections is not None and connections < 1:
+        raise UserError(f"connections is {connections}; a GPU has 1 hardware queue or more")
+    return _Replay(plan, shape, costs, waits, connections == 1).to_the_end()
 
 
 @dataclass(eq=False, slots=True)
@@ -77,12 +100,14 @@ class _Channel:
     is_shared: bool
     sent: deque[tuple[float, Action]] = field(default_factory=deque)  # launched, not begun
     posted: deque[tuple[float, Action]] = field(default_factory=deque)  # receives not begun
+    launched: dict[Op, int] = field(default_factory=lambda: dict.fromkeys(Op, 0))  # sends, receives
+    over: list[float] = field(default_factory=list)  # when each message arrived
     free: float = 0.0
 
 
 class _Replay:
-    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits: Waits):
-        self.plan, self.shape, self.costs = plan, shape, costs
+    def __init__(self, plan: Schedule, shape: PipelineShape, costs: Costs, waits: Waits, one_queue: bool):
+        self.plan, self.shape, self.costs, self.one_queue = plan, shape, costs, one_queue
         self.for_sends, self.for_forward_sends = waits.for_sends, waits.for_forward_sends
         stages = range(shape.num_stages)
         self.durations = {op: [costs.of(Action(stage, op)) for stage in stages] for op in COMPUTE}
@@ -147,32 +172,55 @@ class _Replay:
         for position in range(self.position[rank], len(actions)):
             action = actions[position]
             op = action.op
+            start = self._started(rank, action, now) if self.one_queue else now
+            if start is not None and op in COMPUTE:
+                start = self._start(action, start, window)
+            if start is None:
+                times = None
+            elif op not in COMPUTE:
+                times = start, start
+            elif self.has_collectives:
+                times = collectives.compute(action, start)
+            else:
+                times = start, start + self.durations[op][action.stage]
+            if times is None:
+                self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
+                return
+            now = times[1]
             if op in COMPUTE:
-                start = self._start(action, now, window)
-                if start is None:
-                    times = None
-                elif self.has_collectives:
-                    times = collectives.compute(action, start)
-                else:
-                    times = start, start + self.durations[op][action.stage]
-                if times is None:
-                    self.position[rank], self.clock[rank], self.blocked[rank] = position, now, True
-                    return
-                now = times[1]
                 self.spans[rank].append(Span(action, *times))
                 window.append([])
-            elif op in SENDS:
+            elif op in MESSAGES:
                 queue = self.channels[action.stage, op]
-                queue.sent.append((now, action))
-                window[-1].append(action)
-                self._begin(queue)
-            elif op in RECEIVES:
-                queue = self.channels[action.stage, op]
-                queue.posted.append((now, action))
+                queue.launched[op] += 1
+                (queue.sent if op in SENDS else queue.posted).append((now, action))
+                if op in SENDS:
+                    window[-1].append(action)
                 self._begin(queue)
             else:
                 collectives.launch(action, now)
         self.position[rank], self.clock[rank] = len(actions), now
+
+    def _started(self, rank: int, action: Action, now: float) -> float | None:
+        """Return when the one queue of a rank comes to `action`; None while that is not known.
+
+        By then the last collective has started, thus the one before it is over; a message also needs the end of the one
+        before it on its channel.
+        """
+        log = self.collectives[rank].log
+        if len(log) > 1:
+            end = log[-2][1].end
+            if end is None:
+                return None
+            now = max(now, end)
+        if action.op in MESSAGES:
+            queue = self.channels[action.stage, action.op]
+            before = queue.launched[action.op] - 1
+            if before >= len(queue.over):
+                return None
+            if before >= 0:
+                now = max(now, queue.over[before])
+        return now
 
     def _start(self, action: Action, now: float, window: deque[list[Key]]) -> float | None:
         """Return the start of a compute action of a rank that is free from `now` on; None while that is not known."""
@@ -205,6 +253,7 @@ class _Replay:
 
     def _arrive(self, queue: _Channel, sent: tuple[float, Action], posted: tuple[float, Action], left: float) -> None:
         queue.free, arrived = left, left + queue.hop
+        queue.over.append(arrived)
         self.left[sent[1]], self.arrived[posted[1]] = left, arrived
         self.messages.append(Message(sent[1], posted[1], sent[0], posted[0], left, arrived))
         self._wake(queue.ranks)

@@ -5,8 +5,6 @@ A rank keeps its parameters sharded over its data-parallel group. A chunk can ru
 chunk before, all of them is ZeRO-2 (each chunk gathered once per step, gradients and optimizer sharded).
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -32,8 +30,9 @@ def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> 
 
     The chunk to be freed is the one needed last (Belady 1966), so no plan with as many places has fewer gathers. A
     gather stands where the chunk gathered before it begins to run, or later if its place is still in use: at most one
-    gather is under way ahead of need. Breadth-first with all micro-batches in one group has 2V - resident_chunks
-    gathers per rank, whatever M is: the last chunks stay gathered between forward and backward.
+    gather is under way ahead of need. The second stands behind the first compute action, as in `lower.add_unshard`.
+    Breadth-first with all micro-batches in one group has 2V - resident_chunks gathers per rank, whatever M is: the last
+    chunks stay gathered between forward and backward.
     """
     if resident_chunks < 1:
         raise UserError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
@@ -46,7 +45,8 @@ def _sharded(actions: list[Action], places: int) -> list[Action]:
     starts = [0, *(position for _, position in runs[1:]), len(actions)]
     changes: dict[int, list[Action]] = defaultdict(list)
     for run, action in _changes([stage for stage, _ in runs], places):
-        changes[starts[run]].append(action)
+        is_second = starts[run] == 0 and len(changes[0]) == 1 and starts[1] not in computes[:2]
+        changes[computes[1] if is_second and len(computes) > 1 else starts[run]].append(action)
     lowered: list[Action] = []
     for position, action in enumerate(actions):
         lowered += [*changes[position], action]

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..schedule.ir import COMPUTE, RECEIVES, SENDS, Action, PipelineShape
-from ..schedule.lower import peer
+from ..schedule.ir import COMPUTE, RECEIVES, SENDS, Action, PipelineShape, peer
 from .intervals import ACTION, DP, Interval
 
 FORMAT = "megatron_bfpp trace 1"

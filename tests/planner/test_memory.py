@@ -10,7 +10,7 @@ from megatron_bfpp.planner.memory import PRECISIONS, memory
 from megatron_bfpp.planner.model import GPT
 from megatron_bfpp.planner.strategy import BREADTH_FIRST, SCHEDULES, Strategy
 from megatron_bfpp.schedule import lower, simulate
-from megatron_bfpp.schedule.buffers import most_messages
+from megatron_bfpp.schedule.plan import most_messages
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
 # A vocabulary of 255: the NullTokenizer of 0.17 adds one word, and both are padded to 256.
@@ -111,7 +111,10 @@ def test_the_peaks_of_live_activations_and_messages_are_those_of_the_schedule(
     peaks = simulate(order, strategy.shape).peak_live_activations()
     assert [strategy.peak_live(rank) for rank in ranks] == peaks
     messages = [most_messages(actions, strategy.shape) for actions in lower(order, strategy.shape)]
-    assert all(most <= strategy.peak_messages(rank) <= most + 5 for rank, most in zip(ranks, messages))
+    # Receives are placed for a hop of 1/4: a message around the ring is asked for up to pp / 4 actions later.
+    assert all(
+        most <= strategy.peak_messages(rank) <= most + 4 + max(1, pp // 4) for rank, most in zip(ranks, messages)
+    )
 
 
 def test_messages_take_memory_of_their_own_beside_the_activations():

@@ -179,4 +179,4 @@ def test_a_chunk_is_reduced_once_after_or_during_its_last_backward_and_gathered_
     with gates:
         Executor(shape, Logging(), Messages(), gates).run(lower(breadth_first(shape, eager_backward=False), shape)[0])
     reduced = {True: "F1.2 B B B open1 reduce1 B B B open0 reduce0", False: "F1.2 B B open1 B B B open0 B"}[explicit]
-    assert " ".join(log) == "gather0 gather1 F0.0 F0.1 F0.2 F1.0 F1.1 " + reduced
+    assert " ".join(log) == "gather0 F0.0 gather1 F0.1 F0.2 F1.0 F1.1 " + reduced

@@ -62,7 +62,7 @@ def gloo(monkeypatch):
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 3, 5), (2, 2, 1), (3, 2, 4)])
 def test_every_message_meets_its_header(sizes, is_variable, gloo):
     shape = PipelineShape(*sizes)
-    plan = Settings().plan_of(shape, variable_shapes=is_variable).actions
+    plan = Settings().plan_of(shape, is_ahead=not is_variable).actions
     channels = {(kind, colour): gloo(shape.pp_size) for kind in (Op.SEND_F, Op.SEND_B) for colour in range(3)}
     carriers = gloo(shape.pp_size)
 

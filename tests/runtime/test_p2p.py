@@ -16,8 +16,8 @@ from megatron_bfpp.runtime.data_parallel import DataParallel
 from megatron_bfpp.runtime.executor import Executor
 from megatron_bfpp.runtime.p2p import MessageMismatchError, Messages, PeerLostError
 from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, lower
-from megatron_bfpp.schedule.buffers import after_sends, most_messages
 from megatron_bfpp.schedule.lower import peer
+from megatron_bfpp.schedule.plan import most_messages
 
 PP_RANK = 1
 META = torch.device("meta")  # stands for a device that the host must not read from
@@ -217,21 +217,14 @@ def test_ranks_that_wait_for_sizes_where_they_post_a_receive_all_come_to_the_end
     for microbatches in (1, 2, size, 2 * size + 1):
         shape = PipelineShape(size, chunks, microbatches)
         orders = [breadth_first(shape, eager_backward=eager) for eager in (True, False)]
-        for plan in [lower(order, shape) for order in [*orders, forward_only(shape)]]:
-            moved = after_sends(plan, shape)
-            assert [sorted(actions) for actions in moved] == [sorted(actions) for actions in plan]
-            assert [keep(actions) for actions in moved] == [keep(actions) for actions in plan]
-            assert ends(moved, shape)
-        assert ends(Settings().plan_of(shape, variable_shapes=True).actions, shape)
+        for order in [*orders, forward_only(shape)]:
+            assert ends(lower(order, shape, hop=None), shape)
+        assert ends(Settings().plan_of(shape, is_ahead=False).actions, shape)
 
 
 def test_where_receives_are_posted_ahead_the_same_waits_would_stop_the_step():
     shape = PipelineShape(2, 1, 4)
     assert not ends(Settings().plan_of(shape).actions, shape)
-
-
-def keep(actions):
-    return [action for action in actions if action.op not in (Op.RECV_F, Op.RECV_B)]
 
 
 def ends(plan, shape):

@@ -7,10 +7,9 @@ from collections import defaultdict
 import pytest
 
 from megatron_bfpp.schedule import Action, Op, PipelineShape, ScheduleError, breadth_first, check, forward_only, lower
-from megatron_bfpp.schedule.ir import SENDS
-from megatron_bfpp.schedule.lower import channel, communicator, peer
+from megatron_bfpp.schedule.ir import RECEIVES, SENDS, channel, communicator, peer
 
-CHECK = importlib.import_module("megatron_bfpp.schedule.check")  # `check` of the package is the function
+DRY_RUN = importlib.import_module("megatron_bfpp.schedule.dry_run")  # its function has the same name
 
 
 @pytest.mark.parametrize("size", range(2, 10))
@@ -45,26 +44,27 @@ def two_colours(key, pp_size):
 @pytest.mark.parametrize(
     "wrong, sizes, blocked",
     [
-        # The receive of chunk 1's input is posted ahead of the forward whose output it follows from.
-        (one_per_kind, (2, 2, 1), "pp_rank 1: step 4 1F0 waits for SEND_F of pp_rank 0, behind 2RECV_F0"),
-        (one_per_kind, (4, 2, 3), "pp_rank 3: step 4 3F0 waits for SEND_F of pp_rank 2, behind 2RECV_F1"),
+        (one_per_kind, (2, 2, 1), "pp_rank 1: step 5 1F0 waits for SEND_F of pp_rank 0, behind 2RECV_F0"),
+        (one_per_kind, (4, 2, 3), "pp_rank 3: step 10 3F0 waits for SEND_F of pp_rank 2, behind 2RECV_F0"),
         (one_per_colour, (2, 1, 1), "pp_rank 1: step 2 1F0 waits for SEND_F of pp_rank 0, behind 0RECV_B0"),
-        (two_colours, (3, 2, 1), "pp_rank 1: step 4 1F0 waits for SEND_F of pp_rank 0, behind 3RECV_F0"),
+        (two_colours, (3, 2, 1), "pp_rank 1: step 6 1F0 waits for SEND_F of pp_rank 0, behind 3RECV_F0"),
     ],
 )
-def test_the_checker_notices_communicators_that_are_shared(wrong, sizes, blocked, monkeypatch):
+def test_the_dry_run_notices_communicators_that_are_shared(wrong, sizes, blocked, monkeypatch):
     shape = PipelineShape(*sizes)
-    plan = lower(breadth_first(shape), shape)
-    check(plan, shape)
-    monkeypatch.setattr(CHECK, "communicator", wrong)
+    own_queues = {"one_queue": False, "device_waits": False}
+    # All receives first: sound where each has a stream to itself.
+    plan = [sorted(actions, key=lambda each: each.op not in RECEIVES) for actions in lower(breadth_first(shape), shape)]
+    check(plan, shape, **own_queues)
+    monkeypatch.setattr(DRY_RUN, "communicator", wrong)
     with pytest.raises(ScheduleError, match="no rank can run its next action") as error:
-        check(plan, shape)
+        check(plan, shape, **own_queues)
     assert re.search(rf"{blocked} on one communicator$", str(error.value), re.MULTILINE), error.value
 
 
 def test_sharing_that_no_plan_can_suffer_from_is_accepted(monkeypatch):
     # One chunk, forwards only: rank 1 posts a receive and sends its result, in turn. No wait goes around the ring.
-    monkeypatch.setattr(CHECK, "communicator", one_per_kind)
+    monkeypatch.setattr(DRY_RUN, "communicator", one_per_kind)
     shape = PipelineShape(3, 1, 4)
     check(lower(forward_only(shape), shape), shape, forward_only=True)
 

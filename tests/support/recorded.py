@@ -17,17 +17,16 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from cuda_rules import Command, End, HostMessage, HostWait, Programme
+from megatron_bfpp.runtime.ir import ChannelGroups
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bfpp.runtime import headers
-from megatron_bfpp.runtime.channels import ChannelGroups
 from megatron_bfpp.runtime.data_parallel import DataParallel
 from megatron_bfpp.runtime.executor import Executor
 from megatron_bfpp.runtime.p2p import Messages
 from megatron_bfpp.schedule import Action, PipelineShape
 from megatron_bfpp.schedule.costs import UNIT, Costs
-from megatron_bfpp.schedule.ir import Schedule
-from megatron_bfpp.schedule.lower import peer
+from megatron_bfpp.schedule.ir import Schedule, peer
 
 COMPUTE, DATA = "compute", "data-parallel collectives"
 

@@ -1,8 +1,7 @@
 """The choices of a job: the flags, their defaults, and their values on a command line. No import of Megatron."""
 
-from __future__ import annotations
-
 import argparse
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from ...console.errors import UserError
 from ...schedule import PipelineShape
+from ...schedule.lower import DEFAULT_HOP
 from ...schedule.names import word_of
 from ...schedule.plan import Plan, plan_of
 
@@ -31,6 +31,10 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--breadth-first-resident-chunks", {"type": int, "metavar": "N"},
      "With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
      f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}."),
+    ("--breadth-first-hop", {"type": float, "metavar": "C"},
+     "The time of a message between two ranks, in forwards of one micro-batch through one chunk, for which receives "
+     "are posted ahead. It matters where CUDA_DEVICE_MAX_CONNECTIONS is 1: as long as your messages or longer. "
+     f"Default: {DEFAULT_HOP}."),
     ("--bfpp-timeout-seconds", {"type": float, "metavar": "S"},
      "Breadth-first: end the job on all ranks if an action of a step, or a wait in it, takes longer; each rank then "
      "reports what it was doing. 0: never. Default: 0.8 of --distributed-timeout-minutes."),
@@ -58,6 +62,7 @@ class Settings:
     group_size: int | None = None  # microbatches per group; None for all of a step
     engine: str = "plan"
     resident_chunks: int | None = None  # gathered at one time, with fully sharded parameters; None for the default
+    hop: float = DEFAULT_HOP  # latency of a message in forwards of a micro-batch through a chunk, see schedule/lower.py
     debug_p2p: bool = False  # each message says what it is, and the receiver compares
 
     def __post_init__(self) -> None:
@@ -78,13 +83,24 @@ class Settings:
                 f"--breadth-first-resident-chunks is {self.resident_chunks}; a chunk runs only while it is gathered.\n"
                 f"  Use {RESIDENT_CHUNKS}, which hides the gathers, or the number of chunks: one gather each per step."
             )
+        if not 0 <= self.hop < math.inf:
+            raise UserError(
+                f"--breadth-first-hop is {self.hop}; it is the time of a message over that of a forward.\n"
+                f"  Use 0 or more, or leave it out for {DEFAULT_HOP}."
+            )
 
     def plan_of(
-        self, shape: PipelineShape, evaluation: bool = False, is_sharded: bool = False, variable_shapes: bool = False
+        self, shape: PipelineShape, evaluation: bool = False, is_sharded: bool = False, is_ahead: bool = True
     ) -> Plan:
-        """Return the checked plan that engine `plan` runs for a step of this shape."""
+        """Return the checked plan that engine `plan` runs for a step of this shape.
+
+        is_ahead: receives are posted ahead of their messages. Not where a rank has to wait for the sizes of a message
+            before it posts the receive, and not in the first step on a GPU: it loads kernels, and all ranks may wait
+            for their devices at one time. See `add_send_recv`.
+        """
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
-        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, variable_shapes)
+        hop = self.hop if is_ahead else None
+        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, hop)
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""
@@ -113,6 +129,7 @@ def settings_of(args: Any) -> Settings:
         group_size=getattr(args, "breadth_first_group_size", None),
         engine=getattr(args, "breadth_first_engine", None) or "plan",
         resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
+        hop=DEFAULT_HOP if (hop := getattr(args, "breadth_first_hop", None)) is None else hop,
         debug_p2p=bool(getattr(args, "bfpp_debug_p2p", False)),
     )
 

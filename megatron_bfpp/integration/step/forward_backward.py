@@ -43,11 +43,13 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     shape = PipelineShape(pp_group.size(), len(call.model), call.num_microbatches)
     is_sharded = fully_sharded.is_sharded(call.model)
     variable_shapes = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
-    plan = settings.plan_of(shape, call.forward_only, is_sharded, variable_shapes)
+    plan = settings.plan_of(shape, call.forward_only, is_sharded, not variable_shapes)
     pp_rank, device = pp_group.rank(), process.this_device()
     channels = channel_groups(pp_group, device)
     process.begin_step(call.forward_only, shape, channels.ranks, pp_rank)
     _announce(settings, shape, plan, call.forward_only, is_sharded)
+    if device.type == "cuda" and channels.is_first(call.forward_only):
+        plan = settings.plan_of(shape, call.forward_only, is_sharded, is_ahead=False)
 
     if getattr(config, "moe_paged_stash", False):  # 0.18 and later
         schedules.paged_stash_reset(enabled=not call.forward_only, config=config)
