@@ -17,10 +17,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from cuda_rules import Command, End, HostMessage, HostWait, Programme
-from megatron_bfpp.runtime.ir import ChannelGroups
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bfpp.runtime import headers
+from megatron_bfpp.runtime.channels import ChannelGroups
 from megatron_bfpp.runtime.data_parallel import DataParallel
 from megatron_bfpp.runtime.executor import Executor
 from megatron_bfpp.runtime.p2p import Messages
