@@ -40,6 +40,14 @@ def test_show_prints_the_plan_of_sharded_parameters(capsys):
     assert main([*shape, "--plan", "--text", "--resident-chunks", "0"]) == 2
 
 
+def test_show_knows_one_hardware_queue_and_for_which_hop_receives_are_placed(capsys):
+    steps = []
+    for more in ([], ["--connections", "1"], ["--connections", "1", "--breadth-first-hop", "0"]):
+        assert main(["show", "--pp", "8", "--chunks", "4", "--microbatches", "16", "--hop", "0.25", *more]) == 0
+        steps.append(float(capsys.readouterr().out.split("step time ")[1].split()[0]))
+    assert steps[0] == pytest.approx(steps[1], rel=0.01) and steps[2] > 1.05 * steps[1]
+
+
 def test_the_picture_has_a_box_for_each_action_of_each_order(tmp_path):
     path = tmp_path / "both.svg"
     assert main([*SHOW, "--order", "interleaved", "--order", "breadth-first", "--svg", str(path)]) == 0

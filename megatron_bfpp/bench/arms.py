@@ -32,7 +32,7 @@ class Arms:
         self.collectives = Collectives(network, parallel_state.get_data_parallel_group()) if is_replicated else None
         self.plans: dict[str, Schedule] = {}  # of torch's arms, once they are made
         self._chunks = self._model(self._new_chunks())
-        ours = Settings("breadth-first")
+        ours = Settings("breadth-first", hop=network.case.hop)
         late, megatron = replace(ours, backward="late"), replace(ours, engine="megatron")
         interleaved = schedules.forward_backward_pipelining_with_interleaving
         interleaved = getattr(interleaved, "__wrapped__", interleaved)

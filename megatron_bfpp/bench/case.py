@@ -5,6 +5,7 @@ from typing import Any
 
 from ..schedule import PipelineShape
 from ..schedule.costs import UNIT, Costs
+from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import SCHEDULES
 from .emulate.shared_card import SharedCards
 
@@ -26,6 +27,7 @@ class Case:
     jitter: standard deviation of every duration, as a part of it.
     replicas: of the pipeline; 1 for no data-parallel traffic.
     connections: hardware queues of a GPU, 1 or one for each stream.
+    hop: the latency for which this plugin places receives, in forwards of a chunk.
     """
 
     shape: PipelineShape
@@ -38,6 +40,7 @@ class Case:
     arms: tuple[str, ...] = tuple(SCHEDULES)
     repeat: int = 1
     connections: int = 32
+    hop: float = DEFAULT_HOP
 
     @property
     def ranks(self) -> int:

@@ -9,6 +9,7 @@ from ..console.files import write_wanted
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
 from ..schedule import PipelineShape
+from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import SCHEDULES
 from .case import FREE
 from .results import Result, as_json, markdown, table
@@ -55,8 +56,10 @@ def _add_emulation(bench: argparse.ArgumentParser) -> None:
     replicas = "replicas of the pipeline with reductions or gathers; default 2"
     add("--dp", type=at_least(2, 10_000), default=2, help=replicas)
     add("--buckets", type=count, default=1, help="of gradients in the first rank's first chunk; default 1")
-    queues = "hardware queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS): 1, or 32, the default: one for each stream"
-    add("--connections", type=int, choices=(1, 32), default=32, help=queues)
+    add("--connections", type=int, choices=(1, 32), help="hardware queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS): 1, or"
+        " 32: one for each stream; default: 1 for a --model for which Megatron demands it, else 32")  # fmt: skip
+    receives = f"the plugin's flag: for which latency it places receives, in forwards; default {DEFAULT_HOP}"
+    add("--breadth-first-hop", type=between(0, 100), default=DEFAULT_HOP, metavar="C", help=receives)
     add("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
     add("--half-duplex", action="store_true", help="a card either sends or receives")
     spread = "standard deviation of every duration, as a part of it"

@@ -57,23 +57,23 @@ class Result:
     def predicted_s(self) -> float | None:
         """The simulated step time of the arm's plan, or of a plan in its order.
 
-        None with one hardware queue.
+        None for torch's arms with one hardware queue: all messages of a rank are batches on one communicator.
         """
         case, shape, costs = self.case, self.case.shape, self.case.costs
-        if case.connections == 1:
+        if self.plan is not None and case.connections == 1:
             return None
         if self.plan is not None:
             # torch's DDP reduces and gathers in one all-reduce.
             costs = replace(costs, gather=0.0, reduction=costs.reduction + costs.gather)
-            return replay(self.plan, shape, costs, TORCH).step_time
+            return replay(self.plan, shape, costs, TORCH, case.connections).step_time
         if not SCHEDULES[self.arm].chunks:
-            return _one_f_one_b_s(shape, costs)
+            return _one_f_one_b_s(shape, costs, case.connections)
         resident = Settings("breadth-first").resident_chunks_of(shape.num_chunks) if self.arm == SHARDED else None
         order = order_of(self.arm, shape)
-        return predict(self.arm, order, shape, costs, resident)[1].step_time
+        return predict(self.arm, order, shape, costs, resident, case.hop, case.connections)[1].step_time
 
 
-def _one_f_one_b_s(shape: PipelineShape, costs: Costs) -> float:
+def _one_f_one_b_s(shape: PipelineShape, costs: Costs, connections: int) -> float:
     """Simulate 1F1B: the chunks of a rank in a row are its one stage; Megatron's hooks gather it as it starts."""
     whole, chunks = PipelineShape(shape.pp_size, 1, shape.num_microbatches), shape.num_chunks
     costs = replace(
@@ -81,7 +81,7 @@ def _one_f_one_b_s(shape: PipelineShape, costs: Costs) -> float:
         gather=costs.gather * chunks, reduction=costs.reduction * chunks, buckets=costs.buckets * chunks,
     )  # fmt: skip
     plan = [[each for each in actions if each.op is not Op.UNSHARD] for actions in lower(one_f_one_b(whole), whole)]
-    return replay(plan, whole, costs, MEGATRON).step_time
+    return replay(plan, whole, costs, MEGATRON, connections).step_time
 
 
 def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
@@ -156,7 +156,7 @@ def _as_json(each: Result) -> dict[str, Any]:
     return {
         "arm": each.arm, "pp_size": shape.pp_size, "num_chunks": shape.num_chunks,
         "num_microbatches": shape.num_microbatches, "network": case.network, "connections": case.connections,
-        "forward_s": costs.forward, "backward_s": costs.backward, "hop_s": costs.hop,
+        "breadth_first_hop": case.hop, "forward_s": costs.forward, "backward_s": costs.backward, "hop_s": costs.hop,
         "transfer_s": costs.transfer, "gather_s": costs.gather, "reduction_s": costs.reduction,
         "buckets": costs.buckets, "lower_bound_s": lower_bound_s(shape, costs), "predicted_s": each.predicted_s,
         "step_times_s": each.step_times_s, "free_step_times_s": each.free_step_times_s,

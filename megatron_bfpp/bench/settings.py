@@ -62,7 +62,7 @@ class Setting(NamedTuple):
             self.shape, costs, self.network + queue, self.node_size, not args.half_duplex, args.jitter,
             replicas=args.dp if self.is_replicated else 1,
             arms=tuple(arm for arm in arms if self.is_replicated or arm != SHARDED), repeat=args.repeat,
-            connections=args.connections,
+            connections=args.connections or 32, hop=args.breadth_first_hop,
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ FULL += [
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
-    """Return the cases that the command line names. --model also sets args.backward_time."""
+    """Return the cases that the command line names. --model also sets args.backward_time and connections."""
     if args.model is not None:
         return [_of_model(args)]
     if args.node_size is None and (args.node_hop or args.node_transfer):
@@ -124,6 +124,7 @@ def _of_model(args: argparse.Namespace) -> Setting:
     times = durations(gpt_of(flags), strategy, gpu, precision)
     forward, backward = sum(times.forward) / len(times.forward), sum(times.backward) / len(times.backward)
     count, args.backward_time = strategy.num_microbatches, backward / forward
+    args.connections = args.connections or strategy.connections(gpu.compute_capability)
     print(
         f"{args.model}, {strategy.dp} replicas of PP {strategy.pp} x TP {strategy.tp} on {gpu.name}: a forward of a "
         f"chunk takes {1e3 * forward:.3g} ms there and {args.forward_ms:g} ms here, a backward "

@@ -71,7 +71,9 @@ class Placed:
             times = replace(times, forward=forward, backward=backward)
         s = self.strategy
         is_short = s.pp * s.chunks * s.num_microbatches <= REPLAY_LIMIT
-        return (replay_step if is_short or not self.is_even else formula_step)(s, times)
+        if is_short or not self.is_even:
+            return replay_step(s, times, s.connections(gpu.compute_capability))
+        return formula_step(s, times)
 
     def _longest(self) -> GPT:
         return replace(self.gpt, num_layers=max(self.stage_layers) * len(self.stage_layers))

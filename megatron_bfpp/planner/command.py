@@ -47,6 +47,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--no-sequence-parallel", action="store_true", help="tensor parallelism without it")
     add("--no-overlap", action="store_true",
         help="Megatron's schedules wait for all messages and reductions, as before 2023")  # fmt: skip
+    add("--connections", type=int, choices=(1, 32), help="hardware queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS): 1, or"
+        " 32: one for each stream; default: 1 with TP before Blackwell, which Megatron demands, else 32")  # fmt: skip
+    add("--breadth-first-hop", type=between(0, 100), metavar="C", help="the plugin's flag: for which latency it places"
+        " receives, in forwards; default: the model's flags'")  # fmt: skip
     add("--reserve-gb", type=between(0, 10**6), default=4.0, metavar="GB",
         help="memory of a GPU for CUDA, NCCL and fragments; default 4")  # fmt: skip
     add("--hypothetical", action="store_true", help="also FSDP2 with fp16 or tied embeddings, which Megatron refuses")
@@ -97,6 +101,8 @@ def _show(before: int, searches: int, part: float) -> None:
 def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Namespace]:
     """Return the request, the global batches, and the model's parsed flags."""
     flags = parse(model_words(args.model))
+    if args.breadth_first_hop is not None:
+        flags.breadth_first_hop = args.breadth_first_hop
     _complete_cluster(args)
     gpt, gpu = gpt_of(flags), load_gpu(args.gpu)
     precision = args.precision or precision_of(flags) or gpu.precision
@@ -118,7 +124,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, list[int], argparse.Nam
     choices = {name: getattr(args, name) for name in (*_NUMBERS, *_CHOICES)}
     request = Request(
         gpt, gpu, args.gpus, batches[0], precision, 1e9 * args.reserve_gb, args.hypothetical,
-        not args.no_sequence_parallel, not args.no_overlap, **choices,
+        not args.no_sequence_parallel, not args.no_overlap, args.connections, flags.breadth_first_hop, **choices,
     )  # fmt: skip
     if args.calibrate is not None:
         request = replace(request, gpu=_calibrated(request, args, flags))
@@ -188,7 +194,9 @@ def _print(args: argparse.Namespace, request: Request, found: dict[int, Found]) 
             shown = [one for one in each.estimates if one.strategy.schedule not in hidden]
             print(f"\nthe fastest:\n{table.ranking(shown[: args.top])}\n\nthe fastest of each schedule:")
         print(table.ranking(table.best_of_schedules(each)))
-        print("\nflags of the fastest:\n  " + shlex.join(each.estimates[0].strategy.flags()))
+        fastest = each.estimates[0]
+        environment = f"CUDA_DEVICE_MAX_CONNECTIONS={fastest.connections}"
+        print(f"\nenvironment and flags of the fastest:\n  {environment}\n  {shlex.join(fastest.strategy.flags())}")
     if len(found) > 1:
         print("\n" + table.batches(found, request))
     print("\nPredictions, not measurements: docs/guide/planning.md says what they assume."

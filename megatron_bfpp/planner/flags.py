@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from ..console.errors import UserError
 from ..console.numbers import at_least
+from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import word_of
 from .model import GPT
 from .strategy import Strategy, count_microbatches
@@ -63,6 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-dropout", type=float, default=0.1)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--fp8-recipe", default="delayed")
+    parser.add_argument("--breadth-first-hop", type=float, default=DEFAULT_HOP)
     args, rest = parser.parse_known_args(words)
     for flag, following in zip(rest, [*rest[1:], ""], strict=False):
         name, is_joined, value = flag.partition("=")
@@ -150,7 +152,7 @@ def strategy_of(args: argparse.Namespace, num_gpus: int) -> Strategy:
     sharding = "zero3" if args.use_torch_fsdp2 else "zero1" if args.use_distributed_optimizer else "replicated"
     recompute = args.recompute_granularity or ("selective" if args.recompute_activations else "none")
     sizes = (pp, tp, dp, chunks, micro_batch, count, group)
-    return Strategy(schedule, *sizes, sharding, recompute, args.sequence_parallel)
+    return Strategy(schedule, *sizes, sharding, recompute, args.sequence_parallel, args.breadth_first_hop)
 
 
 def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> tuple[str, int]:

@@ -60,6 +60,7 @@ class GPU:
     flash_attention: bool
     matmul: float
     half_size: float
+    compute_capability: float
 
     def gemm_s(self, gemm: Gemm, precision: str) -> float:
         """Time of matrix products."""
@@ -140,8 +141,9 @@ def load_gpu(name: str) -> GPU:
 
 _KEYS = (
     "name", "precision", "peak_tflops", "memory_gb", "memory_bandwidth_gb_s", "gpus_per_node", "node_link",
-    "network_link", "flash_attention", "achievable",
+    "network_link", "compute_capability", "flash_attention", "achievable",
 )  # fmt: skip
+_DEFAULTS = {"compute_capability": 9.0}  # of Hopper
 
 
 class _Reader:
@@ -151,7 +153,8 @@ class _Reader:
         self.name, self.content = name, content
 
     def gpu(self) -> GPU:
-        top = self._map(self.content, "", _KEYS)
+        content = _DEFAULTS | self.content if isinstance(self.content, dict) else self.content
+        top = self._map(content, "", _KEYS)
         keys = ("matmul", "memory", "link", "half_size")
         part = self._map(top["achievable"], "achievable", keys)
         achieved = {key: self._number(part, key, "achievable: ", 1.0) for key in keys[:3]}
@@ -171,6 +174,7 @@ class _Reader:
             flash_attention=bool(top["flash_attention"]),
             matmul=achieved["matmul"],
             half_size=self._number(part, "half_size", "achievable: "),
+            compute_capability=self._number(top, "compute_capability"),
         )
 
     def _link(self, top: dict[str, Any], key: str, achieved: float) -> Link:

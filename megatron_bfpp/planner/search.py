@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ..schedule.lower import DEFAULT_HOP
 from .hardware import GPU
 from .memory import PRECISIONS, Memory, memory
 from .model import GPT
@@ -35,6 +36,8 @@ class Request:
     hypothetical: bool = False  # also what Megatron refuses today
     sequence_parallel: bool = True
     overlap: bool = True  # of Megatron's schedules
+    connections: int | None = None  # hardware queues of a GPU; None for what Megatron demands
+    hop: float = DEFAULT_HOP  # of --breadth-first-hop
     schedule: tuple[str, ...] = ()
     pp: tuple[int, ...] = ()
     tp: tuple[int, ...] = ()
@@ -55,6 +58,7 @@ class Estimate:
     tensor_parallel: float  # seconds of the step, in step.busy
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float  # as Megatron reports them
+    connections: int  # hardware queues of a GPU
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
     """Predict time and memory of one strategy. exact: replay its plan where that is short enough."""
     gpt, gpu = request.gpt, request.gpu
     times = durations(gpt, strategy, gpu, request.precision, request.overlap)
+    connections = request.connections or strategy.connections(gpu.compute_capability)
     is_short = strategy.pp * strategy.chunks * strategy.num_microbatches <= REPLAY_LIMIT
-    step = (replay_step if exact and is_short else formula_step)(strategy, times)
+    step = replay_step(strategy, times, connections) if exact and is_short else formula_step(strategy, times)
     tokens = strategy.global_batch * gpt.seq_length / step.step / strategy.num_gpus
     return Estimate(
         strategy,
@@ -81,6 +86,7 @@ def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
         times.tensor_parallel * strategy.chunks * strategy.num_microbatches,
         tokens,
         gpt.flops(strategy.global_batch) / step.step / strategy.num_gpus / 1e12,
+        connections,
     )
 
 
@@ -179,7 +185,7 @@ def _strategies(request: Request, pp: int, tp: int) -> Iterator[Strategy | str]:
                 continue
             for chunks, group in _chunks_and_groups(request, schedule, pp, count):
                 sizes = (pp, tp, dp, chunks, micro_batch, count, group)
-                base = Strategy(schedule, *sizes, sequence_parallel=request.sequence_parallel)
+                base = Strategy(schedule, *sizes, sequence_parallel=request.sequence_parallel, hop=request.hop)
                 reason = _refused(request, base)
                 yield from _sharded(request, base) if reason is None else (reason,)
 

@@ -46,12 +46,15 @@ class Step:
         return self.step - self.without_network
 
 
-def replay_step(strategy: Strategy, times: Durations) -> Step:
-    """Replay the plan of the step. One rank has no plan: the formula is exact for it."""
+def replay_step(strategy: Strategy, times: Durations, connections: int | None = None) -> Step:
+    """Replay the plan of the step. One rank has no plan: the formula is exact for it.
+
+    connections: hardware queues of a GPU; None for one of each stream.
+    """
     if strategy.pp == 1:
         return formula_step(strategy, times)
     s, shape = strategy, strategy.shape
-    plan, predicted = predict(s.schedule, s.order(), shape, times, s.resident_chunks)
+    plan, predicted = predict(s.schedule, s.order(), shape, times, s.resident_chunks, s.hop, connections)
     step = predicted.step_time + times.ends + times.optimizer
     free = replay(plan, shape, Costs(times.forward, times.backward), Waits(for_sends=False)).step_time
     return _step(strategy, times, step, free, True)

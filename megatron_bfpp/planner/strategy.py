@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..schedule import PipelineShape, Schedule
+from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import ORDERS, order_of
 from ..schedule.names import SCHEDULES as NAMED
 
@@ -16,6 +17,7 @@ RECOMPUTES = ("none", "selective", "full")
 RESIDENT_CHUNKS = 2
 # Tensors of messages on a rank at a time: two windows of sends, receives that are posted ahead, a gradient in use.
 MOST_MESSAGES, MOST_MESSAGES_OF_1F1B = 8, 5
+BLACKWELL = 10  # compute capability
 
 _FSDP2 = [flag for flag in NAMED["breadth-first-sharded"].flags if flag not in NAMED["breadth-first"].flags]
 _SHARDING_FLAGS = {  # zero1 is Megatron's distributed optimizer; zero2 and zero3 are torch's FSDP2, per chunk
@@ -52,6 +54,7 @@ class Strategy:
     sharding: str = "zero1"
     recompute: str = "none"
     sequence_parallel: bool = True  # where tp > 1
+    hop: float = DEFAULT_HOP  # for which receives are placed: --breadth-first-hop
 
     @property
     def num_gpus(self) -> int:
@@ -106,6 +109,13 @@ class Strategy:
         """The number of chunks whose parameters are gathered at one time; None where they are not sharded."""
         return {"zero2": self.chunks, "zero3": min(self.chunks, RESIDENT_CHUNKS)}.get(self.sharding)
 
+    def connections(self, compute_capability: float) -> int:
+        """Return CUDA_DEVICE_MAX_CONNECTIONS: 1 where Megatron demands it, else a hardware queue for each stream.
+
+        Megatron demands 1 with tensor parallelism before Blackwell, except with FSDP2, which it refuses with 1.
+        """
+        return 1 if self.tp > 1 and compute_capability < BLACKWELL and self.resident_chunks is None else 32
+
     @property
     def live_logits(self) -> int:
         """The micro-batches whose logits the last rank holds at one time; all of a group if backwards come late."""
@@ -128,6 +138,7 @@ class Strategy:
         if self.schedule in BREADTH_FIRST:
             words += NAMED[self.schedule].flags
             words += ["--breadth-first-group-size", self.group] if self.group < self.num_microbatches else []
+            words += ["--breadth-first-hop", f"{self.hop:g}"] if self.hop != DEFAULT_HOP else []
         sharding = _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
         # Without chunks each rank would gather only as its first micro-batch arrives; better all at once before that.
         words += [word for word in sharding if self.schedule != "1f1b" or word != "--overlap-param-gather"]

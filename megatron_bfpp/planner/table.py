@@ -11,7 +11,7 @@ __all__ = ["as_json", "batches", "best_of_schedules", "ranking", "rejections"]
 
 _HEADER = (
     "schedule            PP  TP   DP chunks  MBS    M group  sharding    recompute   step s  tok/s/GPU  TFLOP/s/GPU"
-    "  GB/GPU  bubble  TP comm  exposed"
+    "  GB/GPU  bubble  TP comm  exposed  connections"
 )
 
 
@@ -27,7 +27,7 @@ def _line(each: Estimate) -> str:
         f"{s.group:>6}  {s.sharding:<11} {s.recompute:<10}{'' if step.is_exact else '~':>2}{step.step:>7.3f}"
         f"{each.tokens_per_s_per_gpu:>11.0f}{each.tflops_per_gpu:>13.1f}{each.memory.total / 1e9:>8.1f}"
         f"{step.bubble_fraction:>8.1%}{each.tensor_parallel / step.step:>9.1%}"
-        f"{step.exposed_communication / step.step:>9.1%}"
+        f"{step.exposed_communication / step.step:>9.1%}{each.connections:>13}"
     )
 
 
@@ -76,7 +76,7 @@ def _as_json(each: Estimate) -> dict[str, Any]:
     return {
         "schedule": s.schedule, "pipeline": s.pp, "tensor": s.tp, "data": s.dp, "chunks": s.chunks,
         "micro_batch": s.micro_batch, "num_microbatches": s.num_microbatches, "group": s.group,
-        "sharding": s.sharding, "recompute": s.recompute,
+        "sharding": s.sharding, "recompute": s.recompute, "connections": each.connections,
         "step_s": step.step, "is_exact": step.is_exact,
         "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu, "tflops_per_gpu": each.tflops_per_gpu,
         "bubble_fraction": step.bubble_fraction, "tensor_parallel_s": each.tensor_parallel,

@@ -6,9 +6,9 @@ Every command, picture, table and A/B arm takes words, flags and colours from he
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .costs import MEGATRON, OURS, TORCH, UNIT, Costs, Waits
+from .costs import MEGATRON, OURS, TORCH, UNIT, Costs, Waits, at
 from .ir import PipelineShape, Schedule
-from .lower import aligned, lower
+from .lower import DEFAULT_HOP, aligned, lower
 from .orders import breadth_first, interleaved_1f1b, one_f_one_b
 from .replay import Prediction, replay
 
@@ -103,15 +103,19 @@ def waits_of(word: str) -> Waits:
 
 
 def predict(
-    word: str, order: Schedule, shape: PipelineShape, costs: Costs = UNIT, resident_chunks: int | None = None
-) -> tuple[Schedule, Prediction]:
+    word: str, order: Schedule, shape: PipelineShape, costs: Costs = UNIT, resident_chunks: int | None = None,
+    hop: float = DEFAULT_HOP, connections: int | None = None,
+) -> tuple[Schedule, Prediction]:  # fmt: skip
     """Return the plan of `order`, and what `replay` predicts of it.
 
-    Megatron's loops with chunks launch collectives where --align-grad-reduce and --align-param-gather have them, and
-    those of the first chunk as one.
+    hop: for which this plugin places receives. Megatron's loops post a receive one action ahead of need, which is where
+    it stands if placed for the messages as they are; on queues of their own an earlier one does the same. With chunks
+    they launch collectives where --align-grad-reduce and --align-param-gather have them, and the first chunk's as one.
     """
     waits = waits_of(word)
-    plan = lower(order, shape, resident_chunks=resident_chunks)
+    if waits is MEGATRON:
+        hop = max(costs.messages(shape.pp_size)) / at(costs.forward, 0) if connections == 1 else 0.0
+    plan = lower(order, shape, resident_chunks, hop)
     if waits is MEGATRON and shape.num_chunks > 1 and resident_chunks is None:
         plan, costs = aligned(plan, shape), replace(costs, buckets=1)
-    return plan, replay(plan, shape, costs, waits)
+    return plan, replay(plan, shape, costs, waits, connections)

@@ -15,6 +15,7 @@ from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, format
 from ..schedule.costs import Costs
 from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
+from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import ORDERS, SCHEDULES, order_of, predict
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
@@ -62,6 +63,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--backward-time", type=between(0.01, 100), default=2.0, help=backward)
     for flag, (meaning, _) in _TIMES.items():
         add(f"--{flag}", type=between(0, 100), default=0.0, help=f"{meaning}, in forwards; default 0")
+    receives = f"the plugin's flag: for which latency it places receives, in forwards; default {DEFAULT_HOP}"
+    add("--breadth-first-hop", type=between(0, 100), default=DEFAULT_HOP, metavar="C", help=receives)
+    queues = "hardware queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS): 1, or 32, the default: one for each stream"
+    add("--connections", type=int, choices=(1, 32), default=32, help=queues)
     add("--svg", metavar="PATH", help="write the picture")
     add("--png", metavar="PATH", help="write it as PNG; needs matplotlib")
     add("--html", metavar="PATH", help="write it as a page of its own, with the numbers")
@@ -104,9 +109,9 @@ def _of_file(args: argparse.Namespace, path: str) -> Shown:
     order = [[action for action in rank if action.op in COMPUTE] for rank in given]
     is_plan = any(action.op not in COMPUTE for rank in given for action in rank)
     try:
-        plan = given if is_plan else lower(order, shape, resident_chunks=args.resident_chunks)
+        plan = given if is_plan else lower(order, shape, args.resident_chunks, args.breadth_first_hop)
         check(plan, shape, forward_only=all(action.op is Op.F for rank in order for action in rank))
-        return Shown(name, order, plan, replay(plan, shape, _costs(args)))
+        return Shown(name, order, plan, replay(plan, shape, _costs(args), connections=args.connections))
     except ScheduleError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot run: {reason}\n  bfpp check lists all that is wrong with a plan.") from None
@@ -132,7 +137,8 @@ def _of_name(args: argparse.Namespace, word: str, shape: PipelineShape) -> Shown
     if not SCHEDULES[word].chunks:  # those of a rank, in a row, are its one stage
         chunks, shape = shape.num_chunks, replace(shape, num_chunks=1)
     order = order_of(word, shape, args.group)
-    plan, predicted = predict(word, order, shape, _costs(args, chunks), args.resident_chunks)
+    ours = args.resident_chunks, args.breadth_first_hop
+    plan, predicted = predict(word, order, shape, _costs(args, chunks), *ours, args.connections)
     return Shown(word, order, plan, replace(predicted, chunks_per_stage=chunks))
 
 

@@ -121,18 +121,23 @@ def test_a_model_runs_in_slow_motion_with_the_times_that_plan_estimates():
     args = parsed("--model", configuration, "--gpu", "h100-80", "--gpus", "512")
     (setting,) = settings(args)
     assert setting.shape == PipelineShape(8, 8, 16) and setting.is_replicated
+    assert args.connections == 1 and setting.case(args, ["1f1b"]).connections == 1  # it has tensor parallelism
     assert 1.5 < args.backward_time < 2.5 and 0 < setting.hop < 0.1 and 0 < setting.transfer < 0.5
     slower = parsed("--model", configuration, "--gpu", "a100-80", "--gpus", "512")
     assert settings(slower)[0].hop < setting.hop  # the network takes less of a slower GPU's time
 
 
-def test_one_hardware_queue_is_in_the_name_of_the_network():
-    args = parsed("--shape", "8,4,16", "--hop", "0.25", "--connections", "1")
-    case = settings(args)[0].case(args, ["breadth-first"])
-    assert (case.connections, case.network) == (1, "hop 0.25, one hardware queue")
-    result = Result("breadth-first", case, [1.0])
-    assert as_json([result])["results"][0]["connections"] == 1
-    assert table([result]).splitlines()[2].split()[-1] == "-"  # of the prediction
+def test_one_hardware_queue_is_in_the_name_of_the_network_and_in_the_prediction():
+    words = ["--shape", "8,4,16", "--hop", "0.25"]
+    found = []
+    for more in ([], ["--connections", "1"], ["--connections", "1", "--breadth-first-hop", "0"]):
+        args = parsed(*words, *more)
+        (setting,) = settings(args)
+        found.append(Result("breadth-first", setting.case(args, ["breadth-first"]), [1.0]))
+    own, one, unplaced = (each.predicted_s for each in found)
+    assert one == pytest.approx(own, rel=0.01) and unplaced > 1.05 * own
+    assert [each.case.network for each in found] == ["hop 0.25", *["hop 0.25, one hardware queue"] * 2]
+    assert as_json(found)["results"][2]["connections"] == 1
 
 
 @pytest.mark.parametrize(

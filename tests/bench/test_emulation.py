@@ -9,7 +9,8 @@ from jobs import run_job
 from megatron_bfpp.bench.case import NUMBERS_PER_CARD, SHARDED, Case
 from megatron_bfpp.bench.results import Result
 from megatron_bfpp.schedule import PipelineShape
-from megatron_bfpp.schedule.costs import Costs
+from megatron_bfpp.schedule.costs import MEGATRON, Costs
+from megatron_bfpp.schedule.names import SCHEDULES
 
 
 def network_of(case):
@@ -181,11 +182,13 @@ def takes_as_long_as_predicted(connections):
             dist.all_reduce(step, op=dist.ReduceOp.MAX)
             predicted = Result(arm, case, [], plan=arms.plans.get(arm)).predicted_s
             if predicted is not None:
-                assert float(step) == pytest.approx(predicted, rel=0.006), arm  # docs/evidence/bench.md
+                # docs/evidence/bench.md. With one queue both directions share a communicator in Megatron's loops.
+                error = 0.036 if connections == 1 and SCHEDULES[arm].waits is MEGATRON else 0.006
+                assert float(step) == pytest.approx(predicted, rel=error), arm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("connections", [32])
+@pytest.mark.parametrize("connections", [1, 32])
 def test_a_step_takes_as_long_as_predicted(tmp_path, connections):
     pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
     run_job(takes_as_long_as_predicted, 4, tmp_path, connections)

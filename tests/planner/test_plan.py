@@ -162,6 +162,32 @@ def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "flags", "connections"),
+    [
+        ([], [], 1),  # Megatron demands it with tensor parallelism, but not with FSDP2, nor without TP
+        (["--tp", "1"], [], 32),
+        (["--sharding", "zero3"], [], 32),
+        (["--connections", "32"], [], 32),
+        (["--breadth-first-hop", "0.5"], ["--breadth-first-hop", "0.5"], 1),
+        (["--breadth-first-hop", "0.25"], [], 1),
+    ],
+)
+def test_the_hardware_queues_of_a_gpu_are_in_the_table_and_with_the_flags(tmp_path, capsys, more, flags, connections):
+    words = ["plan", CONFIG, "--gpu", "h200", "--gpus", "64", "--global-batch", "32", "--micro-batch", "1"]
+    only = ["--pp", "8", "--tp", "4", "--chunks", "2", "--schedule", "breadth-first", "--sharding", "zero1"]
+    data = tmp_path / "plan.json"
+    assert main([*words, *only, "--recompute", "none", *more, "--json", str(data)]) == 0
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("breadth-first ")][:1]
+    assert line.split()[-1] == str(connections)
+    environment, pasted = shown.split("environment and flags of the fastest:\n")[1].splitlines()[:2]
+    assert environment.strip() == f"CUDA_DEVICE_MAX_CONNECTIONS={connections}"
+    hop = pasted.split()[pasted.split().index("--breadth-first-hop") :][:2] if "--breadth-first-hop" in pasted else []
+    assert hop == flags
+    assert json.loads(data.read_text())["batches"][0]["fastest"][0]["connections"] == connections
+
+
 def test_an_unknown_key_of_a_model_file_is_named(tmp_path, capsys):
     path = tmp_path / "model.yaml"
     path.write_text("MODEL: {--num-layers: 4}\n")

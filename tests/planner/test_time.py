@@ -201,6 +201,26 @@ def test_a_mistake_in_a_profile_is_named(tmp_path: Path, old, new, named):
     assert str(error.value).count("\n") <= 2
 
 
+def test_blackwell_needs_no_single_hardware_queue(tmp_path: Path):
+    path, strategy = tmp_path / "mine.yaml", Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8)
+    path.write_text(PROFILE)
+    assert strategy.connections(load_gpu(str(path)).compute_capability) == 1
+    path.write_text(PROFILE + "compute_capability: 10.0\n")
+    assert strategy.connections(load_gpu(str(path)).compute_capability) == 32
+
+
+def test_one_hardware_queue_costs_a_plan_whose_receives_are_placed_for_shorter_messages():
+    stages = [1.0] * 32, [2.0] * 32
+    times = Durations(forward=stages[0], backward=stages[1], tensor_parallel=0.0, hop=0.25, ends=0.0, optimizer=0.0)
+    placed = [Strategy("breadth-first", 8, 2, 1, 4, 1, 16, 16, hop=hop) for hop in (0.0, 0.25)]
+    own = [replay_step(each, times).step for each in placed]
+    one = [replay_step(each, times, connections=1).step for each in placed]
+    assert own[0] == pytest.approx(own[1], rel=0.002) and one[0] > 1.05 * own[0]
+    assert one[1] == pytest.approx(own[1], rel=0.01)
+    formula = formula_step(placed[1], times)
+    assert formula.step == pytest.approx(one[1], rel=0.03)
+
+
 def test_calibration_makes_the_measured_step_the_predicted_one():
     strategy = Strategy("breadth-first", 4, 8, 2, 4, 1, 8, 8)
     request = Request(BIG, load_gpu("a100-80"), 64, 16, "bf16")
