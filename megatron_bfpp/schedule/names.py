@@ -49,7 +49,7 @@ SCHEDULES = {
               lambda shape, group: one_f_one_b(shape), MEGATRON, chunks=False),
         Named("interleaved", "Megatron's default with chunks", "#6b7280", _DEFAULT, interleaved_1f1b, MEGATRON),
         Named("interleaved-grouped", "the same with one group of all micro-batches", "#3f7f93",
-              (*_DEFAULT, _GROUP, "{M}"),
+              (*_DEFAULT, _GROUP, "{M}", "--overlap-p2p-communication-warmup-flush"),
               lambda shape, group: interleaved_1f1b(shape, shape.num_microbatches), MEGATRON),
         Named("breadth-first", "this plugin", "#d9730d", _OURS, breadth_first),
         Named("breadth-first-late", "this plugin, the paper's plain order", "#a98a00", (*_OURS, *_LATE),

@@ -11,9 +11,12 @@ import torch.distributed as dist
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration import validation
 from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
-from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.flags.settings import Settings, settings_of
 from megatron_bfpp.integration.reliability import watch
 from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
+from megatron_bfpp.integration.step.forward_backward import loads_kernels
+from megatron_bfpp.runtime.channels import ChannelGroups
+from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 
 PLAN, LOOP = Settings("breadth-first"), Settings("breadth-first", engine="megatron")
 
@@ -50,6 +53,28 @@ def test_they_are_refused_on_cuda_and_not_on_a_cpu(monkeypatch):
         for validate in (chosen.of_args, chosen.of_yaml):
             with pytest.raises(error):
                 validate(lambda args: args, SimpleNamespace())
+
+
+def test_on_a_gpu_the_first_step_of_each_kind_posts_nothing_ahead(monkeypatch):
+    monkeypatch.setattr(ChannelGroups, "__init__", lambda self: setattr(self, "_has_run", set()))
+    channels, shape = ChannelGroups(), PipelineShape(4, 2, 8)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert not loads_kernels(cpu, channels, forward_only=False)
+    answers = [loads_kernels(gpu, channels, forward_only=kind) for kind in (False, False, True, False, True)]
+    assert answers == [True, False, True, False, False]
+    ahead, first = PLAN.plan_of(shape).actions, PLAN.plan_of(shape, is_ahead=False).actions
+    assert first == lower(breadth_first(shape), shape, hop=None) != ahead == lower(breadth_first(shape), shape)
+    assert [sorted(actions) for actions in first] == [sorted(actions) for actions in ahead]
+
+
+def test_a_hop_below_zero_is_refused_and_one_of_a_job_is_that_of_its_plan():
+    for hop in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--breadth-first-hop is"):
+            Settings("breadth-first", hop=hop)
+    shape = PipelineShape(8, 2, 32)
+    args = SimpleNamespace(pipeline_schedule="breadth-first", breadth_first_hop=0.5)
+    assert settings_of(args).plan_of(shape).actions == lower(breadth_first(shape), shape, hop=0.5)
+    assert settings_of(args).plan_of(shape).digest != PLAN.plan_of(shape).digest
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,16 @@ def test_no_two_schedules_have_colours_that_look_alike():
 
 
 def parsed(words):
-    """Parse flags with the plugin's parser, to which the four flags of Megatron in the table are added."""
+    """Parse flags with the plugin's parser, to which the five flags of Megatron in the table are added."""
     settings = pytest.importorskip("megatron_bfpp.integration.flags.settings", reason="needs torch")
     parser = argparse.ArgumentParser(allow_abbrev=False)
     settings.add_flags(parser, "1f1b")
     parser.add_argument(GROUP, type=int)
-    for switch in ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion"):
+    for switch in (
+        "--use-torch-fsdp2",
+        "--no-gradient-accumulation-fusion",
+        "--overlap-p2p-communication-warmup-flush",
+    ):
         parser.add_argument(switch, action="store_true")
     parser.add_argument("--ckpt-format", choices=["torch_dist"])
     args = parser.parse_args(words)

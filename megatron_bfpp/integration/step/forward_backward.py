@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from ...console.version import __version__
+from ...runtime.channels import ChannelGroups
 from ...runtime.executor import Executor
 from ...runtime.p2p import Messages
 from ...schedule import Action, PipelineShape
@@ -43,12 +44,12 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     shape = PipelineShape(pp_group.size(), len(call.model), call.num_microbatches)
     is_sharded = fully_sharded.is_sharded(call.model)
     variable_shapes = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
-    plan = settings.plan_of(shape, call.forward_only, is_sharded, not variable_shapes)
+    plan = settings.plan_of(shape, call.forward_only, is_sharded, is_ahead=not variable_shapes)
     pp_rank, device = pp_group.rank(), process.this_device()
     channels = channel_groups(pp_group, device)
     process.begin_step(call.forward_only, shape, channels.ranks, pp_rank)
     _announce(settings, shape, plan, call.forward_only, is_sharded)
-    if device.type == "cuda" and channels.is_first(call.forward_only):
+    if loads_kernels(device, channels, call.forward_only):
         plan = settings.plan_of(shape, call.forward_only, is_sharded, is_ahead=False)
 
     if getattr(config, "moe_paged_stash", False):  # 0.18 and later
@@ -87,6 +88,11 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     cuda_graphs.create(call, config)
     process.after_schedule(call.forward_only)
     return compute.store
+
+
+def loads_kernels(device: torch.device, channels: ChannelGroups, forward_only: bool) -> bool:
+    """Return whether this is the first step of its kind on a GPU; all ranks of a pipeline answer alike."""
+    return device.type == "cuda" and channels.is_first(forward_only)
 
 
 def run_megatron(settings: Settings, original: Callable[..., list[Any]], **arguments: Any) -> list[Any]:
