@@ -53,7 +53,7 @@ def add_send_recv(order: Schedule, shape: PipelineShape, hop: float | None = DEF
     micro-batches have no such places for a long hop: they get those for DEFAULT_HOP.
     """
     plan, is_settled = _settled(_placed(order, shape, hop), shape)
-    return plan if is_settled else _settled(_placed(order, shape, DEFAULT_HOP), shape)[0]
+    return plan if is_settled or hop is None else _settled(_placed(order, shape, DEFAULT_HOP), shape)[0]
 
 
 def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedule:
@@ -78,6 +78,10 @@ def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedul
         for position, span in enumerate(spans):
             actions += [receive for _, receive in sorted(receives[position])]
             actions.append(span.action)
+            if hop is None:  # what has been sent before now is asked for before the next send
+                coming = sorted(receives[position + 1])
+                actions += [receive for sent, receive in coming if sent < span.end]
+                receives[position + 1] = [each for each in coming if each[0] >= span.end]
             send = _send_after(span.action, shape)
             if send is not None:
                 actions.append(send)
