@@ -46,7 +46,7 @@ def _around_steps(name: str, around: Callable[[Executor, list[Action]], Abstract
 def walk(folder: Path) -> None:
     """Wait for the whole device before one action of one rank, in each step before another one."""
     steps = 0
-    positions: list[tuple[int | None, int]] = []
+    positions: list[tuple[int, int]] = []
 
     @contextmanager
     def around(executor: Executor, actions: list[Action]) -> Iterator[None]:
@@ -56,9 +56,8 @@ def walk(folder: Path) -> None:
         now, steps = steps - QUIET_STEPS, steps + 1
         rank, place = positions[now] if 0 <= now < len(positions) else (pp_rank, -1)
         if dist.get_rank() == 0 and place >= 0:
-            where = "all" if rank is None else rank
-            append_line(folder / "walk.jsonl", {"pp_rank": where, "position": place, "positions": len(positions)})
-        if rank in (None, pp_rank) and 0 <= place < len(actions):
+            append_line(folder / "walk.jsonl", {"pp_rank": rank, "position": place, "positions": len(positions)})
+        if rank == pp_rank and place >= 0:
             executor.span = _around(executor.span, _synchronizing(place))
         yield
 

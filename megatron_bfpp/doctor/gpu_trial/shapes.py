@@ -10,10 +10,13 @@ ROUNDS = 6  # of the alternation; the first ones warm up
 COUNTED = 4  # of the rounds, the last ones
 
 
-def positions_of(plan: Schedule) -> list[tuple[int | None, int]]:
-    """Return where the walk waits: (pp_rank, position in its list), then (None, position) for all ranks at once."""
-    each = [(rank, place) for rank, actions in enumerate(plan) for place in range(len(actions))]
-    return [*each, *((None, place) for place in range(max(map(len, plan))))]
+def positions_of(plan: Schedule) -> list[tuple[int, int]]:
+    """Return where the walk waits: (pp_rank, position in its list).
+
+    One rank waits at a time: that is what `schedule.check` proves. Where all wait at one position, some would wait for
+    what others have posted ahead.
+    """
+    return [(rank, place) for rank, actions in enumerate(plan) for place in range(len(actions))]
 
 
 def flags_of(arm: str) -> tuple[str, str]:
