@@ -6,7 +6,7 @@
 #
 #   bash scripts/test.sh                  all quick tests, and the slow ones that tests/support/tour.py names
 #   bash scripts/test.sh --all            everything, some of it with an older torch too
-#   bash scripts/test.sh -m "not slow"    no processes of ranks, several tests at a time: a minute
+#   bash scripts/test.sh -m "not slow"    no processes of ranks, several tests at a time: two minutes
 #   bash scripts/test.sh tests/ab -x      the tests that are named, slow or not
 set -euo pipefail
 

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 from .dry_run import dry_run
 from .ir import CHUNK_OPS, COMPUTE, RECEIVES, SENDS, Action, Op, PipelineShape, Schedule, peer
-from .ir import SEND_WINDOW as SEND_WINDOW
 from .sharding import check_sharding, is_sharded
 from .simulate import ScheduleError
 

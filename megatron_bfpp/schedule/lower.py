@@ -50,7 +50,7 @@ def add_send_recv(order: Schedule, shape: PipelineShape, hop: float | None = DEF
     Whatever hop says, a receive stands behind the last own action on which its sender depends, by data and by the order
     of the ranks. Else a wait for the whole device in between (cudaFree, the first load of a kernel, an allocator that
     tries again) would wait for a message that cannot be sent before it ends. Some orders in groups of a few
-    micro-batches have no such places for a long hop: they get those for DEFAULT_HOP.
+    micro-batches have no such places for a long hop: they get those for DEFAULT_HOP, and the line at start says so.
     """
     plan, is_settled = _settled(_placed(order, shape, hop), shape)
     return plan if is_settled or hop is None else _settled(_placed(order, shape, DEFAULT_HOP), shape)[0]

@@ -5,7 +5,6 @@ The real manager of Megatron and real GPT chunks. On a CPU it moves from memory 
 Engine is one flag, and its test for CUDA tensors is answered with yes.
 """
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from chunks import MICRO_BATCH, SEQUENCE, assert_same, schedules, start, step
 from jobs import run_job
+from one_rank import next_token
 
 pytestmark = pytest.mark.slow
 
@@ -49,16 +49,6 @@ def gpt_chunks(**config: Any) -> list[Any]:
     for chunk in model:
         chunk.seen = []
     return model
-
-
-def next_token(data: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Any]:
-    tokens = next(data)  # [micro-batch, sequence + 1]
-    positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
-    return chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:]), mean
-
-
-def mean(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return losses.mean(), {"loss": losses.mean().detach().clone()}
 
 
 def _offload(microbatches: int) -> None:

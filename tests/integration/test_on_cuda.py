@@ -14,7 +14,7 @@ from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
 from megatron_bfpp.integration.flags.settings import Settings, settings_of
 from megatron_bfpp.integration.reliability import watch
 from megatron_bfpp.integration.reliability.watch import keep_flight_recorder
-from megatron_bfpp.integration.step.forward_backward import loads_kernels
+from megatron_bfpp.integration.step.forward_backward import _places, loads_kernels
 from megatron_bfpp.runtime.channels import ChannelGroups
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
 
@@ -75,6 +75,20 @@ def test_a_hop_below_zero_is_refused_and_one_of_a_job_is_that_of_its_plan():
     args = SimpleNamespace(pipeline_schedule="breadth-first", breadth_first_hop=0.5)
     assert settings_of(args).plan_of(shape).actions == lower(breadth_first(shape), shape, hop=0.5)
     assert settings_of(args).plan_of(shape).digest != PLAN.plan_of(shape).digest
+
+
+def test_the_line_at_start_says_for_which_hop_receives_are_placed_and_where_it_changes_nothing():
+    def said(shape, **choices):
+        chosen = Settings("breadth-first", **choices)
+        return _places(chosen, shape, chosen.plan_of(shape), False, False)
+
+    assert said(PipelineShape(4, 2, 8)) == ""
+    assert said(PipelineShape(8, 2, 32), hop=0.5) == ", receives placed for a hop of 0.5"
+    few = {"hop": 1.0, "group_size": 1, "backward": "late"}  # sends would wait for receives that wait for them
+    assert said(PipelineShape(2, 2, 3), **few) == ", receives placed for a hop of 1 (they stand as for 0.25)"
+    unknown_sizes = Settings("breadth-first", hop=0.5)
+    plan = unknown_sizes.plan_of(PipelineShape(8, 2, 32), is_ahead=False)
+    assert _places(unknown_sizes, PipelineShape(8, 2, 32), plan, False, False) == ""
 
 
 @pytest.mark.parametrize(

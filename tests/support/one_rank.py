@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from chunks import MICRO_BATCH, SEQUENCE
 
-VOCABULARY, HIDDEN, SEQUENCE, MICRO_BATCH, LAYERS = 64, 16, 6, 2, 2  # LAYERS: of a chunk
+VOCABULARY, HIDDEN, LAYERS = 64, 16, 2  # LAYERS: of a chunk
 
 
 class Work:

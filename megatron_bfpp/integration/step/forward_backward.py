@@ -7,6 +7,7 @@ own forward_step and backward_step. The function keeps nothing between calls and
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import megatron.core.utils as core_utils
@@ -19,6 +20,7 @@ from ...runtime.channels import ChannelGroups
 from ...runtime.executor import Executor
 from ...runtime.p2p import Messages
 from ...schedule import Action, PipelineShape
+from ...schedule.lower import DEFAULT_HOP
 from ...schedule.plan import Plan
 from .. import process
 from ..flags.settings import Settings
@@ -160,9 +162,19 @@ def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: 
     if is_sharded:
         resident = settings.resident_chunks_of(shape.num_chunks)
         what += f", fully sharded with {resident} resident chunks ({plan.gathers} gathers per rank)"
+    what += _places(settings, shape, plan, evaluation, is_sharded)
     print(
         f"megatron_bfpp {__version__}: breadth-first, PP {shape.pp_size} x {shape.num_chunks} chunks = "
         f"{shape.num_stages} stages, {shape.num_microbatches} micro-batches, {what}, engine {settings.engine}, "
         f"predicted bubble {plan.bubble_fraction:.1%}, plan {plan.digest}",
         flush=True,
     )
+
+
+def _places(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool) -> str:
+    """Say for which latency the receives of `plan` are placed, if it was chosen; they may have no place for it."""
+    if settings.hop == DEFAULT_HOP or plan is not settings.plan_of(shape, evaluation, is_sharded):
+        return ""
+    usual = replace(settings, hop=DEFAULT_HOP).plan_of(shape, evaluation, is_sharded)
+    as_usual = f" (they stand as for {DEFAULT_HOP})" if plan.digest == usual.digest else ""
+    return f", receives placed for a hop of {settings.hop:g}{as_usual}"
