@@ -13,8 +13,10 @@ _PLACES = frozenset({
     "bfpp_run_dir", "data_cache_path", "rank", "local_rank", "BFPP_ARM", "BFPP_ROUND", "BFPP_RUN_NAME", "BFPP_RUN_DIR",
     "WANDB_RUN_GROUP",
 })  # fmt: skip
-# The one setting in which arms may differ: the order of a step's forwards and backwards.
-_SCHEDULE = re.compile(r"pipeline_schedule|breadth_first_\w+|microbatch_group_size_per_vp_stage")
+# In these arms may differ: the order of a step's forwards and backwards, and what its flags in schedule/names.py set.
+_SCHEDULE = re.compile(
+    r"pipeline_schedule|breadth_first_\w+|microbatch_group_size_per_vp_stage|overlap_p2p_comm_warmup_flush"
+)
 # Full sharding, and what Megatron demands with --use-torch-fsdp2 or sets for it.
 _SHARDING = "use_torch_fsdp2"
 _WITH_SHARDING = frozenset({

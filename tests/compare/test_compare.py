@@ -175,7 +175,11 @@ def test_arms_may_differ_in_the_schedule_and_in_what_full_sharding_demands(tmp_p
         make_run(
             tmp_path,
             "interleaved-grouped",
-            args={"use_distributed_optimizer": True, "microbatch_group_size_per_vp_stage": 8},
+            args={
+                "use_distributed_optimizer": True,
+                "microbatch_group_size_per_vp_stage": 8,
+                "overlap_p2p_comm_warmup_flush": True,
+            },
         ),
         make_run(
             tmp_path,
