@@ -9,7 +9,14 @@ from .sharding import check_sharding, is_sharded
 from .simulate import ScheduleError
 
 # What must stand before an action in the list of its rank: the same stage and microbatch, these ops.
-_CAUSES = {Op.F: [Op.RECV_F], Op.B: [Op.RECV_B, Op.F], Op.SEND_F: [Op.F], Op.SEND_B: [Op.B]}
+_CAUSES = {
+    Op.F: [Op.RECV_F],
+    Op.B: [Op.RECV_B, Op.F],
+    Op.I: [Op.RECV_B, Op.F],
+    Op.W: [Op.I],
+    Op.SEND_F: [Op.F],
+    Op.SEND_B: [Op.B, Op.I],
+}
 
 # The position of each action of a rank: steps[stage, op][microbatch], or _ABSENT.
 Steps = dict[tuple[int, Op], dict[int | None, int]]
@@ -56,7 +63,8 @@ def _check_complete(
     microbatches = range(shape.num_microbatches)
     repeated = {Op.UNSHARD, Op.RESHARD} if sharded else set()
     chunk_ops = CHUNK_OPS - {Op.RESHARD} - ({Op.REDUCE_GRAD} if forward_only else set()) - repeated
-    owed: Steps = {key: dict.fromkeys(microbatches, _ABSENT) for key in _owed(pp_rank, shape, forward_only)}
+    split = {action.stage for action in actions if action.op in (Op.I, Op.W)}
+    owed: Steps = {key: dict.fromkeys(microbatches, _ABSENT) for key in _owed(pp_rank, shape, forward_only, split)}
     allowed: Steps = {(stage, op): {None: _ABSENT} for stage in shape.stages_on(pp_rank) for op in chunk_ops}
     steps = owed | allowed
     for step, action in enumerate(actions):
@@ -77,18 +85,19 @@ def _check_complete(
     return steps
 
 
-def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool) -> Iterator[tuple[int, Op]]:
-    """Yield the stages and ops of which a rank owes one action per microbatch."""
-    ops = (Op.F, Op.RECV_F, Op.SEND_F) if forward_only else (Op.F, Op.B, *RECEIVES, *SENDS)
+def _owed(pp_rank: int, shape: PipelineShape, forward_only: bool, split: set[int]) -> Iterator[tuple[int, Op]]:
+    """Yield the stages and ops of which a rank owes one action per microbatch. split: stages with an I and a W."""
     for stage in shape.stages_on(pp_rank):
+        backward = (Op.I, Op.W) if stage in split else (Op.B,)
+        ops = (Op.F, Op.RECV_F, Op.SEND_F) if forward_only else (Op.F, *backward, *RECEIVES, *SENDS)
         yield from ((stage, op) for op in ops if op in COMPUTE or peer(Action(stage, op), shape) is not None)
 
 
 def _check_order(steps: Steps, pp_rank: int, shape: PipelineShape) -> None:
     """Raise ScheduleError unless, within a rank, causes precede effects and the microbatches of a stage are in order.
 
-    The order of the microbatches is the order of the data iterator (F) and of gradient accumulation (B): another one
-    would train on other batches, or to other bits than Megatron's schedule.
+    The order of the microbatches is the order of the data iterator (F) and of gradient accumulation (B; I and W):
+    another one would train on other batches, or to other bits than Megatron's schedule.
     """
     found = min(_disorder(steps, shape), default=None)
     if found is not None:
@@ -100,7 +109,8 @@ def _disorder(steps: Steps, shape: PipelineShape) -> Iterator[tuple[int, Action,
     """Yield each action out of order with its step, and what it should have come after or before."""
     for (stage, op), row in steps.items():
         for cause in _CAUSES.get(op, ()):
-            causes = steps.get((stage, cause), {})  # empty at the ends of the model, where nothing is received
+            # Empty at the ends of the model, where nothing is received, and for the backward that a stage has not.
+            causes = steps.get((stage, cause), {})
             for (mb, step), before in zip(row.items(), causes.values()):
                 if step < before:
                     yield step, Action(stage, op, mb), f"before {Action(stage, cause, mb)}"
@@ -110,8 +120,10 @@ def _disorder(steps: Steps, shape: PipelineShape) -> Iterator[tuple[int, Action,
                     yield step, Action(stage, op, mb), f"before {Action(stage, op, earlier)}"
     last = shape.num_microbatches - 1
     for (stage, op), row in steps.items():
-        if op is Op.REDUCE_GRAD and _ABSENT < row[None] < steps[stage, Op.B][last]:
-            yield row[None], Action(stage, op), f"before {Action(stage, Op.B, last)}"
+        if op is Op.REDUCE_GRAD:
+            final = Op.W if (stage, Op.W) in steps else Op.B
+            if _ABSENT < row[None] < steps[stage, final][last]:
+                yield row[None], Action(stage, op), f"before {Action(stage, final, last)}"
         if op is Op.UNSHARD and row[None] > steps[stage, Op.F][0]:
             yield row[None], Action(stage, op), f"after {Action(stage, Op.F, 0)}"
 

@@ -31,7 +31,7 @@ class Collectives:
         self._costs, self._waits, self._is_sharded, self._microbatches = costs, waits, is_sharded, num_microbatches
         self._carry = carry
         self._gathered: dict[int, list[Collective]] = {}  # stage -> its buckets; empty once they were waited for
-        self._backwards: dict[int, int] = {}  # stage -> how many
+        self._backwards: dict[int, int] = {}  # stage -> how many B's or W's
         # Stages whose last backward launches their reduction -> buckets launched, and the time until when.
         self._reducing: dict[int, tuple[int, float]] = {}
         self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
@@ -53,7 +53,7 @@ class Collectives:
             self._last = self._begin(action, now, self._costs.reduction)
 
     def compute(self, action: Action, start: float) -> tuple[float, float] | None:
-        """Return (start, end) of a forward or backward that could start at `start`.
+        """Return (start, end) of a compute action that could start at `start`.
 
         None while that is not known: ask again when a collective has ended.
         """
@@ -61,7 +61,7 @@ class Collectives:
         duration = self._costs.of(action)
         if op is Op.F and microbatch == 0 and stage not in self._gathered:
             self._gather(stage, start)
-        parts = self._gathered.get(stage)
+        parts = self._gathered.get(stage) if op is not Op.W else None  # the weights' gradients need no weights
         if parts:
             if parts[-1].end is None:
                 return None
@@ -69,7 +69,7 @@ class Collectives:
             if op is Op.F and len(parts) > 1:
                 return self._in_parts(parts, start, duration)
             start = max(start, parts[-1].end)
-        if op is Op.B:
+        if op in (Op.B, Op.W):
             count = self._backwards.get(stage, 0) + 1
             in_backward = self._is_sharded or self._waits.for_reductions or self._buckets(stage) > 1
             if count == self._microbatches and in_backward:

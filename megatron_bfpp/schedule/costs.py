@@ -10,13 +10,14 @@ from .ir import Action, Op
 class Costs:
     """Durations, in one unit of the caller's choice.
 
-    forward, backward: one number for all stages, or one for each stage in order.
+    forward, backward, weights: one number for all stages, or one for each stage in order.
     hop, transfer, shared_card: one value for all messages, or one for each edge of the ring of ranks. Edge e joins
         ranks e and e + 1, the last edge the last rank and the first.
     """
 
     forward: float | Sequence[float] = 1.0
     backward: float | Sequence[float] = 2.0
+    weights: float | Sequence[float] | None = None  # the part of a backward that is its W; None for half of it
     hop: float | Sequence[float] = 0.0  # the latency of a message between two ranks
     transfer: float | Sequence[float] = 0.0  # size / bandwidth of a message
     gather: float = 0.0  # of the parameters of a chunk (UNSHARD)
@@ -29,8 +30,15 @@ class Costs:
     shared_card: bool | Sequence[bool] = False
 
     def of(self, action: Action) -> float:
-        """Return the duration of a forward or backward."""
-        return at(self.forward if action.op is Op.F else self.backward, action.stage)
+        """Return the duration of a compute action."""
+        stage, op, _ = action
+        if op is Op.F:
+            return at(self.forward, stage)
+        backward = at(self.backward, stage)
+        if op is Op.B:
+            return backward
+        weights = backward / 2 if self.weights is None else at(self.weights, stage)
+        return weights if op is Op.W else backward - weights
 
     def messages(self, pp_size: int) -> list[float]:
         """Return hop plus transfer of each edge of the ring."""

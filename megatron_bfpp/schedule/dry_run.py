@@ -6,9 +6,9 @@ The transport is NCCL's, the strictest in use, on the communicators that the run
     pair of ranks apart.
   - Sends and receives are launched without waiting, in the order of the plan.
   - A compute action waits for its message, and for the sends that its rank launched SEND_WINDOW or more compute actions
-    earlier. The runtime waits in these places (runtime/executor.py, runtime/p2p.py) and in one more, which cannot
-    block: before its backward, for the send of the same output. The gradient that the backward has waited for was
-    computed from that output, so the send is complete.
+    earlier; a W waits for nothing and does not count there. The runtime waits in these places (runtime/executor.py,
+    runtime/p2p.py) and in one more, which cannot block: before its backward, for the send of the same output. The
+    gradient that the backward has waited for was computed from that output, so the send is complete.
 On GPUs the plan of a rank is the order of its compute stream: torch starts a send or receive only after everything
 that this stream held when it was launched. Two more rules of CUDA are proved beside NCCL's:
   - One hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1): what is launched on any stream of a rank starts in the order of
@@ -30,6 +30,7 @@ from .ir import (
     CHUNK_OPS,
     COMPUTE,
     MESSAGE,
+    PASSES,
     RECEIVES,
     SEND_WINDOW,
     SENDS,
@@ -151,9 +152,9 @@ class _Run:
             action = actions[position]
             step = _Step(pp_rank, position)
             blocker = None
-            if action.op in COMPUTE:
+            if action.op in PASSES:
                 blocker = self._compute(action, step, sent)
-            elif action.op not in CHUNK_OPS:
+            elif action.op not in CHUNK_OPS and action.op is not Op.W:
                 blocker = self._launch(action, step, sent)
             if blocker is not None:
                 self.blocker[pp_rank] = blocker

@@ -24,6 +24,8 @@ class Op(StrEnum):
 
     F = "F"  # forward of a microbatch through a stage
     B = "B"  # backward, of weights and input together
+    I = "I"  # backward of the input alone: the gradient that the previous stage waits for  # noqa: E741
+    W = "W"  # backward of the weights: what an I of the same microbatch has left over
     SEND_F = "SEND_F"  # launch the send of a stage's output to the next stage
     RECV_F = "RECV_F"  # post the receive of a stage's input; the F that needs it waits for it
     SEND_B = "SEND_B"  # launch the send of the gradient of a stage's input to the previous stage
@@ -36,11 +38,13 @@ class Op(StrEnum):
     __hash__ = str.__hash__
 
 
-COMPUTE = frozenset({Op.F, Op.B})
+COMPUTE = frozenset({Op.F, Op.B, Op.I, Op.W})
+BACKWARDS = frozenset({Op.B, Op.I})  # of these the input's gradient comes, which SEND_B sends
+PASSES = BACKWARDS | {Op.F}  # those that other ranks wait for, and that wait for messages: all but W
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 CHUNK_OPS = frozenset({Op.UNSHARD, Op.RESHARD, Op.REDUCE_GRAD})  # of a whole chunk: no microbatch
-MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}  # the receive that a compute action waits for
+MESSAGE = {Op.F: Op.RECV_F, Op.B: Op.RECV_B, Op.I: Op.RECV_B}  # the receive that a compute action waits for
 
 _OPS = "|".join(sorted((op.value for op in Op), key=len, reverse=True))
 _PATTERN = re.compile(rf"(\d+)({_OPS})(\d*)", re.ASCII)
@@ -70,7 +74,7 @@ class Action(NamedTuple):
         return cls(int(match[1]), op, int(match[3]) if match[3] else None)
 
 
-Schedule = list[list[Action]]  # [pp_rank][position]; with F and B only: an order; lowered: a plan
+Schedule = list[list[Action]]  # [pp_rank][position]; compute only: an order; lowered: a plan
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,9 @@ class PipelineShape:
 Channel = tuple[Op, int, int]  # (SEND_F or SEND_B, sending pp_rank, receiving pp_rank)
 Communicator = tuple[Op, int]  # (SEND_F or SEND_B, colour of the edge)
 
-# A sent tensor may be reused this many compute actions after its send was launched. By then the receiver has
-# posted its receive (`lower.add_send_recv`), and the wait costs nothing. With 1, the send would stand in the way of the
-# very next forward, as it does in Megatron since 0.18 (PR 4047).
+# A sent tensor may be reused this many compute actions, W's not counted, after its send was launched. By then the
+# receiver has posted its receive (`lower.add_send_recv`), and the wait costs nothing. With 1, the send would stand in
+# the way of the very next forward, as it does in Megatron since 0.18 (PR 4047).
 SEND_WINDOW = 2
 
 # Where the other end of a message is: how many stages on, and its op.

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from .dry_run import posted_too_early
-from .ir import COMPUTE, RECEIVES, Action, Op, PipelineShape, Schedule, peer
+from .ir import BACKWARDS, COMPUTE, RECEIVES, Action, Op, PipelineShape, Schedule, peer
 from .sharding import add_sharding
-from .simulate import Span, Timeline, dependency, simulate
+from .simulate import Key, Span, Timeline, dependency, result, simulate
 
 # The latency of a message, in forwards of one micro-batch through one chunk, for which receives are placed. Messages
 # of up to 1/4 of a forward then lose no time on one hardware queue; on queues of their own longer ones do not either.
@@ -26,7 +26,7 @@ def lower(
     hop: of the messages for which receives are placed, see `add_send_recv`.
     """
     plan = add_send_recv(order, shape, hop)
-    has_backwards = any(action.op is Op.B for actions in order for action in actions)
+    has_backwards = any(action.op in BACKWARDS for actions in order for action in actions)
     if has_backwards:
         plan = add_reduce_grad(plan, shape)
     if resident_chunks is not None:
@@ -59,7 +59,7 @@ def add_send_recv(order: Schedule, shape: PipelineShape, hop: float | None = DEF
 def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedule:
     """Return `order` with its sends and receives, before the waits of messages for each other are looked at."""
     timeline = simulate(order, shape, hop=hop or 0.0)
-    places = {span.action: (rank, at) for rank, spans in enumerate(timeline.spans) for at, span in enumerate(spans)}
+    places = {result(span.action): (rank, at) for rank, spans in enumerate(timeline.spans) for at, span in enumerate(spans)}
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):
         starts = [span.start for span in spans]
@@ -90,7 +90,7 @@ def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedul
 
 
 def _last_cause(
-    span: Span, pp_rank: int, since: float, timeline: Timeline, places: dict[Action, tuple[int, int]]
+    span: Span, pp_rank: int, since: float, timeline: Timeline, places: dict[Key, tuple[int, int]]
 ) -> int:
     """Return the last action of a rank, by its position, that starts at `since` or later and that `span` depends on.
 
@@ -99,14 +99,14 @@ def _last_cause(
     last, coming, seen = -1, [span], {span.action}
     while coming:
         each = coming.pop()
-        rank, position = places[each.action]
+        rank, position = places[result(each.action)]
         if rank == pp_rank:
             last = max(last, position)
             continue
         need = dependency(each.action, timeline.shape.num_stages - 1)
         causes = [timeline.spans[rank][position - 1]] if position else []
         if need is not None:
-            place = places[Action(*need)]
+            place = places[need]
             causes.append(timeline.spans[place[0]][place[1]])
         for cause in causes:
             if cause.start >= since and cause.action not in seen:
@@ -139,13 +139,13 @@ def _settled(plan: Schedule, shape: PipelineShape) -> tuple[Schedule, bool]:
 
 
 def add_reduce_grad(plan: Schedule, shape: PipelineShape) -> Schedule:
-    """Reduce a chunk's gradients once, right after its last backward and the send that follows it."""
+    """Reduce a chunk's gradients once, right after its last B or W and the send that follows it."""
     last = shape.num_microbatches - 1
     lowered = [list(actions) for actions in plan]
     for actions in lowered:
         for position in range(len(actions), 0, -1):
             stage, op, microbatch = actions[position - 1]
-            if op is Op.B and microbatch == last:
+            if op in (Op.B, Op.W) and microbatch == last:
                 has_send = actions[position : position + 1] == [Action(stage, Op.SEND_B, last)]
                 actions.insert(position + has_send, Action(stage, Op.REDUCE_GRAD))
     return lowered
@@ -177,7 +177,9 @@ def _unsharded(actions: list[Action], stages: range) -> Iterator[Action]:
 
 
 def _send_after(action: Action, shape: PipelineShape) -> Action | None:
-    """Return the send of the result of a forward or backward; None where the model ends."""
+    """Return the send of the result of a compute action; None for a W, and where the model ends."""
+    if action.op is Op.W:
+        return None
     send = action._replace(op=Op.SEND_F if action.op is Op.F else Op.SEND_B)
     return None if peer(send, shape) is None else send
 

@@ -4,13 +4,18 @@ Every order here keeps microbatches 0..M-1 in order within a stage, forward and 
 accumulated in the order of Megatron's default schedule, which is what makes the losses bit-identical to it.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from itertools import pairwise
+from math import ceil
 
 from ..console.errors import UserError
 from .ir import Action, Op, PipelineShape, Schedule
 
 
-def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward: bool = True) -> Schedule:
+def breadth_first(
+    shape: PipelineShape, group: int | None = None, eager_backward: bool = True, weight_lag: Sequence[int] | None = None
+) -> Schedule:
     """Run all microbatches of a group through one chunk before the next chunk; backward with the chunks reversed.
 
     group: microbatches per group, 1 <= group <= M; None for all of them (the paper's schedule). Groups follow each
@@ -18,6 +23,7 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
     eager_backward: on the last chunk a backward starts as soon as its loss gradient can be there. Same step time
         with group None or at least P (smaller groups can take up to 1.6 times as long), fewer live activations.
         False: a whole group of forwards first; with all microbatches in it, the paper's plain order.
+    weight_lag: split every backward, see `split_backward`; None for whole ones.
 
     Live activations on rank r, at most: min(M V, C G + 2 min(P-r-1, g) + 1), where C is V-1 if eager and V if late, and
     G and g are the sizes of the longest and the shortest group. They are the forwards ahead of the first backward and
@@ -39,7 +45,55 @@ def breadth_first(shape: PipelineShape, group: int | None = None, eager_backward
         lead = 2 * min(shape.pp_size - pp_rank - 1, min(map(len, groups)))
         return (shape.num_chunks - eager_backward) * longest + lead
 
-    return [_alternate(shape, rank, groups, warmup(rank)) for rank in range(shape.pp_size)]
+    order = [_alternate(shape, rank, groups, warmup(rank)) for rank in range(shape.pp_size)]
+    return order if weight_lag is None else split_backward(order, weight_lag)
+
+
+def split_backward(order: Schedule, weight_lag: Sequence[int]) -> Schedule:
+    """Return `order` with each B split in two: the input's gradient (I) where it stood, the weights' (W) behind.
+
+    weight_lag: per pp_rank, how many micro-batches may await their W, beside the one that has just run its I. After
+        each I the oldest W's run until no more are owed, across the boundary between chunks; after the last, all.
+        0 runs each W right behind its I, which then still sends first.
+
+    Each rank keeps the order of its backwards, so the W's of a stage run in the order 0..M-1 too: the gradients of its
+    weights are added up as before.
+
+    Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241, for the split.
+    """
+    if len(weight_lag) != len(order) or any(lag < 0 for lag in weight_lag):
+        raise UserError(f"the weight lag is {list(weight_lag)}; it takes 0 or more for each of the {len(order)} ranks")
+    return [_split(actions, lag) for actions, lag in zip(order, weight_lag)]
+
+
+def _split(actions: list[Action], lag: int) -> list[Action]:
+    split: list[Action] = []
+    owed: deque[Action] = deque()
+    for action in actions:
+        if action.op is not Op.B:
+            split.append(action)
+            continue
+        split.append(action._replace(op=Op.I))
+        owed.append(action._replace(op=Op.W))
+        if len(owed) > lag:
+            split.append(owed.popleft())
+    return split + list(owed)
+
+
+def weight_lags(
+    shape: PipelineShape, most: int | None = None, hop: float = 0.0, inputs: float = 1.0, weights: float = 1.0
+) -> list[int]:
+    """Return for each pp_rank how many micro-batches await their W in breadth-first: max(r, ceil(r (i + L) / w)).
+
+    The last input gradient of pp_rank r takes r steps of i + L to pp_rank 0, with which the step ends; the W's that are
+    owed by then fill that time. Near M = P the longer lag for a slow network can be the worse one.
+    most: the dial, k: no rank owes more, and none of its activations waits longer. None for no limit.
+    hop, inputs, weights: L, i and w, the durations of a message, an I and a W in one unit.
+    """
+    if most is not None and most < 0:
+        raise UserError(f"the weight lag is {most}; at least 0 micro-batches can await the gradients of their weights")
+    lags = [max(rank, ceil(rank * (inputs + hop) / weights - 1e-9)) for rank in range(shape.pp_size)]
+    return lags if most is None else [min(lag, most) for lag in lags]
 
 
 def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from . import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
 from .formats import digest
-from .ir import COMPUTE, RECEIVES, SEND_WINDOW
+from .ir import BACKWARDS, PASSES, RECEIVES, SEND_WINDOW
 from .lower import DEFAULT_HOP
 from .sharding import count_gathers
 
@@ -19,7 +19,8 @@ class Plan:
     digest: str
     bubble_fraction: float
     gathers: int  # of chunks, per rank
-    peak_live_activations: list[int]
+    peak_live_activations: list[int]  # per rank; an owed W counts as one
+    peak_owed_weight_gradients: list[int]  # per rank; zeros unless the backward is split
 
 
 @lru_cache(maxsize=64)
@@ -30,18 +31,22 @@ def plan_of(
     evaluation: bool,
     resident_chunks: int | None = None,
     hop: float | None = DEFAULT_HOP,
+    weight_lag: tuple[int, ...] | None = None,
 ) -> Plan:
     """Return the breadth-first plan of a shape. resident_chunks: None unless fully sharded. hop: see `add_send_recv`.
 
+    weight_lag: see `split_backward`; None for whole backwards.
     Raises ScheduleError if the plan is unsound.
     """
     group = None if group_size is None else min(group_size, shape.num_microbatches)
-    order = forward_only(shape) if evaluation else breadth_first(shape, group, eager)
+    order = forward_only(shape) if evaluation else breadth_first(shape, group, eager, weight_lag)
     timeline = simulate(order, shape)
     actions = lower(order, shape, resident_chunks, hop)
     check(actions, shape, evaluation, resident_chunks)
-    peaks = timeline.peak_live_activations()
-    return Plan(actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]), peaks)
+    return Plan(
+        actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]),
+        timeline.peak_live_activations(), timeline.peak_owed_weight_gradients(),
+    )  # fmt: skip
 
 
 def most_messages(actions: list[Action], shape: PipelineShape) -> int:
@@ -62,7 +67,7 @@ def most_messages(actions: list[Action], shape: PipelineShape) -> int:
         if op in RECEIVES:
             received += 1
             most = max(most, received + sum(map(len, sent)))
-        if op not in COMPUTE:
+        if op not in PASSES:
             continue
         is_first, is_last = stage == 0, stage == shape.num_stages - 1
         if op is Op.F:
@@ -75,5 +80,5 @@ def most_messages(actions: list[Action], shape: PipelineShape) -> int:
             made = [] if is_first else [action]
         sent.append(made)
         most = max(most, received + sum(map(len, sent)))
-        received -= op is Op.B and not is_last
+        received -= op in BACKWARDS and not is_last
     return most

@@ -4,7 +4,7 @@
   - A message begins when it is sent, its receive is posted and the message before it has left the channel; it takes the
     channel for `transfer` and arrives `hop` later. Both may differ between edges of the ring, within and across nodes.
   - A compute action waits for its message, for the last gather of its chunk, and for the sends that its rank launched
-    SEND_WINDOW or more compute actions earlier, as the executor does.
+    SEND_WINDOW or more compute actions earlier, as the executor does; a W waits for nothing.
   - Gathers and reductions of a rank run one after the other, beside everything else (collectives.py); the step ends
     with the last of them.
   - With one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) what a rank launches starts in the order of launch: a send
@@ -27,6 +27,7 @@ from .costs import OURS, UNIT, Costs, Waits, at
 from .ir import (
     COMPUTE,
     MESSAGE,
+    PASSES,
     RECEIVES,
     SEND_WINDOW,
     SENDS,
@@ -173,7 +174,7 @@ class _Replay:
             action = actions[position]
             op = action.op
             start = self._started(rank, action, now) if self.one_queue else now
-            if start is not None and op in COMPUTE:
+            if start is not None and op in PASSES:
                 start = self._start(action, start, window)
             if start is None:
                 times = None
@@ -189,7 +190,8 @@ class _Replay:
             now = times[1]
             if op in COMPUTE:
                 self.spans[rank].append(Span(action, *times))
-                window.append([])
+                if op is not Op.W:
+                    window.append([])
             elif op in MESSAGES:
                 queue = self.channels[action.stage, op]
                 queue.launched[op] += 1

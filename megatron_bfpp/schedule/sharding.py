@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ..console.errors import UserError
-from .ir import COMPUTE, Action, Op, PipelineShape, Schedule
+from .ir import PASSES, Action, Op, PipelineShape, Schedule
 from .simulate import ScheduleError
 
 
@@ -32,7 +32,7 @@ def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> 
     gather stands where the chunk gathered before it begins to run, or later if its place is still in use: at most one
     gather is under way ahead of need. The second stands behind the first compute action, as in `lower.add_unshard`.
     Breadth-first with all micro-batches in one group has 2V - resident_chunks gathers per rank, whatever M is: the last
-    chunks stay gathered between forward and backward.
+    chunks stay gathered between forward and backward. A W needs no parameters: a chunk is freed after its last I.
     """
     if resident_chunks < 1:
         raise UserError(f"resident_chunks is {resident_chunks}; a chunk can only run while it is gathered")
@@ -40,9 +40,9 @@ def add_sharding(plan: Schedule, shape: PipelineShape, resident_chunks: int) -> 
 
 
 def _sharded(actions: list[Action], places: int) -> list[Action]:
-    computes = [position for position, action in enumerate(actions) if action.op in COMPUTE]
+    computes = [position for position, action in enumerate(actions) if action.op in PASSES]
     runs = [(stage, next(run)) for stage, run in groupby(computes, key=lambda position: actions[position].stage)]
-    starts = [0, *(position for _, position in runs[1:]), len(actions)]
+    starts = [0, *(_before_weights(actions, position) for position in (*(at for _, at in runs[1:]), len(actions)))]
     changes: dict[int, list[Action]] = defaultdict(list)
     for run, action in _changes([stage for stage, _ in runs], places):
         is_second = starts[run] == 0 and len(changes[0]) == 1 and starts[1] not in computes[:2]
@@ -53,10 +53,19 @@ def _sharded(actions: list[Action], places: int) -> list[Action]:
     return lowered + changes[len(actions)]
 
 
+def _before_weights(actions: list[Action], position: int) -> int:
+    """Return the place of the first W between `position` and the compute action before it that is none."""
+    place = position
+    while position and actions[position - 1].op not in PASSES:
+        position -= 1
+        place = position if actions[position].op is Op.W else place
+    return place
+
+
 def _changes(runs: list[int], places: int) -> list[tuple[int, Action]]:
     """Return (run, UNSHARD or RESHARD to put before it), in order; run len(runs) stands for the end.
 
-    runs: the stage of each run of a rank; a run is a series of its compute actions of one stage.
+    runs: the stage of each run of a rank; a run is a series of its compute actions of one stage, W's left out.
     """
     room = [_Place() for _ in range(places)]
     following = _following_uses(runs)
@@ -118,7 +127,7 @@ def _complaint(action: Action, gathered: dict[int, bool], resident_chunks: int) 
         if len(gathered) == resident_chunks:
             return f"is one gathered chunk more than the {resident_chunks} that may be"
         gathered[stage] = False
-    elif op in COMPUTE:
+    elif op in PASSES:
         if stage not in gathered:
             return f"runs while its parameters are sharded: {Action(stage, Op.UNSHARD)} is missing before it"
         gathered[stage] = True
@@ -153,7 +162,7 @@ def peak_parameter_bytes(
     summed: set[int] = set()
     reduced: set[int] = set()
     leaving: set[int] = set()  # the chunk that was reduced last
-    entered = {Op.UNSHARD: gathered, Op.B: summed, Op.REDUCE_GRAD: reduced}
+    entered = {Op.UNSHARD: gathered, Op.B: summed, Op.I: summed, Op.W: summed, Op.REDUCE_GRAD: reduced}
 
     def elements(stages: set[int]) -> int:
         return sum(parameters[shape.chunk_of(stage)] for stage in stages)
