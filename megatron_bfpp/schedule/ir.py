@@ -24,7 +24,7 @@ class Op(StrEnum):
 
     F = "F"  # forward of a microbatch through a stage
     B = "B"  # backward, of weights and input together
-    I = "I"  # backward of the input alone: the gradient that the previous stage waits for  # noqa: E741
+    I = "I"  # noqa: E741 - backward of the input alone: the gradient that the previous stage waits for
     W = "W"  # backward of the weights: what an I of the same microbatch has left over
     SEND_F = "SEND_F"  # launch the send of a stage's output to the next stage
     RECV_F = "RECV_F"  # post the receive of a stage's input; the F that needs it waits for it

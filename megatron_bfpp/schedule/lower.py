@@ -59,7 +59,9 @@ def add_send_recv(order: Schedule, shape: PipelineShape, hop: float | None = DEF
 def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedule:
     """Return `order` with its sends and receives, before the waits of messages for each other are looked at."""
     timeline = simulate(order, shape, hop=hop or 0.0)
-    places = {result(span.action): (rank, at) for rank, spans in enumerate(timeline.spans) for at, span in enumerate(spans)}
+    places = {
+        result(span.action): (rank, at) for rank, spans in enumerate(timeline.spans) for at, span in enumerate(spans)
+    }
     plan: Schedule = []
     for rank, spans in enumerate(timeline.spans):
         starts = [span.start for span in spans]
@@ -89,9 +91,7 @@ def _placed(order: Schedule, shape: PipelineShape, hop: float | None) -> Schedul
     return plan
 
 
-def _last_cause(
-    span: Span, pp_rank: int, since: float, timeline: Timeline, places: dict[Key, tuple[int, int]]
-) -> int:
+def _last_cause(span: Span, pp_rank: int, since: float, timeline: Timeline, places: dict[Key, tuple[int, int]]) -> int:
     """Return the last action of a rank, by its position, that starts at `since` or later and that `span` depends on.
 
     -1 if there is none. It goes back from `span`, as far as `since`: mostly not at all.
