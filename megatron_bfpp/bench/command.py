@@ -10,8 +10,7 @@ from ..console.numbers import at_least, between
 from ..console.progress import Steps
 from ..schedule import PipelineShape
 from ..schedule.lower import DEFAULT_HOP
-from ..schedule.names import SCHEDULES
-from .case import FREE
+from .case import ARMS, FREE
 from .results import Result, as_json, markdown, table
 from .settings import Setting, settings
 
@@ -22,8 +21,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_cases(bench)
     _add_emulation(bench)
     add, count = bench.add_argument, at_least(1, 10_000)
-    add("--arm", action="append", choices=tuple(SCHEDULES), metavar="ARM",
-        help=f"run this arm; may be repeated. One of {', '.join(SCHEDULES)}. Default: all")  # fmt: skip
+    add("--arm", action="append", choices=ARMS, metavar="ARM",
+        help=f"run this arm; may be repeated. One of {', '.join(ARMS)}. Default: all")  # fmt: skip
     add("--repeat", type=count, default=2, help="steps of every arm, alternating between the arms; default 2")
     add("--json", metavar="PATH", help="write all that was measured")
     add("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
@@ -98,7 +97,7 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
 
     for library in ("torch", "megatron"):
         require(library, "bfpp bench")
-    cases = [setting.case(args, args.arm or list(SCHEDULES)) for setting in chosen]
+    cases = [setting.case(args, args.arm or list(ARMS)) for setting in chosen]
     steps = sum(len(case.arms) * len(case.variants) * case.repeat for case in cases)
     repeated, results = 0, []
     with Steps(steps, "starting the ranks", "bench") as bar:

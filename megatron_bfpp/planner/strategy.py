@@ -9,7 +9,8 @@ from ..schedule.names import SCHEDULES as NAMED
 
 __all__ = ["BREADTH_FIRST", "RECOMPUTES", "RESIDENT_CHUNKS", "SCHEDULES", "SHARDINGS", "Strategy", "count_microbatches"]
 
-SCHEDULES = ("no-pipeline", *ORDERS)  # no-pipeline: one pipeline rank, which accumulates gradients
+# no-pipeline: one pipeline rank, which accumulates gradients.
+SCHEDULES = ("no-pipeline", *(word for word in ORDERS if not NAMED[word].is_split))
 BREADTH_FIRST = ("breadth-first", "breadth-first-late")
 RECOMPUTES = ("none", "selective", "full")
 # zero3: one chunk runs while the next is gathered. Both shardings by FSDP2: one chunk reduces its gradients while the

@@ -3,13 +3,13 @@
 Every command, picture, table and A/B arm takes words, flags and colours from here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .costs import MEGATRON, OURS, TORCH, UNIT, Costs, Waits, at
 from .ir import PipelineShape, Schedule
 from .lower import DEFAULT_HOP, aligned, lower
-from .orders import breadth_first, interleaved_1f1b, one_f_one_b
+from .orders import breadth_first, interleaved_1f1b, one_f_one_b, split_backward, weight_lags
 from .replay import Prediction, replay
 
 Order = Callable[[PipelineShape, int | None], Schedule]  # shape, micro-batches per group or None for the default
@@ -21,6 +21,7 @@ class Named:
 
     flags: those of Megatron and the plugin that choose it; {M} stands for the number of micro-batches of a step.
     order: None where only the code of others makes it. chunks: whether a rank has more than one.
+    is_split: whether `order_of` then splits every backward of the order.
     """
 
     word: str
@@ -30,6 +31,7 @@ class Named:
     order: Order | None
     waits: Waits = OURS
     chunks: bool = True
+    is_split: bool = False
 
     def flags_for(self, num_microbatches: int) -> list[str]:
         """Return the flags that choose this schedule for steps of `num_microbatches` micro-batches."""
@@ -38,6 +40,7 @@ class Named:
 
 _GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 _DEFAULT, _OURS = ("--pipeline-schedule", "1f1b"), ("--pipeline-schedule", "breadth-first")
+_DEFERRED = ("--breadth-first-weight-gradients", "deferred")
 _LATE, _ENGINE = ("--breadth-first-backward", "late"), ("--breadth-first-engine", "megatron")
 # Megatron demands the last three with the first: docs/guide/fully_sharded.md.
 _SHARDED = ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist")
@@ -57,44 +60,58 @@ SCHEDULES = {
         Named("breadth-first-megatron", "its order in Megatron's own loop", "#8c6f4e", (*_OURS, *_ENGINE),
               breadth_first, MEGATRON),
         Named("breadth-first-sharded", "this plugin, fully sharded", "#a3520b", (*_OURS, *_SHARDED), breadth_first),
+        Named("breadth-first-deferred", "this plugin, the weights' gradients deferred", "#d6453d", (*_OURS, *_DEFERRED),
+              breadth_first, is_split=True),
         Named("torch-interleaved", "torch's Interleaved1F1B", "#6a94dc", (), None, TORCH),
         Named("torch-looped-bfs", "torch's LoopedBFS", "#2f6fc4", (), None, TORCH),
+        Named("torch-zero-bubble", "torch's InterleavedZeroBubble", "#7d5fd0", (), None, TORCH, is_split=True),
     )
 }  # fmt: skip
 
 # The words that show and plan take.
-ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late")
+ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late",
+          "breadth-first-deferred")  # fmt: skip
 
 
 def word_of(
     flag: str, pp_size: int, num_chunks: int, num_microbatches: int, group: int | None = None, *,
-    backward: str = "eager", engine: str = "plan", is_sharded: bool = False,
+    backward: str = "eager", engine: str = "plan", weight_gradients: str = "with-backward", is_sharded: bool = False,
 ) -> str:  # fmt: skip
     """Return the word for the schedule of a job.
 
     flag: the value of --pipeline-schedule, where 1f1b stands for all of Megatron's own.
     group: micro-batches per group of Megatron's interleaved order; None for its default, the pipeline size.
-    backward, engine: the values of --breadth-first-backward and --breadth-first-engine.
+    backward, engine, weight_gradients: the values of --breadth-first-backward, --breadth-first-engine and
+        --breadth-first-weight-gradients; of the last one what auto has come to.
     The word has an ending for each option, so it can have several that SCHEDULES has only one by one, such as
     breadth-first-late-sharded.
     """
     if flag != "1f1b":
-        endings = (("-late", backward == "late"), ("-megatron", engine == "megatron"), ("-sharded", is_sharded))
+        endings = (
+            ("-late", backward == "late"), ("-deferred", weight_gradients == "deferred"),
+            ("-megatron", engine == "megatron"), ("-sharded", is_sharded),
+        )  # fmt: skip
         return flag + "".join(ending for ending, applies in endings if applies)
     if num_chunks == 1:
         return "1f1b"
     return "interleaved-grouped" if group == num_microbatches > pp_size else "interleaved"
 
 
-def order_of(word: str, shape: PipelineShape, group: int | None = None) -> Schedule:
+def order_of(
+    word: str, shape: PipelineShape, group: int | None = None, weight_lag: Sequence[int] | None = None
+) -> Schedule:
     """Return the order that a word of SCHEDULES names.
 
     group: micro-batches per group of interleaved and breadth-first; None for their defaults. 1f1b takes num_chunks 1.
+    weight_lag: of a schedule that is_split, see `split_backward`; None for `weight_lags` without a network.
     """
-    order = SCHEDULES[word].order
-    if order is None:
+    named = SCHEDULES[word]
+    if named.order is None:
         raise ValueError(f"the order of {word} is made by torch")
-    return order(shape, group)
+    order = named.order(shape, group)
+    if not named.is_split:
+        return order
+    return split_backward(order, weight_lags(shape) if weight_lag is None else weight_lag)
 
 
 def waits_of(word: str) -> Waits:

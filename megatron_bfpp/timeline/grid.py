@@ -1,6 +1,6 @@
 """A schedule as text: one row per rank, one column per unit of time. Standard library and schedule only."""
 
-from ..schedule import Op, Span, Timeline
+from ..schedule import Span, Timeline
 
 
 def column_time(timeline: Timeline) -> float:
@@ -10,6 +10,8 @@ def column_time(timeline: Timeline) -> float:
 
 def grid(timeline: Timeline, width: int | None = None) -> str:
     """Return a row per rank: `f10` is the forward of chunk 1 and microbatch 0, `b10` its backward, `.` idle.
+
+    Of a split backward `i10` is the input's gradient, `w10` the weights'.
 
     A column shows what runs in its middle. No action is shorter than a column, so none is lost. Rows that are longer
     than `width` end in `...`.
@@ -36,7 +38,7 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
 def _name(span: Span, timeline: Timeline) -> str:
     shape, (stage, op, microbatch) = timeline.shape, span.action
     between = "." if shape.num_microbatches > 10 else ""  # f1.10 is not f11.0
-    return f"{'f' if op is Op.F else 'b'}{shape.chunk_of(stage)}{between}{microbatch}"
+    return f"{op.lower()}{shape.chunk_of(stage)}{between}{microbatch}"
 
 
 def summary(timeline: Timeline) -> str:

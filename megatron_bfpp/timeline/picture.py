@@ -14,8 +14,13 @@ Named = Sequence[tuple[str, Timeline]]  # name, timeline
 
 _LEFT, _RIGHT, _TOP = 76, 14, 48  # pixels: the ranks' names, the margin, the titles of a panel
 _ROW, _LANE, _GAP = 21, 14, 7  # pixels: what a rank computes, its collectives, before the next rank
-_FIRST = {Op.F: (191, 217, 245), Op.B: (193, 230, 196)}  # colour of the first chunk
-_LAST = {Op.F: (24, 84, 160), Op.B: (24, 110, 62)}  # of the last one
+_SHADES = {  # colours of the first chunk and the last one
+    Op.F: ((191, 217, 245), (24, 84, 160)),
+    Op.B: ((193, 230, 196), (24, 110, 62)),
+    Op.I: ((176, 226, 222), (8, 104, 110)),
+    Op.W: ((233, 226, 208), (128, 114, 84)),  # calm: no other rank waits for it
+}
+_NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input's gradient", Op.W: "weights' gradient"}
 _COLLECTIVES = {Op.REDUCE_GRAD: ("reduction", "#7048e8", "#ffffff"), Op.UNSHARD: ("gather", "#d0bfff", "#1f2328")}
 
 UNKNOWN = "waits for messages are unknown: Megatron's own loop does not show them"
@@ -56,7 +61,7 @@ def _headline(name: str, timeline: Timeline, first: tuple[str, Timeline], unit: 
 def shade(op: Op, chunk: int, chunks: int) -> tuple[str, bool]:
     """Return the colour of a chunk, and whether it wants white text on it."""
     part = chunk / max(1, chunks - 1)
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(_FIRST[op], _LAST[op], strict=True))
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(*_SHADES[op], strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}", 0.3 * red + 0.6 * green + 0.1 * blue < 140
 
 
@@ -178,7 +183,10 @@ def _legend(drawing: Drawing, timelines: Named, unit: str) -> None:
     chunks = max(each.shape.num_chunks for _, each in timelines)
     shown = sorted({0, *(chunk * (chunks - 1) // 3 for chunk in range(4)), chunks - 1})
     entries: list[tuple[str, list[Box | Lines]]] = []
-    for op, name in ((Op.F, "forward"), (Op.B, "backward")):
+    run = {span.action.op for _, each in timelines for spans in each.spans for span in spans}
+    for op, name in _NAMES.items():
+        if op not in run:
+            continue
         colors = [shade(op, chunk, chunks)[0] for chunk in shown]
         boxes: list[Box | Lines] = [Box(15 * place, 0, 14, 12, "key", color) for place, color in enumerate(colors)]
         entries.append((f"{name}, first chunk to last" if chunks > 1 else name, boxes))

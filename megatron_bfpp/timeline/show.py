@@ -147,7 +147,7 @@ def _costs(args: argparse.Namespace, chunks: int = 1) -> Costs:
     forward, backward, gather, reduction = (
         chunks * time for time in (1.0, args.backward_time, args.gather, args.reduction)
     )
-    return Costs(forward, backward, args.hop, args.transfer, gather, reduction)
+    return Costs(forward, backward, hop=args.hop, transfer=args.transfer, gather=gather, reduction=reduction)
 
 
 def _print(args: argparse.Namespace, shown: list[Shown]) -> None:

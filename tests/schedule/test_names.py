@@ -7,6 +7,7 @@ import pytest
 
 from megatron_bfpp.schedule import PipelineShape, check, lower
 from megatron_bfpp.schedule.names import ORDERS, SCHEDULES, order_of, waits_of, word_of
+from megatron_bfpp.schedule.orders import breadth_first, split_backward, weight_lags
 
 GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 
@@ -54,6 +55,8 @@ def parsed(words):
     ):
         parser.add_argument(switch, action="store_true")
     parser.add_argument("--ckpt-format", choices=["torch_dist"])
+    if "--breadth-first-weight-gradients" not in parser._option_string_actions:
+        parser.add_argument("--breadth-first-weight-gradients", default="with-backward")
     args = parser.parse_args(words)
     return args, settings.settings_of(args)
 
@@ -65,7 +68,8 @@ def test_the_flags_of_a_schedule_are_those_of_a_job_that_goes_by_its_word(word):
     found = word_of(
         settings.schedule, size, 2 if SCHEDULES[word].chunks else 1, microbatches,
         args.microbatch_group_size_per_virtual_pipeline_stage or size, backward=settings.backward,
-        engine=settings.engine, is_sharded=args.use_torch_fsdp2,
+        engine=settings.engine, weight_gradients=args.breadth_first_weight_gradients,
+        is_sharded=args.use_torch_fsdp2,
     )  # fmt: skip
     assert found == word
 
@@ -77,6 +81,9 @@ def test_a_group_of_all_microbatches_is_the_default_where_it_is_one_per_rank():
 
 def test_options_that_are_combined_are_all_said():
     assert word_of("breadth-first", 4, 2, 8, backward="late", is_sharded=True) == "breadth-first-late-sharded"
+    options = {"backward": "late", "weight_gradients": "deferred", "is_sharded": True}
+    assert word_of("breadth-first", 4, 2, 8, **options) == "breadth-first-late-deferred-sharded"
+    assert word_of("breadth-first", 4, 2, 8, weight_gradients="with-backward") == "breadth-first"
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 8), (3, 4, 9)])
@@ -86,6 +93,13 @@ def test_the_order_of_every_word_is_sound(word, sizes):
     shape = PipelineShape(size, chunks if SCHEDULES[word].chunks else 1, microbatches)
     check(lower(order_of(word, shape), shape), shape)
     assert waits_of(word) is SCHEDULES[word].waits
+
+
+def test_a_split_order_takes_its_weight_lag():
+    shape = PipelineShape(4, 2, 8)
+    split = split_backward(order_of("breadth-first", shape), [0, 1, 1, 1])
+    assert order_of("breadth-first-deferred", shape, weight_lag=[0, 1, 1, 1]) == split
+    assert order_of("breadth-first-deferred", shape) == breadth_first(shape, weight_lag=weight_lags(shape))
 
 
 def test_torch_makes_the_orders_of_its_own_words():
