@@ -8,6 +8,7 @@ from . import Action, Op, PipelineShape, Schedule, breadth_first, check, forward
 from .formats import digest
 from .ir import BACKWARDS, PASSES, RECEIVES, SEND_WINDOW
 from .lower import DEFAULT_HOP
+from .orders import weight_lags
 from .sharding import count_gathers
 
 
@@ -47,6 +48,31 @@ def plan_of(
         actions, digest(actions), timeline.bubble_fraction, count_gathers(actions[0]),
         timeline.peak_live_activations(), timeline.peak_owed_weight_gradients(),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def choose_weight_lags(
+    shape: PipelineShape, group: int | None, eager: bool, *, most: int | None = None, hop: float = DEFAULT_HOP,
+    inputs: float = 1.0, weights: float = 1.0, forward: float = 1.0,
+) -> tuple[int, ...]:  # fmt: skip
+    """Return for each pp_rank how many micro-batches await their W: the lags of `weight_lags` with the shortest step.
+
+    Those for the hop, those for none, and lag r on pp_rank r are simulated. Near M = P every hop delays the step on all
+    ranks, and the longer lags for it can make it longer. Of equal steps the one that owes least.
+    group, eager: as in `breadth_first`. most, hop, inputs, weights: as in `weight_lags`. forward: f, in the same unit.
+    """
+    candidates = {
+        tuple(weight_lags(shape, most, *times)) for times in ((hop, inputs, weights), (0.0, inputs, weights), ())
+    }
+    if len(candidates) == 1:
+        return candidates.pop()
+    orders = {lags: breadth_first(shape, group, eager, lags) for lags in candidates}
+
+    def cost(lags: tuple[int, ...]) -> tuple[float, int]:
+        timeline = simulate(orders[lags], shape, forward, inputs + weights, hop, weights)
+        return round(timeline.step_time, 9), sum(lags)  # rounded: sums of the same times in another order are equal
+
+    return min(candidates, key=cost)
 
 
 def most_messages(actions: list[Action], shape: PipelineShape) -> int:
