@@ -25,6 +25,8 @@ class DataParallel:
     model: the chunks, whose parameters the two are called with.
     in_backward: chunks whose reduction the hooks start during the last backward in any case; grad_sync launches the
     rest.
+    ready: where backwards are split, the hooks fire before the weights' gradients are there: in the last W of such a
+    chunk this is called for each of its parameters, once that has its gradient.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class DataParallel:
         param_sync: list[Sync] | None,
         model: list[Module],
         in_backward: Collection[int] = (),
+        ready: Callable[[Module, Parameter], None] | None = None,
     ):
         self._no_sync = no_sync
         self._grad_sync, self._param_sync = grad_sync, param_sync
-        self._model, self._in_backward = model, in_backward
+        self._model, self._in_backward, self._ready = model, in_backward, ready
         self._closed: dict[int, ExitStack] = {}  # chunk -> its entered no_sync; key 0 stands for all with a single one
         self._unreduced = set(range(len(model)))
 
@@ -53,9 +56,21 @@ class DataParallel:
             self._open(chunk)
 
     def before_last_backward(self, chunk: int) -> None:
-        """Prepare the chunk's last backward of the step."""
+        """Prepare the chunk's last backward of the step, a B or a W."""
         if self._grad_sync is None or chunk in self._in_backward:
             self._open(chunk)
+
+    def before_last_weights(self, chunk: int, owed: Collection[Parameter]) -> None:
+        """Register the parameters of a chunk that its last W has nothing to add to. owed: the others."""
+        others = {id(each) for each in owed}
+        for parameter in self._model[chunk].parameters():
+            if parameter.requires_grad and id(parameter) not in others:
+                self.added(chunk, parameter)
+
+    def added(self, chunk: int, parameter: Parameter) -> None:
+        """Register a parameter of a chunk after a W has added its gradient."""
+        if self._ready is not None:
+            self._ready(self._model[chunk], parameter)
 
     def reduce_grad(self, chunk: int) -> None:
         """Launch the chunk's reduction after its last backward, unless the hooks have launched it."""

@@ -26,6 +26,14 @@ class Compute(Protocol):
     def backward(self, received: Tensor | None, output: Tensor, grad: Tensor | None) -> Tensor | None:
         """Return the gradient of `received`. grad: of `output`; None on the last stage, whose output is the loss."""
 
+    def input_gradient(
+        self, chunk: int, microbatch: int, received: Tensor | None, output: Tensor, grad: Tensor | None
+    ) -> Tensor | None:
+        """Return the gradient of `received`, as `backward` does, and leave those of weights to `weight_gradients`."""
+
+    def weight_gradients(self, chunk: int, microbatch: int) -> None:
+        """Compute what the `input_gradient` of this chunk and microbatch has left over."""
+
     def release(self, output: Tensor) -> None:
         """Free the data of a sent output; its graph stays."""
 
@@ -53,6 +61,8 @@ class Executor:
         handlers: dict[Op, Callable[[Action], None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
+            Op.I: self._input_gradient,
+            Op.W: self._weight_gradients,
             Op.SEND_F: self._send_forward,
             Op.SEND_B: self._send_backward,
             Op.RECV_F: self.messages.post_receive,
@@ -91,23 +101,52 @@ class Executor:
             self._outputs[stage, microbatch] = output
 
     def _backward(self, action: Action) -> None:
-        self.messages.before_compute()
+        grad = self._gradient_of_output(action)
         stage, _, microbatch = action
         assert microbatch is not None, "a backward has a microbatch"
-        grad = None
-        if stage < self._last_stage:
-            grad = self.messages.receive((stage, Op.RECV_B, microbatch))
-            # The gradient could only be computed from the output, so the output has arrived and this does not wait.
-            # Megatron's backward expects a freed output, and a short plan can come here within the send's window.
-            self.messages.finish_send((stage, Op.SEND_F, microbatch))
-        if microbatch == self.shape.num_microbatches - 1:
-            self.data_parallel.before_last_backward(self.shape.chunk_of(stage))
+        self._before_last(action)
         key = stage, microbatch
-        input_grad = self.compute.backward(self._inputs.pop(key), self._outputs.pop(key), grad)
+        self._keep(action, self.compute.backward(self._inputs.pop(key), self._outputs.pop(key), grad))
+
+    def _input_gradient(self, action: Action) -> None:
+        grad = self._gradient_of_output(action)
+        stage, _, microbatch = action
+        assert microbatch is not None, "an I has a microbatch"
+        key, chunk = (stage, microbatch), self.shape.chunk_of(stage)
+        received, output = self._inputs.pop(key), self._outputs.pop(key)
+        self._keep(action, self.compute.input_gradient(chunk, microbatch, received, output, grad))
+
+    def _weight_gradients(self, action: Action) -> None:
+        assert action.microbatch is not None, "a W has a microbatch"
+        self._before_last(action)
+        self.compute.weight_gradients(self.shape.chunk_of(action.stage), action.microbatch)
+
+    def _gradient_of_output(self, action: Action) -> Tensor | None:
+        """Wait for the gradient of a stage's output; None on the last stage."""
+        self.messages.before_compute()
+        stage, _, microbatch = action
+        if stage == self._last_stage:
+            return None
+        assert microbatch is not None, "a backward has a microbatch"
+        grad = self.messages.receive((stage, Op.RECV_B, microbatch))
+        # The gradient could only be computed from the output, so the output has arrived and this does not wait.
+        # Megatron's backward expects a freed output, and a short plan can come here within the send's window.
+        self.messages.finish_send((stage, Op.SEND_F, microbatch))
+        return grad
+
+    def _before_last(self, action: Action) -> None:
+        """Prepare the last B or W of a chunk, after which its gradients are complete."""
+        if action.microbatch == self.shape.num_microbatches - 1:
+            self.data_parallel.before_last_backward(self.shape.chunk_of(action.stage))
+
+    def _keep(self, action: Action, input_grad: Tensor | None) -> None:
+        """Keep the gradient of a stage's input for its SEND_B."""
+        stage, _, microbatch = action
         if stage > 0:
             if input_grad is None:
                 raise RuntimeError(f"{action} gave no gradient for its input, but the previous rank waits for one")
-            self._input_grads[key] = input_grad
+            assert microbatch is not None, "a backward has a microbatch"
+            self._input_grads[stage, microbatch] = input_grad
 
     def _send_forward(self, action: Action) -> None:
         assert action.microbatch is not None, "a send has a microbatch"

@@ -23,6 +23,11 @@ class Plan:
     peak_live_activations: list[int]  # per rank; an owed W counts as one
     peak_owed_weight_gradients: list[int]  # per rank; zeros unless the backward is split
 
+    @property
+    def is_split(self) -> bool:
+        """Return whether backwards are split: an I owes the weights' gradients to a W."""
+        return any(self.peak_owed_weight_gradients)
+
 
 @lru_cache(maxsize=64)
 def plan_of(

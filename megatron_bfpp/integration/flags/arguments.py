@@ -40,6 +40,9 @@ def refuse(args: Any, settings: Settings) -> None:
         loop, instead = "Megatron's loop (--breadth-first-engine megatron)", "use --breadth-first-engine plan"
         if settings.group_size is not None:
             _refuse("--breadth-first-group-size", f"{loop} has one group here, all micro-batches", instead)
+        if settings.weight_gradients != "with-backward":
+            flag = f"--breadth-first-weight-gradients {settings.weight_gradients}"
+            _refuse(flag, f"{loop} has whole backwards", instead)
         if settings.debug_p2p:
             _refuse("--bfpp-debug-p2p", f"{loop} sends its messages itself", instead)
     timeout_of(args)

@@ -11,11 +11,13 @@ from ...console.errors import UserError
 from ...schedule import PipelineShape
 from ...schedule.lower import DEFAULT_HOP
 from ...schedule.names import word_of
+from ...schedule.orders import weight_lags
 from ...schedule.plan import Plan, plan_of
 
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
+WEIGHT_GRADIENTS = ("with-backward", "deferred")
 PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog reports before NCCL ends the process
 MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
@@ -31,6 +33,12 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--breadth-first-resident-chunks", {"type": int, "metavar": "N"},
      "With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
      f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}."),
+    ("--breadth-first-weight-gradients", {"default": "with-backward", "metavar": "{with-backward,deferred}"},
+     "deferred: split each backward. The input's gradient is computed and sent first, the weights' gradients wait, and "
+     "fill the end of the step: the bubble falls to a third, for the memory of what they need. Same bits."),
+    ("--breadth-first-weight-lag", {"type": int, "metavar": "K"},
+     "With deferred weight gradients: the most micro-batches whose weights' gradients wait on a rank, beside the one "
+     "that has just run. Less takes less memory and hides less. Default: rank r of the pipeline has r waiting."),
     ("--breadth-first-hop", {"type": float, "metavar": "C"},
      "The time of a message between two ranks, in forwards of one micro-batch through one chunk, for which receives "
      "are posted ahead. It matters where CUDA_DEVICE_MAX_CONNECTIONS is 1: as long as your messages or longer. "
@@ -63,6 +71,8 @@ class Settings:
     engine: str = "plan"
     resident_chunks: int | None = None  # gathered at one time, with fully sharded parameters; None for the default
     hop: float = DEFAULT_HOP  # latency of a message in forwards of a micro-batch through a chunk, see schedule/lower.py
+    weight_gradients: str = "with-backward"
+    weight_lag: int | None = None  # the most micro-batches that await their weights' gradients; None for no limit
     debug_p2p: bool = False  # each message says what it is, and the receiver compares
 
     def __post_init__(self) -> None:
@@ -70,6 +80,7 @@ class Settings:
             ("--pipeline-schedule", self.schedule, SCHEDULES),
             ("--breadth-first-backward", self.backward, BACKWARDS),
             ("--breadth-first-engine", self.engine, ENGINES),
+            ("--breadth-first-weight-gradients", self.weight_gradients, WEIGHT_GRADIENTS),
         ):
             if value not in choices:
                 raise UserError(f"{flag} {value} does not exist.\n  Use {flag} {' or '.join(choices)}.")
@@ -82,6 +93,16 @@ class Settings:
             raise UserError(
                 f"--breadth-first-resident-chunks is {self.resident_chunks}; a chunk runs only while it is gathered.\n"
                 f"  Use {RESIDENT_CHUNKS}, which hides the gathers, or the number of chunks: one gather each per step."
+            )
+        if self.weight_lag is not None and self.weight_lag < 0:
+            raise UserError(
+                f"--breadth-first-weight-lag is {self.weight_lag}; it counts micro-batches.\n"
+                "  Use 0 or more, or leave it out: rank r of the pipeline then has r waiting."
+            )
+        if self.weight_lag is not None and self.weight_gradients != "deferred":
+            raise UserError(
+                f"--breadth-first-weight-lag is {self.weight_lag}, but weights' gradients are computed "
+                f"{self.weight_gradients}.\n  Use it with --breadth-first-weight-gradients deferred, or leave it out."
             )
         if not 0 <= self.hop < math.inf:
             raise UserError(
@@ -100,7 +121,9 @@ class Settings:
         """
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
         hop = self.hop if is_ahead else None
-        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, hop)
+        is_split = self.weight_gradients == "deferred" and not evaluation
+        lags = tuple(weight_lags(shape, self.weight_lag)) if is_split else None
+        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, hop, lags)
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""
@@ -130,6 +153,8 @@ def settings_of(args: Any) -> Settings:
         engine=getattr(args, "breadth_first_engine", None) or "plan",
         resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
         hop=DEFAULT_HOP if (hop := getattr(args, "breadth_first_hop", None)) is None else hop,
+        weight_gradients=getattr(args, "breadth_first_weight_gradients", None) or "with-backward",
+        weight_lag=getattr(args, "breadth_first_weight_lag", None),
         debug_p2p=bool(getattr(args, "bfpp_debug_p2p", False)),
     )
 

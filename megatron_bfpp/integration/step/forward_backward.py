@@ -19,13 +19,14 @@ from ...console.version import __version__
 from ...runtime.channels import ChannelGroups
 from ...runtime.executor import Executor
 from ...runtime.p2p import Messages
+from ...runtime.weight_gradients import OwedGradients, covers
 from ...schedule import Action, PipelineShape
 from ...schedule.lower import DEFAULT_HOP
 from ...schedule.plan import Plan
 from .. import process
 from ..flags.settings import Settings
 from ..seams import changed
-from . import cuda_graphs, fully_sharded, replicas
+from . import cuda_graphs, fully_sharded, replicas, weight_gradients
 from .call import StepCall, check_config
 from .compute import MegatronCompute
 from .groups import channel_groups, header_group, process_groups
@@ -64,7 +65,6 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
     peak = plan.peak_live_activations[pp_rank]
-    compute = MegatronCompute(call, config, is_last_rank, groups.cp.size(), device, peak)
     messages = Messages(
         channels, shape, call.tensor_shape(config, groups), config.pipeline_dtype, device,
         header_group(pp_group) if settings.debug_p2p or variable_shapes else None, variable_shapes, process.ACTIVITY,
@@ -74,9 +74,17 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
         gates: Any = fully_sharded.data_parallel(call.model, config)
     else:
         gates = replicas.data_parallel(config, call.model, call.forward_only)
-    with process.RECORDING.around(gates, shape, pp_rank), gates, cuda_graphs.around(call, config):
+    actions = plan.actions[pp_rank]
+    owed = OwedGradients(gates.added, covers(actions, shape)) if plan.is_split else None
+    compute = MegatronCompute(
+        call, config, is_last_rank, groups.cp.size(), device, peak, owed, gates.before_last_weights
+    )
+    recorded, deferred = process.RECORDING.around(gates, shape, pp_rank), weight_gradients.deferred(call.model, owed)
+    with recorded, gates, cuda_graphs.around(call, config), deferred:
         executor = Executor(shape, compute, messages, gates, call.forward_only, _span(), process.ACTIVITY)
-        executor.run(plan.actions[pp_rank])
+        executor.run(actions)
+    if owed is not None:
+        owed.assert_paid()
 
     process.ACTIVITY.begin("the end of the gradients")
     if finalize is not None:

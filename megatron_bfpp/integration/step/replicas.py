@@ -39,7 +39,7 @@ def data_parallel(config: Any, model: list[Module], evaluation: bool) -> DataPar
         param_sync = _unaligned_gathers(model)
     elif _gathers_in_buckets(first) and param_sync[0] == first.start_param_sync:
         param_sync = [partial(_gather_in_forward_order, first), *param_sync[1:]]
-    return DataParallel(config.no_sync_func, grad_sync, param_sync, model, in_backward)
+    return DataParallel(config.no_sync_func, grad_sync, param_sync, model, in_backward, _register)
 
 
 def _reduces_in_buckets(chunk: Module) -> bool:
@@ -50,6 +50,15 @@ def _reduces_in_buckets(chunk: Module) -> bool:
         and chunk.ddp_config.num_distributed_optimizer_instances == 1
         and len(chunk.bucket_groups) > 1
     )
+
+
+def _register(chunk: Module, parameter: Parameter) -> None:
+    """Tell Megatron's wrapper that a gradient is complete, as its own hooks do; it counts within a last backward only.
+
+    The parameter's own hook has fired in an I, within no_sync, where it does not count.
+    """
+    if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_grad_reduce:
+        chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
 
 def _reduce_rest(chunk: Any, _: Iterator[Parameter]) -> None:
