@@ -21,7 +21,7 @@ On a CPU a collective blocks. There `Reductions` launches it asynchronously and 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain
@@ -117,6 +117,9 @@ class FullySharded:
             if new_group is not None:
                 _separate_reductions(chain.from_iterable(self._units), new_group)
         self._reductions = _prepared[model[0]]
+        # Of a split backward: the chunks whose last W reduces, and FSDP2's object of each gathered parameter.
+        self._by_hand: set[int] = set()
+        self._unsharded: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         self._reductions.waits = any(each.grad is not None for chunk in self._model for each in chunk.parameters())
@@ -137,12 +140,32 @@ class FullySharded:
             chunk._get_fsdp_state()._root_post_backward_final_callback()
 
     def before_last_backward(self, chunk: int) -> None:
-        """Have the chunk's next backward, its last of the step, reduce module by module."""
+        """Have the chunk's next backward, a B that is its last of the step, reduce module by module."""
         self._model[chunk].set_requires_gradient_sync(True)
         self._reductions.begin()
 
+    def before_last_weights(self, chunk: int, owed: Collection[nn.Parameter]) -> None:
+        """Note that the chunk's gradients are complete only behind a W: FSDP2's hooks have fired in its last I."""
+        self._by_hand.add(chunk)
+
+    def added(self, chunk: int, parameter: nn.Parameter) -> None:
+        """Sum the gradient that a W has given to a gathered parameter as FSDP2 does at the end of a backward."""
+        if id(parameter) not in self._unsharded:
+            params = chain.from_iterable(group.fsdp_params for group in _groups(self._units[chunk]))
+            self._unsharded |= {id(each._unsharded_param): each for each in params}
+        owner = self._unsharded[id(parameter)]
+        owner.accumulate_unsharded_grad_if_needed()
+        owner.to_accumulated_grad_if_needed()
+
     def reduce_grad(self, chunk: int) -> None:
-        """End the chunk's backwards, which have launched its reduction, and wait for the reduction before it."""
+        """End the chunk's backwards, which have launched its reduction, and wait for the reduction before it.
+
+        A W launches none: its chunk is reduced here, in the order of a backward.
+        """
+        if chunk in self._by_hand:
+            self._by_hand.remove(chunk)
+            for group in _groups(reversed(self._units[chunk])):
+                group.post_backward()
         self._model[chunk].set_requires_gradient_sync(False)
         self._reductions.finish_earlier()
 

@@ -13,6 +13,7 @@ from typing import Any
 import megatron.core.utils as core_utils
 import torch
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, nvtx_range_pop, nvtx_range_push
 
 from ...console.version import __version__
@@ -64,27 +65,11 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-    peak = plan.peak_live_activations[pp_rank]
-    messages = Messages(
+    compute = _execute(call, config, plan, groups, pp_rank, Messages(
         channels, shape, call.tensor_shape(config, groups), config.pipeline_dtype, device,
         header_group(pp_group) if settings.debug_p2p or variable_shapes else None, variable_shapes, process.ACTIVITY,
         None if process.RECORDING.recorder is None else process.RECORDING.recorder.waiting,
-    )  # fmt: skip
-    if is_sharded:
-        gates: Any = fully_sharded.data_parallel(call.model, config)
-    else:
-        gates = replicas.data_parallel(config, call.model, call.forward_only)
-    actions = plan.actions[pp_rank]
-    owed = OwedGradients(gates.added, covers(actions, shape)) if plan.is_split else None
-    compute = MegatronCompute(
-        call, config, is_last_rank, groups.cp.size(), device, peak, owed, gates.before_last_weights
-    )
-    recorded, deferred = process.RECORDING.around(gates, shape, pp_rank), weight_gradients.deferred(call.model, owed)
-    with recorded, gates, cuda_graphs.around(call, config), deferred:
-        executor = Executor(shape, compute, messages, gates, call.forward_only, _span(), process.ACTIVITY)
-        executor.run(actions)
-    if owed is not None:
-        owed.assert_paid()
+    ))  # fmt: skip
 
     process.ACTIVITY.begin("the end of the gradients")
     if finalize is not None:
@@ -98,6 +83,29 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     cuda_graphs.create(call, config)
     process.after_schedule(call.forward_only)
     return compute.store
+
+
+def _execute(
+    call: StepCall, config: Any, plan: Plan, groups: ProcessGroupCollection, pp_rank: int, messages: Messages
+) -> MegatronCompute:
+    """Run this rank's actions of a plan; return what they computed with."""
+    shape, actions = messages.shape, plan.actions[pp_rank]
+    if fully_sharded.is_sharded(call.model):
+        gates: Any = fully_sharded.data_parallel(call.model, config)
+    else:
+        gates = replicas.data_parallel(config, call.model, call.forward_only)
+    owed = OwedGradients(gates.added, covers(actions, shape)) if plan.is_split else None
+    compute = MegatronCompute(
+        call, config, pp_rank == shape.pp_size - 1, groups.cp.size(), messages.device,
+        plan.peak_live_activations[pp_rank], owed, gates.before_last_weights,
+    )  # fmt: skip
+    recorded, deferred = process.RECORDING.around(gates, shape, pp_rank), weight_gradients.deferred(call.model, owed)
+    with recorded, gates, cuda_graphs.around(call, config), deferred:
+        executor = Executor(shape, compute, messages, gates, call.forward_only, _span(), process.ACTIVITY)
+        executor.run(actions)
+    if owed is not None:
+        owed.assert_paid()
+    return compute
 
 
 def loads_kernels(device: torch.device, channels: ChannelGroups, forward_only: bool) -> bool:
