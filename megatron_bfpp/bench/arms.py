@@ -1,6 +1,7 @@
 """The arms of `bfpp bench`: every schedule of the table, on the same emulated stages and network. Runs in each rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -8,17 +9,22 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import TransformerConfig
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleLoopedBFS
+from torch.distributed.pipelining.schedules import (
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+)
 
 from ..integration.flags.settings import Settings
 from ..integration.seams import changed
-from ..integration.step import forward_backward
+from ..integration.step import forward_backward, weight_gradients
+from ..runtime.weight_gradients import OwedGradients
 from ..schedule import Action, Schedule
 from . import data_parallel
 from .emulate.collectives import Collectives
 from .emulate.network import Network
 from .emulate.stages import HIDDEN, EmulatedChunk
+from .torch_stage import EmulatedStage, ReplicatedStage
 
 Step = Callable[[], None]
 
@@ -44,8 +50,10 @@ class Arms:
             "breadth-first-late": lambda: self._run(forward_backward.run, late),
             "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
             "breadth-first-sharded": self._sharded(ours),
+            "breadth-first-deferred": lambda: self._deferred(replace(ours, weight_gradients="deferred")),
             "torch-interleaved": self._torch("torch-interleaved", ScheduleInterleaved1F1B),
             "torch-looped-bfs": self._torch("torch-looped-bfs", ScheduleLoopedBFS),
+            "torch-zero-bubble": self._torch("torch-zero-bubble", ScheduleInterleavedZeroBubble),
         }
 
     def _config(self, has_chunks: bool) -> Any:
@@ -92,6 +100,16 @@ class Arms:
     def _grouped(self, interleaved: Callable[..., Any], group: int) -> None:
         with changed(self._chunks[0].config, microbatch_group_size_per_vp_stage=group):
             self._run(interleaved)
+
+    def _deferred(self, settings: Settings) -> None:
+        @contextmanager
+        def to_the_network(model: list[Any], owed: OwedGradients | None) -> Iterator[None]:
+            with changed(self.network, owed=owed):
+                yield
+
+        # In place of Megatron's linear layers, which the emulated stages do not have.
+        with changed(weight_gradients, deferred=to_the_network):
+            self._run(forward_backward.run, settings)
 
     def _not_interleaved(self) -> Step:
         (chunk,) = self._model([EmulatedChunk(self._config(False), None, self.network, repeat=self.shape.num_chunks)])
@@ -140,10 +158,10 @@ class Arms:
 
         return step
 
-    def _stage(self, chunk: EmulatedChunk, *args: Any, **kwargs: Any) -> PipelineStage:
+    def _stage(self, chunk: EmulatedChunk, *args: Any, **kwargs: Any) -> EmulatedStage:
         if self.collectives is None:
-            return PipelineStage(chunk, *args, **kwargs)
-        return data_parallel.ReplicatedStage(chunk, *args, collectives=self.collectives, **kwargs)
+            return EmulatedStage(chunk, chunk, *args, **kwargs)
+        return ReplicatedStage(chunk, *args, collectives=self.collectives, **kwargs)
 
 
 def _nothing_to_shard() -> None:

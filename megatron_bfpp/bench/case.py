@@ -9,7 +9,6 @@ from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import SCHEDULES
 from .emulate.shared_card import SharedCards
 
-ARMS = tuple(word for word, schedule in SCHEDULES.items() if not schedule.is_split)
 SHARDED = "breadth-first-sharded"  # fully, which takes data parallelism
 FREE = ", free collectives"  # the variant of an arm whose data-parallel collectives take no time
 # In the shared memory, per rank: until when its card sends and receives, and its link within the node does. The first
@@ -38,7 +37,7 @@ class Case:
     full_duplex: bool = True
     jitter: float = 0.0
     replicas: int = 1
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = tuple(SCHEDULES)
     repeat: int = 1
     connections: int = 32
     hop: float = DEFAULT_HOP

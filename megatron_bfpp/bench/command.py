@@ -10,7 +10,8 @@ from ..console.numbers import at_least, between
 from ..console.progress import Steps
 from ..schedule import PipelineShape
 from ..schedule.lower import DEFAULT_HOP
-from .case import ARMS, FREE
+from ..schedule.names import SCHEDULES
+from .case import FREE
 from .results import Result, as_json, markdown, table
 from .settings import Setting, settings
 
@@ -21,8 +22,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_cases(bench)
     _add_emulation(bench)
     add, count = bench.add_argument, at_least(1, 10_000)
-    add("--arm", action="append", choices=ARMS, metavar="ARM",
-        help=f"run this arm; may be repeated. One of {', '.join(ARMS)}. Default: all")  # fmt: skip
+    add("--arm", action="append", choices=tuple(SCHEDULES), metavar="ARM",
+        help=f"run this arm; may be repeated. One of {', '.join(SCHEDULES)}. Default: all")  # fmt: skip
     add("--repeat", type=count, default=2, help="steps of every arm, alternating between the arms; default 2")
     add("--json", metavar="PATH", help="write all that was measured")
     add("--markdown", metavar="PATH", help="write a table of the ratios, a row per case")
@@ -32,8 +33,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_cases(bench: argparse.ArgumentParser) -> None:
     add, time = bench.add_argument_group("cases").add_argument, between(0, 10_000)
-    sets = "of cases; short, the default: 3 minutes; full: 15 to 20"
-    add("--set", choices=("short", "full"), default="short", help=sets)
+    sets = "of cases; short, the default: 4 minutes; full: 20 to 25; split: where a split backward gains most"
+    add("--set", choices=("short", "full", "split"), default="short", help=sets)
     add("--shape", action="append", type=_shape, metavar="PP,CHUNKS,MICROBATCHES", help="this one; may be repeated")
     add("--hop", type=time, action="append", help="latency between ranks, in forwards; may be repeated")
     add("--transfer", type=time, help="of a message at a card, in forwards: size / bandwidth")
@@ -52,6 +53,8 @@ def _add_emulation(bench: argparse.ArgumentParser) -> None:
     add, count = bench.add_argument_group("emulation").add_argument, at_least(1, 10_000)
     add("--forward-ms", type=between(0.1, 10_000), default=15.0, help="of a chunk and micro-batch; default 15 ms")
     add("--backward-time", type=between(0.01, 10_000), default=2.0, help="of a backward, in forwards; default 2")
+    weights = "of a split backward's second part, the weights' gradients (W), in forwards; default: half the backward"
+    add("--weights-time", type=between(0.01, 10_000), help=weights)
     replicas = "replicas of the pipeline with reductions or gathers; default 2"
     add("--dp", type=at_least(2, 10_000), default=2, help=replicas)
     add("--buckets", type=count, default=1, help="of gradients in the first rank's first chunk; default 1")
@@ -97,7 +100,7 @@ def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
 
     for library in ("torch", "megatron"):
         require(library, "bfpp bench")
-    cases = [setting.case(args, args.arm or list(ARMS)) for setting in chosen]
+    cases = [setting.case(args, args.arm or list(SCHEDULES)) for setting in chosen]
     steps = sum(len(case.arms) * len(case.variants) * case.repeat for case in cases)
     repeated, results = 0, []
     with Steps(steps, "starting the ranks", "bench") as bar:

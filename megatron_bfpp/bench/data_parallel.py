@@ -1,4 +1,4 @@
-"""The chunks under data parallelism: Megatron's and torch's wrappers with emulated collectives. Runs in each rank."""
+"""The chunks under data parallelism: Megatron's wrappers with emulated collectives. Runs in each rank."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,14 +6,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     TorchFullyShardedDataParallel,
 )
-from torch.distributed.pipelining import PipelineStage
 
 from ..integration.seams import changed
 from ..runtime import fully_sharded
@@ -61,34 +58,6 @@ def _emulate(
 
     setattr(group, start, started)
     setattr(group, finish, finished)
-
-
-class ReplicatedStage(PipelineStage):
-    """A stage of torch.distributed.pipelining whose module is in torch's DistributedDataParallel.
-
-    torch launches the all-reduce of a bucket in the last backward of a stage, as soon as its gradients are there, and
-    waits for all of them at the end of that backward. An all-reduce is a reduce-scatter and an all-gather.
-    """
-
-    def __init__(self, chunk: Any, *args: Any, collectives: Collectives, **kwargs: Any):
-        ddp = torch.nn.parallel.DistributedDataParallel(chunk, process_group=parallel_state.get_data_parallel_group())
-        super().__init__(ddp, *args, **kwargs)
-        self._collectives, self._is_last, self._launched = collectives, False, list[Collective]()
-        for layer in chunk.layers:
-            layer.weight.register_post_accumulate_grad_hook(self._launch)
-
-    def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: Any, last_backward: bool = False) -> Any:
-        self._is_last = last_backward
-        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        for collective in self._launched:
-            self._collectives.wait(collective)
-        self._launched.clear()
-        return result
-
-    def _launch(self, parameter: torch.Tensor) -> None:
-        if self._is_last:
-            costs = self._collectives.network.case.costs
-            self._launched.append(self._collectives.launch((costs.reduction + costs.gather) / costs.buckets))
 
 
 def under_fsdp(chunk: EmulatedChunk, collectives: Collectives) -> TorchFullyShardedDataParallel:

@@ -28,7 +28,8 @@ def plot(results: list[Result], path: str) -> None:
             width = 0.86 / len(arms)
             _bars(axes, arm.color, bars, (index - (len(arms) - 1) / 2) * width, width)
         axes.axhline(1.0, color="#1c1c1c", linewidth=0.8)
-        axes.set_ylim(0.9, min(TOP, max(each.to_bound for each in results) * 1.03))
+        heights = [each.to_bound for each in results]
+        axes.set_ylim(min(0.9, 0.97 * min(heights)), min(TOP, 1.03 * max(heights)))
         axes.set_xlim(-0.55, len(rows[0]) - 0.45)  # also in a last row that is shorter
         axes.set_ylabel("step time / lower bound")
         axes.set_xticks(range(len(row)), [_label(*case) for case in row], fontsize=8)

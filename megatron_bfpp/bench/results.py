@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..integration.flags.settings import Settings
-from ..schedule import Op, PipelineShape, Schedule, lower, one_f_one_b
+from ..schedule import Action, Op, PipelineShape, Schedule, lower, one_f_one_b
 from ..schedule.costs import MEGATRON, TORCH, Costs, at
 from ..schedule.names import SCHEDULES, order_of, predict
 from ..schedule.replay import replay
@@ -41,7 +41,12 @@ class Result:
 
     @property
     def to_bound(self) -> float:
+        """The step over the lower bound of whole backwards, which a split one can come below."""
         return self.median_s / lower_bound_s(self.case.shape, self.case.costs)
+
+    @property
+    def is_split(self) -> bool:
+        return SCHEDULES[self.arm].is_split
 
     @property
     def exposed_s(self) -> float | None:
@@ -63,11 +68,15 @@ class Result:
         if self.plan is not None and case.connections == 1:
             return None
         if self.plan is not None:
-            # torch's DDP reduces and gathers in one all-reduce.
-            costs = replace(costs, gather=0.0, reduction=costs.reduction + costs.gather)
+            # torch's DDP reduces and gathers in one all-reduce. Split, the first stage's W is all of a backward.
+            weights = [at(costs.backward, 0), *[costs.of(Action(0, Op.W))] * (shape.num_stages - 1)]
+            costs = replace(costs, weights=weights, gather=0.0, reduction=costs.reduction + costs.gather)
             return replay(self.plan, shape, costs, TORCH, case.connections).step_time
         if not SCHEDULES[self.arm].chunks:
             return _one_f_one_b_s(shape, costs, case.connections)
+        if self.is_split:
+            ours = Settings("breadth-first", hop=case.hop, weight_gradients="deferred")
+            return replay(ours.plan_of(shape).actions, shape, costs, connections=case.connections).step_time
         resident = Settings("breadth-first").resident_chunks_of(shape.num_chunks) if self.arm == SHARDED else None
         order = order_of(self.arm, shape)
         return predict(self.arm, order, shape, costs, resident, case.hop, case.connections)[1].step_time
@@ -84,18 +93,44 @@ def _one_f_one_b_s(shape: PipelineShape, costs: Costs, connections: int) -> floa
     return replay(plan, whole, costs, MEGATRON, connections).step_time
 
 
-def lower_bound_s(shape: PipelineShape, costs: Costs) -> float:
+def lower_bound_s(shape: PipelineShape, costs: Costs, is_split: bool = False) -> float:
     """Return a time that no schedule with looping placement and equal stages beats.
 
-    That is the work of the last rank between the fill and the drain of the pipeline, or the way of one micro-batch
-    through all stages and back, whichever is longer. Before it stands the gather of the first bucket of the first
-    stage, after it the reduction of the last one.
+    is_split: its backwards are split, so that what other ranks wait for takes part of their time.
+
+    Before it stands the gather of the first bucket of the first stage, after it the reduction of the last one.
     """
+    collectives = (costs.gather + costs.reduction) / costs.buckets
+    return max(_split_bounds(shape, costs) if is_split else _whole_bounds(shape, costs)) + collectives
+
+
+def _whole_bounds(shape: PipelineShape, costs: Costs) -> tuple[float, ...]:
+    """Return the work of the last rank between fill and drain, and the way of one micro-batch there and back."""
     both, messages = at(costs.forward, 0) + at(costs.backward, 0), costs.messages(shape.pp_size)
     ring, way = sum(messages), sum(messages[:-1])
     work = shape.num_microbatches * shape.num_chunks * both + (shape.pp_size - 1) * both + 2 * way
-    collectives = (costs.gather + costs.reduction) / costs.buckets
-    return max(work, shape.num_stages * both + 2 * ((shape.num_chunks - 1) * ring + way)) + collectives
+    return work, shape.num_stages * both + 2 * ((shape.num_chunks - 1) * ring + way)
+
+
+def _split_bounds(shape: PipelineShape, costs: Costs) -> tuple[float, ...]:
+    """Return four times that each have to pass, one after the other.
+
+    - The fill with forwards, and all the work of the last rank.
+    - The fill, all forwards and I's of the last rank, the I's of the others down to the first stage, and a W there.
+    - The way of one micro-batch through all stages and back, and the W of the first stage.
+    - Its way to the last stage and from there to the first rank, and all I's and W's of that rank. With as many
+      micro-batches as ranks and no latency it equals the first; with latency it is longer.
+    """
+    forward, inputs, weights = (costs.of(Action(0, op)) for op in (Op.F, Op.I, Op.W))
+    messages, pairs = costs.messages(shape.pp_size), shape.num_microbatches * shape.num_chunks
+    ring, way = sum(messages), sum(messages[:-1])
+    others, there = shape.pp_size - 1, (shape.num_chunks - 1) * ring + way
+    return (
+        others * forward + way + pairs * (forward + inputs + weights),
+        others * (forward + inputs) + 2 * way + pairs * (forward + inputs) + weights,
+        shape.num_stages * (forward + inputs) + 2 * there + weights,
+        shape.num_stages * forward + there + others * inputs + way + pairs * (inputs + weights),
+    )
 
 
 def table(results: list[Result]) -> str:
@@ -116,10 +151,17 @@ def table(results: list[Result]) -> str:
             + ("" if each.exposed is None else f"{each.exposed:>9.2f}")
             for each in arms
         ]
+        if any(each.is_split for each in arms):
+            part = _split_bound(shape, arms[0].case.costs)
+            lines.append(f"  bound of a split backward: {part:.3f} of that of a whole one")
     if any(each.exposed is not None for each in results):
         lines.append("exposed: what the data-parallel collectives add to the step, in those of one chunk "
                      "(a reduction and a gather)")  # fmt: skip
     return "\n".join(lines)
+
+
+def _split_bound(shape: PipelineShape, costs: Costs) -> float:
+    return lower_bound_s(shape, costs, is_split=True) / lower_bound_s(shape, costs)
 
 
 def _error(each: Result) -> str:
@@ -128,16 +170,21 @@ def _error(each: Result) -> str:
 
 
 def markdown(results: list[Result]) -> str:
-    """Return a row per case, a column per arm: step time over lower bound; in brackets the exposed collectives."""
+    """Return a row per case, a column per arm: step time over lower bound; in brackets the exposed collectives.
+
+    The bound is that of whole backwards. With a split one its own bound has a column, as a part of the other.
+    """
     arms = list(dict.fromkeys(each.arm for each in results))
-    lines = ["| P x V, M | network | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
+    names = [*arms, *["split bound"] * any(each.is_split for each in results)]
+    lines = ["| P x V, M | network | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for (shape, network), found in _rows(results):
         by_arm = {
             each.arm: f"{each.to_bound:.3f}" + ("" if each.exposed is None else f" ({each.exposed:.2f})")
             for each in found
         }
+        by_arm["split bound"] = f"{_split_bound(shape, found[0].case.costs):.3f}"
         cells = [f"{shape.pp_size} x {shape.num_chunks}, {shape.num_microbatches}", network]
-        lines.append("| " + " | ".join([*cells, *(by_arm.get(arm, "") for arm in arms)]) + " |")
+        lines.append("| " + " | ".join([*cells, *(by_arm.get(name, "") for name in names)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -156,8 +203,10 @@ def _as_json(each: Result) -> dict[str, Any]:
     return {
         "arm": each.arm, "pp_size": shape.pp_size, "num_chunks": shape.num_chunks,
         "num_microbatches": shape.num_microbatches, "network": case.network, "connections": case.connections,
-        "breadth_first_hop": case.hop, "forward_s": costs.forward, "backward_s": costs.backward, "hop_s": costs.hop,
+        "breadth_first_hop": case.hop, "forward_s": costs.forward, "backward_s": costs.backward,
+        "weights_s": costs.of(Action(0, Op.W)), "hop_s": costs.hop,
         "transfer_s": costs.transfer, "gather_s": costs.gather, "reduction_s": costs.reduction,
-        "buckets": costs.buckets, "lower_bound_s": lower_bound_s(shape, costs), "predicted_s": each.predicted_s,
+        "buckets": costs.buckets, "lower_bound_s": lower_bound_s(shape, costs, each.is_split),
+        "predicted_s": each.predicted_s,
         "step_times_s": each.step_times_s, "free_step_times_s": each.free_step_times_s,
     }  # fmt: skip

@@ -50,6 +50,7 @@ class Setting(NamedTuple):
         costs = Costs(
             forward=forward_s,
             backward=forward_s * args.backward_time,
+            weights=None if args.weights_time is None else forward_s * args.weights_time,
             hop=of_edges(self.hop * forward_s, self.node_hop * forward_s),
             transfer=of_edges(self.transfer * forward_s, self.node_transfer * forward_s),
             gather=self.gather * count * forward_s,
@@ -66,7 +67,7 @@ class Setting(NamedTuple):
         )  # fmt: skip
 
 
-# With the defaults about 3 and 20 minutes (full with --repeat 1).
+# With the defaults about 4 and 25 minutes (full with --repeat 1).
 SHORT = [
     Setting(PipelineShape(4, 2, 8), 0.5),
     Setting(PipelineShape(4, 4, 8), 0.5),
@@ -83,19 +84,32 @@ FULL += [
     for sizes, collectives in (((4, 4, 8), (1.0, 0.0)), ((4, 4, 8), (0.5, 0.5)), ((4, 4, 8), (1.0, 1.0)),
                                ((4, 2, 8), (0.5, 0.5)), ((4, 2, 8), (1.0, 1.0)), ((8, 4, 16), (1.0, 0.0)))
 ]  # fmt: skip
+# Where a split backward matters most: as many micro-batches as ranks; where its lag does: hops, and reductions.
+SPLIT = [Setting(PipelineShape(*sizes), hop) for sizes in ((8, 4, 8), (4, 4, 4)) for hop in (0.0, 0.2)]
+SPLIT += [Setting(PipelineShape(*sizes), 0.2) for sizes in ((8, 4, 16), (4, 4, 8))]
+SPLIT += [Setting(PipelineShape(8, 4, 16), reduction=reduction) for reduction in (0.25, 0.5)]
+_SETS = {"short": SHORT, "full": FULL, "split": SPLIT}
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
     """Return the cases that the command line names. --model also sets args.backward_time and connections."""
-    if args.model is not None:
-        return [_of_model(args)]
+    chosen = [_of_model(args)] if args.model is not None else _named(args)
+    if args.weights_time is not None and args.weights_time >= args.backward_time:
+        raise UserError(
+            f"--weights-time is {args.weights_time:g} forwards, but a whole backward takes {args.backward_time:.3g}.\n"
+            "  Use a shorter --weights-time: the input's gradient takes the rest of the backward."
+        )
+    return chosen
+
+
+def _named(args: argparse.Namespace) -> list[Setting]:
     if args.node_size is None and (args.node_hop or args.node_transfer):
         raise UserError(
             "--node-hop and --node-transfer are of messages within a node, and each rank has a node of its own.\n"
             "  Add --node-size N."
         )
     if all(each is None for each in (args.shape, args.hop, args.transfer, args.reduction, args.gather, args.node_size)):
-        return FULL if args.set == "full" else SHORT
+        return _SETS[args.set]
     shapes = args.shape or list(dict.fromkeys(each.shape for each in SHORT))
     hops = args.hop or ((0.5,) if args.transfer is None else (0.0,))
     rest = args.transfer or 0.0, args.reduction or 0.0, args.gather or 0.0

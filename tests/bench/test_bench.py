@@ -167,7 +167,7 @@ def test_every_arm_runs_in_real_processes_and_none_beats_the_clock(tmp_path, cap
     printed = capsys.readouterr().out
     results = json.loads(data.read_text())["results"]
     assert all(each["arm"] in printed for each in results)
-    assert len(results) == 8 and len({each["arm"] for each in results}) == 8
+    assert len(results) == 10 and len({each["arm"] for each in results}) == 10
     for each in results:
         assert each["free_step_times_s"] is None
         # Sleeps and messages take at least their time, whatever else the machine does; the bound is true for all arms.
@@ -197,7 +197,7 @@ def test_every_arm_runs_with_data_parallel_collectives(tmp_path, capsys, more):
     assert main(["bench", *options, *more, "--json", str(data)]) == 0
     assert "exposed" in capsys.readouterr().out
     results = json.loads(data.read_text())["results"]
-    assert len({each["arm"] for each in results}) == 9  # full sharding too
+    assert len({each["arm"] for each in results}) == 11  # full sharding too
     for each in results:
         assert min(each["step_times_s"]) >= each["lower_bound_s"]
         without = each["lower_bound_s"] - (each["reduction_s"] + each["gather_s"]) / 2

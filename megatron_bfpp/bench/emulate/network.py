@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ...runtime.weight_gradients import OwedGradients
+from ...schedule import Op
 from ...schedule.costs import at
 from ..case import NUMBERS_PER_CARD, Case
 from .queue import HardwareQueue
@@ -64,6 +66,8 @@ class Network:
     random: Random = field(default_factory=Random)
     sent: int = 0  # messages of this rank on the shared card
     queue: HardwareQueue | None = None  # where there is one for all streams
+    backward: Op = Op.B  # what torch runs of a backward now: both gradients, the input's (I) or the weights' (W)
+    owed: OwedGradients | None = None  # in a step of this plugin that splits its backwards
 
     def __post_init__(self) -> None:
         if self.case.connections == 1:

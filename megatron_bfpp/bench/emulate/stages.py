@@ -5,11 +5,12 @@ them as they treat a model. Tensors are [1, 1, 2] in float64: a number and the s
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...schedule.costs import at
+from ...schedule import Action, Op
 from .network import Network, sleep_until
 
 HIDDEN = 2  # of the tensors between stages
@@ -32,24 +33,61 @@ class Sleep(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer: Layer = ctx.layer
         layer.before_work()
-        until = layer.network.work(layer.backward_s)
+        owed = layer.network.owed
+        is_owed = owed is not None and owed.is_deferring
+        op = Op.I if is_owed else layer.network.backward
+        until = layer.network.work(layer.backward_s[op])
         x, weight = ctx.saved_tensors
         grad = grads[0]
         # The last number is the stamp of the message that brought it, not a gradient.
         of_weight = (grad * x)[..., :-1].sum().reshape(1)
         of_input = grad * weight
         sleep_until(until)
+        if owed is not None and is_owed:
+            owed.owe(layer.weight, _WeightGradient(layer, of_weight))
+            return of_input, _placeholder(layer.weight), None
+        if op is not Op.I:
+            layer.after_weights()
         return of_input, of_weight, None
 
 
+@dataclass(frozen=True)
+class _WeightGradient:
+    """The gradient of a layer's weight that an I of this plugin owes; its W sleeps for it."""
+
+    layer: "Layer"
+    value: torch.Tensor
+
+    def prepare(self) -> None:
+        """Do nothing: no other rank has a part of it."""
+
+    def compute(self) -> torch.Tensor:
+        until = self.layer.network.work(self.layer.backward_s[Op.W])
+        sleep_until(until)
+        return self.value
+
+
+def _placeholder(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    """Return what an I gives for a weight: Megatron's wrapper demands a gradient, and does not add it if told so."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight)
+
+
 class Layer(torch.nn.Module):
-    """A part of a stage with one parameter, which a bucket of gradients can hold. before_work waits for it."""
+    """A part of a stage with one parameter, which a bucket of gradients can hold.
+
+    before_work waits for the parameter. after_weights is called in a backward that has made its gradient.
+    """
 
     def __init__(self, network: Network):
         super().__init__()
         self.network, costs = network, network.case.costs
-        self.forward_s, self.backward_s = (at(each, 0) / costs.buckets for each in (costs.forward, costs.backward))
+        self.forward_s = costs.of(Action(0, Op.F)) / costs.buckets
+        self.backward_s = {op: costs.of(Action(0, op)) / costs.buckets for op in (Op.B, Op.I, Op.W)}
         self.before_work: Callable[[], None] = lambda: None
+        self.after_weights: Callable[[], None] = lambda: None
         self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +103,7 @@ class EmulatedChunk(torch.nn.Module):
 
     def __init__(self, config: Any, vp_stage: int | None, network: Network, repeat: int = 1):
         super().__init__()
-        self.config, self.vp_stage, self.model_type = config, vp_stage, None
+        self.config, self.vp_stage, self.model_type, self.network = config, vp_stage, None, network
         self.layers = torch.nn.ModuleList(Layer(network) for _ in range(network.case.costs.buckets * repeat))
         self._received: torch.Tensor | None = None
 
