@@ -40,6 +40,7 @@ class Arms:
         self._chunks = self._model(self._new_chunks())
         ours = Settings("breadth-first", hop=network.case.hop)
         late, megatron = replace(ours, backward="late"), replace(ours, engine="megatron")
+        deferred = replace(ours, weight_gradients="deferred", weight_lag=network.case.weight_lag)
         interleaved = schedules.forward_backward_pipelining_with_interleaving
         interleaved = getattr(interleaved, "__wrapped__", interleaved)
         self.steps: dict[str, Step] = {
@@ -50,7 +51,7 @@ class Arms:
             "breadth-first-late": lambda: self._run(forward_backward.run, late),
             "breadth-first-megatron": lambda: self._run(forward_backward.run_megatron, megatron, interleaved),
             "breadth-first-sharded": self._sharded(ours),
-            "breadth-first-deferred": lambda: self._deferred(replace(ours, weight_gradients="deferred")),
+            "breadth-first-deferred": lambda: self._deferred(deferred),
             "torch-interleaved": self._torch("torch-interleaved", ScheduleInterleaved1F1B),
             "torch-looped-bfs": self._torch("torch-looped-bfs", ScheduleLoopedBFS),
             "torch-zero-bubble": self._torch("torch-zero-bubble", ScheduleInterleavedZeroBubble),

@@ -27,7 +27,8 @@ class Case:
     jitter: standard deviation of every duration, as a part of it.
     replicas: of the pipeline; 1 for no data-parallel traffic.
     connections: hardware queues of a GPU, 1 or one for each stream.
-    hop: the latency for which this plugin places receives, in forwards of a chunk.
+    hop, weight_lag: this plugin's flags: the latency for which it places receives, in forwards of a chunk, and the most
+        micro-batches whose weights' gradients a rank owes, None for no limit.
     """
 
     shape: PipelineShape
@@ -41,6 +42,7 @@ class Case:
     repeat: int = 1
     connections: int = 32
     hop: float = DEFAULT_HOP
+    weight_lag: int | None = None
 
     @property
     def ranks(self) -> int:

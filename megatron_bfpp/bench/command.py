@@ -62,6 +62,8 @@ def _add_emulation(bench: argparse.ArgumentParser) -> None:
         " 32: one for each stream; default: 1 for a --model for which Megatron demands it, else 32")  # fmt: skip
     receives = f"the plugin's flag: for which latency it places receives, in forwards; default {DEFAULT_HOP}"
     add("--breadth-first-hop", type=between(0, 100), default=DEFAULT_HOP, metavar="C", help=receives)
+    lag = "the plugin's flag: the most micro-batches whose weights' gradients a rank of breadth-first-deferred owes"
+    add("--breadth-first-weight-lag", type=at_least(0, 10_000), metavar="K", help=lag)
     add("--shared-card", action="store_true", help="reductions and gathers share a card with the messages")
     add("--half-duplex", action="store_true", help="a card either sends or receives")
     spread = "standard deviation of every duration, as a part of it"

@@ -75,7 +75,9 @@ class Result:
         if not SCHEDULES[self.arm].chunks:
             return _one_f_one_b_s(shape, costs, case.connections)
         if self.is_split:
-            ours = Settings("breadth-first", hop=case.hop, weight_gradients="deferred")
+            ours = Settings(
+                "breadth-first", hop=case.hop, weight_gradients="deferred", weight_lag=case.weight_lag
+            )  # fmt: skip
             return replay(ours.plan_of(shape).actions, shape, costs, connections=case.connections).step_time
         resident = Settings("breadth-first").resident_chunks_of(shape.num_chunks) if self.arm == SHARDED else None
         order = order_of(self.arm, shape)
@@ -203,7 +205,8 @@ def _as_json(each: Result) -> dict[str, Any]:
     return {
         "arm": each.arm, "pp_size": shape.pp_size, "num_chunks": shape.num_chunks,
         "num_microbatches": shape.num_microbatches, "network": case.network, "connections": case.connections,
-        "breadth_first_hop": case.hop, "forward_s": costs.forward, "backward_s": costs.backward,
+        "breadth_first_hop": case.hop, "breadth_first_weight_lag": case.weight_lag,
+        "forward_s": costs.forward, "backward_s": costs.backward,
         "weights_s": costs.of(Action(0, Op.W)), "hop_s": costs.hop,
         "transfer_s": costs.transfer, "gather_s": costs.gather, "reduction_s": costs.reduction,
         "buckets": costs.buckets, "lower_bound_s": lower_bound_s(shape, costs, each.is_split),

@@ -64,6 +64,7 @@ class Setting(NamedTuple):
             replicas=args.dp if self.is_replicated else 1,
             arms=tuple(arm for arm in arms if self.is_replicated or arm != SHARDED), repeat=args.repeat,
             connections=args.connections or 32, hop=args.breadth_first_hop,
+            weight_lag=args.breadth_first_weight_lag,
         )  # fmt: skip
 
 

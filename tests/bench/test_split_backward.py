@@ -83,6 +83,16 @@ def test_the_part_of_the_weights_gradients_is_set_in_forwards():
     assert [each.shape.num_microbatches for each in settings(parsed("--set", "split"))] == [8, 8, 4, 4, 16, 8, 16, 16]
 
 
+@pytest.mark.parametrize("most, bubble", [(0, 6), (1, 5), (2, 4), (3, 3)])
+def test_a_rank_that_may_owe_less_hides_less(most, bubble):
+    """(P-1)(f + i) - K w, down to (P-1) f."""
+    args = parsed("--shape", "4,4,4", "--hop", "0", "--forward-ms", "1000", "--breadth-first-weight-lag", str(most))
+    (setting,) = settings(args)
+    result = Result(DEFERRED, setting.case(args, [DEFERRED]), [1.0])
+    assert result.predicted_s == pytest.approx(48 + bubble)
+    assert as_json([result])["results"][0]["breadth_first_weight_lag"] == most
+
+
 def test_weights_gradients_that_leave_no_time_are_refused(capsys):
     assert main(["bench", "--shape", "2,2,4", "--weights-time", "2"]) == 2
     message = capsys.readouterr().err
