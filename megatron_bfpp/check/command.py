@@ -19,7 +19,8 @@ from ..console.files import write_wanted
 from ..console.forked import Forks
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
-from ..schedule import Op, ScheduleError, check, formats
+from ..schedule import ScheduleError, check, formats
+from ..schedule.ir import BACKWARDS
 from .answers import Question, Rank
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _check_plan(path: str, pp: int | None, chunks: int | None, microbatches: int
     plan = formats.read(path)
     shape = formats.shape_of(plan, pp, chunks, microbatches, path)
     try:
-        check(plan, shape, forward_only=not any(action.op is Op.B for rank in plan for action in rank))
+        check(plan, shape, forward_only=not any(action.op in BACKWARDS for rank in plan for action in rank))
     except ScheduleError as error:
         print(f"unsound as {formats.title(shape)}: {error}")
         return 1

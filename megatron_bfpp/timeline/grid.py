@@ -43,10 +43,15 @@ def _name(span: Span, timeline: Timeline) -> str:
 
 def summary(timeline: Timeline) -> str:
     """Return step time, bubble and memory in one line."""
-    peaks = timeline.peak_live_activations()
     unit = column_time(timeline)
+    owed = timeline.peak_owed_weight_gradients()
     return (
         f"step time {timeline.step_time:g} forward units, bubble {timeline.bubble_fraction:.1%}, "
-        f"peak live activations {max(peaks)} (pp_rank {peaks.index(max(peaks))}) to {min(peaks)}"
+        f"peak live activations {_most(timeline.peak_live_activations())}"
+        + (f", peak owed weights' gradients {_most(owed)}" if any(owed) else "")
         + (f"; one column is {unit:g} forward units" if unit < 1 else "")
     )
+
+
+def _most(peaks: list[int]) -> str:
+    return f"{max(peaks)} (pp_rank {peaks.index(max(peaks))}) to {min(peaks)}"

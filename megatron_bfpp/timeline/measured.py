@@ -46,15 +46,18 @@ class Measured(Timeline):
         return 1 - self.busy[pp_rank] / self.length
 
     def action_time(self, op: Op) -> float | None:
-        """Return the median duration of a forward or backward; None where there is none."""
+        """Return the median duration of the compute actions of a kind; None where there is none."""
         times = [span.end - span.start for spans in self.spans for span in spans if span.action.op is op]
         return median(times) if times else None
 
     def planned(self) -> Timeline:
         """Simulate the same order with equal stages of this step's median durations, and without a network."""
         order = [[span.action for span in spans] for spans in self.spans]
-        forward, backward = self.action_time(Op.F), self.action_time(Op.B)
-        return simulate(order, self.shape, forward or 1.0, backward or 1.0)
+        forward, whole = self.action_time(Op.F) or 1.0, self.action_time(Op.B) or 1.0
+        inputs, weights = self.action_time(Op.I), self.action_time(Op.W)
+        if inputs is None or weights is None:
+            return simulate(order, self.shape, forward, whole)
+        return simulate(order, self.shape, forward, inputs + weights, weights=weights)
 
 
 def measure(shape: PipelineShape, ranks: list[list[Event]], waits_are_known: bool) -> Measured:

@@ -13,8 +13,9 @@ def page(timelines: Named, note: str = "") -> str:
     drawn = picture(timelines, note=note).svg()
     shown = title(max(shapes, key=lambda shape: shape.num_chunks))  # not that of 1F1B, which has no chunks
     return render(
-        __package__, "show.html", title=shown, timelines=timelines, picture=drawn, least_width=least_width(drawn)
-    )
+        __package__, "show.html", title=shown, timelines=timelines, picture=drawn, least_width=least_width(drawn),
+        owed=any(any(each.peak_owed_weight_gradients()) for _, each in timelines),
+    )  # fmt: skip
 
 
 def render(package: str, template: str, **values: Any) -> str:

@@ -18,9 +18,9 @@ _SHADES = {  # colours of the first chunk and the last one
     Op.F: ((191, 217, 245), (24, 84, 160)),
     Op.B: ((193, 230, 196), (24, 110, 62)),
     Op.I: ((176, 226, 222), (8, 104, 110)),
-    Op.W: ((233, 226, 208), (128, 114, 84)),  # calm: no other rank waits for it
+    Op.W: ((233, 226, 208), (158, 146, 118)),  # calm: no other rank waits for it
 }
-_NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input's gradient", Op.W: "weights' gradient"}
+NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input's gradient", Op.W: "weights' gradient"}
 _COLLECTIVES = {Op.REDUCE_GRAD: ("reduction", "#7048e8", "#ffffff"), Op.UNSHARD: ("gather", "#d0bfff", "#1f2328")}
 
 UNKNOWN = "waits for messages are unknown: Megatron's own loop does not show them"
@@ -184,7 +184,7 @@ def _legend(drawing: Drawing, timelines: Named, unit: str) -> None:
     shown = sorted({0, *(chunk * (chunks - 1) // 3 for chunk in range(4)), chunks - 1})
     entries: list[tuple[str, list[Box | Lines]]] = []
     run = {span.action.op for _, each in timelines for spans in each.spans for span in spans}
-    for op, name in _NAMES.items():
+    for op, name in NAMES.items():
         if op not in run:
             continue
         colors = [shade(op, chunk, chunks)[0] for chunk in shown]

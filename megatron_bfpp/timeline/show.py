@@ -10,19 +10,22 @@ from typing import NamedTuple
 
 from ..console.errors import UserError, require
 from ..console.files import write_wanted
-from ..console.numbers import between
+from ..console.numbers import at_least, between
 from ..schedule import Op, PipelineShape, Schedule, ScheduleError, check, formats, lower
 from ..schedule.costs import Costs
 from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
 from ..schedule.lower import DEFAULT_HOP
-from ..schedule.names import ORDERS, SCHEDULES, order_of, predict
+from ..schedule.names import ORDERS, SCHEDULES, order_of, predict, word_of
+from ..schedule.orders import split_backward, weight_lags
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page
 from .picture import picture
 from .planned import document
 
+_LEAST = 0.01  # of the times of actions: a column of the grid is as long as the shortest
+DEFERRED = "breadth-first-deferred"
 MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
 
 _TIMES = {  # flag: its help, its name in a picture
@@ -58,9 +61,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)")
     late = "late: breadth-first stands for breadth-first-late"
     add("--backward", choices=("eager", "late"), default="eager", help=late)
+    lag = "of breadth-first-deferred: most micro-batches whose weights' gradients wait on a rank; default: r on rank r"
+    add("--weight-lag", type=at_least(0), metavar="K", help=lag)
     # The bounds keep a slip of the keyboard from a grid of a billion columns.
     backward = "of a backward, in forwards; default 2"
-    add("--backward-time", type=between(0.01, 100), default=2.0, help=backward)
+    add("--backward-time", type=between(_LEAST, 100), default=2.0, help=backward)
+    weights = "of the weights' gradient, which is a part of a split backward, in forwards; default half of it"
+    add("--weights-time", type=between(_LEAST, 100), metavar="W", help=weights)
     for flag, (meaning, _) in _TIMES.items():
         add(f"--{flag}", type=between(0, 100), default=0.0, help=f"{meaning}, in forwards; default 0")
     receives = f"the plugin's flag: for which latency it places receives, in forwards; default {DEFAULT_HOP}"
@@ -84,9 +91,19 @@ def run(args: argparse.Namespace) -> int:
         require("matplotlib", "--png")
     if args.html is not None:
         require("jinja2", "--html")
+    if args.weights_time is not None and args.weights_time > args.backward_time - _LEAST:
+        raise UserError(
+            f"--weights-time {args.weights_time:g} leaves less than {_LEAST} of --backward-time {args.backward_time:g} "
+            "for the input's gradient.\n  Use less of it, or a longer backward."
+        )
     shown = _of_files(args)
     if args.order or not args.file:
         shown += _of_names(args)
+    if args.weights_time is not None and not any(_is_split(each.order) for each in shown):
+        raise UserError(
+            "--weights-time is a part of a split backward, and no order that is shown has one.\n"
+            f"  Leave it out, or add --order {DEFERRED}."
+        )
     if (args.csv is not None or args.text) and len(shown) > 1:
         flag = "--csv" if args.csv is not None else "--text"
         raise UserError(f"{flag} holds one schedule, and {len(shown)} are named.\n  Leave out all but one of them.")
@@ -96,8 +113,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_files(args: argparse.Namespace) -> list[Shown]:
-    if args.file and args.group is not None and not args.order:
-        raise UserError("--group is of an --order, and a file has its own.\n  Leave it out.")
+    for flag, value in (("--group", args.group), ("--weight-lag", args.weight_lag)):
+        if args.file and value is not None and not args.order:
+            raise UserError(f"{flag} is of an --order, and a file has its own.\n  Leave it out.")
     return [_of_file(args, path) for path in args.file]
 
 
@@ -129,6 +147,8 @@ def _of_names(args: argparse.Namespace) -> list[Shown]:
     words = args.order or ["breadth-first"]
     if args.backward == "late":
         words = ["breadth-first-late" if word == "breadth-first" else word for word in words]
+    if args.weight_lag is not None and not any(SCHEDULES[word].is_split for word in words):
+        raise UserError(f"--weight-lag is of a split backward.\n  Leave it out, or add --order {DEFERRED}.")
     return [_of_name(args, word, shape) for word in dict.fromkeys(words)]
 
 
@@ -136,10 +156,22 @@ def _of_name(args: argparse.Namespace, word: str, shape: PipelineShape) -> Shown
     chunks = 1
     if not SCHEDULES[word].chunks:  # those of a rank, in a row, are its one stage
         chunks, shape = shape.num_chunks, replace(shape, num_chunks=1)
-    order = order_of(word, shape, args.group)
+    name, order = _order(args, word, shape)
     ours = args.resident_chunks, args.breadth_first_hop
-    plan, predicted = predict(word, order, shape, _costs(args, chunks), *ours, args.connections)
-    return Shown(word, order, plan, replace(predicted, chunks_per_stage=chunks))
+    plan, predicted = predict(name, order, shape, _costs(args, chunks), *ours, args.connections)
+    return Shown(name, order, plan, replace(predicted, chunks_per_stage=chunks))
+
+
+def _order(args: argparse.Namespace, word: str, shape: PipelineShape) -> tuple[str, Schedule]:
+    """Return an order and its name, which says of a split backward whether it comes late."""
+    if not SCHEDULES[word].is_split:
+        return word, order_of(word, shape, args.group)
+    lags = weight_lags(shape, args.weight_lag)
+    if args.backward == "eager":
+        return word, order_of(word, shape, args.group, lags)
+    sizes = shape.pp_size, shape.num_chunks, shape.num_microbatches
+    late = word_of("breadth-first", *sizes, backward="late", weight_gradients="deferred")
+    return late, split_backward(order_of("breadth-first-late", shape, args.group), lags)
 
 
 def _costs(args: argparse.Namespace, chunks: int = 1) -> Costs:
@@ -147,7 +179,13 @@ def _costs(args: argparse.Namespace, chunks: int = 1) -> Costs:
     forward, backward, gather, reduction = (
         chunks * time for time in (1.0, args.backward_time, args.gather, args.reduction)
     )
-    return Costs(forward, backward, hop=args.hop, transfer=args.transfer, gather=gather, reduction=reduction)
+    weights = None if args.weights_time is None else chunks * args.weights_time
+    return Costs(forward, backward, weights, args.hop, args.transfer, gather, reduction)
+
+
+def _is_split(order: Schedule) -> bool:
+    """Return whether any backward is split."""
+    return any(action.op is Op.W for rank in order for action in rank)
 
 
 def _print(args: argparse.Namespace, shown: list[Shown]) -> None:
@@ -165,6 +203,9 @@ def _print(args: argparse.Namespace, shown: list[Shown]) -> None:
 def _write(args: argparse.Namespace, shown: list[Shown]) -> None:
     planned = [(each.name, each.predicted) for each in shown]
     times = [f"backward {args.backward_time:g}"]
+    if any(_is_split(each.order) for each in shown):
+        weights = args.backward_time / 2 if args.weights_time is None else args.weights_time
+        times.append(f"of it weights' gradient {weights:g}")
     times += [f"{noun} {getattr(args, flag):g}" for flag, (_, noun) in _TIMES.items() if getattr(args, flag)]
     note = f"Planned, not measured. In forwards of a chunk: {', '.join(times)}."
     write_wanted(

@@ -9,6 +9,7 @@ from ..schedule import Op
 from ..schedule.formats import title
 from . import picture as draw
 from .measured import Measured, damage_reported, read, steps_of
+from .picture import NAMES
 
 
 def picture(measured: Measured, step: int) -> str:
@@ -57,12 +58,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _text(about: dict[str, Any], steps: dict[int, Measured], step: int) -> str:
     measured = steps[step]
+    times = [(op, measured.action_time(op)) for op in NAMES]
     error = max(next(each for each in about["steps"] if each["step"] == step)["clock_error_us"])
     lines = [
         f"{about['schedule']}: {title(measured.shape)}; step {step}, {measured.step_time:.2f} ms "
         f"from first to last action; clocks agree within {error:.0f} us",
         table(measured),
-        "predicted: the same order with this step's median forward and backward, equal stages, no network",
+        f"median: {', '.join(f'{NAMES[op]} {time:.2f} ms' for op, time in times if time is not None)}",
+        "predicted: the same order with these medians, equal stages, no network",
     ]
     others = [f"{number}: {each.bubble_fraction:.1%}" for number, each in steps.items() if number != step]
     if others:

@@ -185,6 +185,10 @@ ARGUMENTS = {
         ({"pipeline_schedule": "breadth-first"}, "breadth-first"),
         ({"pipeline_schedule": "breadth-first", "use_torch_fsdp2": True}, "breadth-first-sharded"),
         ({"pipeline_schedule": "breadth-first", "breadth_first_backward": "late"}, "breadth-first-late"),
+        (
+            {"pipeline_schedule": "breadth-first", "breadth_first_weight_gradients": "deferred"},
+            "breadth-first-deferred",
+        ),
         ({"pipeline_schedule": "breadth-first", "breadth_first_engine": "megatron"}, "breadth-first-megatron"),
     ],
 )  # fmt: skip

@@ -55,8 +55,6 @@ def parsed(words):
     ):
         parser.add_argument(switch, action="store_true")
     parser.add_argument("--ckpt-format", choices=["torch_dist"])
-    if "--breadth-first-weight-gradients" not in parser._option_string_actions:
-        parser.add_argument("--breadth-first-weight-gradients", default="with-backward")
     args = parser.parse_args(words)
     return args, settings.settings_of(args)
 
@@ -68,7 +66,7 @@ def test_the_flags_of_a_schedule_are_those_of_a_job_that_goes_by_its_word(word):
     found = word_of(
         settings.schedule, size, 2 if SCHEDULES[word].chunks else 1, microbatches,
         args.microbatch_group_size_per_virtual_pipeline_stage or size, backward=settings.backward,
-        engine=settings.engine, weight_gradients=args.breadth_first_weight_gradients,
+        engine=settings.engine, weight_gradients=settings.weight_gradients,
         is_sharded=args.use_torch_fsdp2,
     )  # fmt: skip
     assert found == word

@@ -69,6 +69,7 @@ SMALL = [1, 2, 3, 4, 5]
 def show(rng, folder):
     sane = {"--pp": [2, 3, 4], "--chunks": [1, 2, 3], "--microbatches": [*SMALL, 8], "--order": list(ORDERS),
             "--group": SMALL, "--backward": ["eager", "late"], "--backward-time": [0.5, 2, 3],
+            "--weight-lag": [0, 1, 3], "--weights-time": [0.3, 1],
             "--hop": [0, 0.5], "--transfer": [0, 0.2], "--gather": [0, 3], "--reduction": [0, 6],
             "--trace": outputs("json"), "--svg": outputs("svg"), "--html": outputs("html"),
             "--csv": outputs("csv"), "--plan": None, "--resident-chunks": [1, 2], "--text": None,

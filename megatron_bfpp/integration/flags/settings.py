@@ -170,7 +170,8 @@ def word_of_job(args: Any, num_microbatches: int) -> str:
     group = getattr(args, "microbatch_group_size_per_vp_stage", None)
     return word_of(
         settings.schedule, args.pipeline_model_parallel_size, chunks, num_microbatches, group,
-        backward=settings.backward, engine=settings.engine, is_sharded=is_sharded(args),
+        backward=settings.backward, engine=settings.engine, weight_gradients=settings.weight_gradients,
+        is_sharded=is_sharded(args),
     )  # fmt: skip
 
 
