@@ -5,7 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, lower
+from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, lower, simulate
+from megatron_bfpp.schedule.orders import weight_lags
 
 torch = pytest.importorskip("torch")
 
@@ -32,7 +33,7 @@ class Compute:
     """Counts the activations that are alive, as the memory would: by what the graphs still hold."""
 
     def __init__(self, fails_at=None):
-        self.alive = weakref.WeakSet()
+        self.alive, self.owed = weakref.WeakSet(), {}
         self.peak, self.released, self.fails_at = 0, 0, fails_at
 
     def forward(self, chunk, microbatch, received):
@@ -46,6 +47,13 @@ class Compute:
     def backward(self, received, output, grad):
         output.backward(grad)
         return None if received is None else received.grad
+
+    def input_gradient(self, chunk, microbatch, received, output, grad):
+        self.owed[chunk, microbatch] = output.grad_fn.activation  # what a weight's gradient needs
+        return self.backward(received, output, grad)
+
+    def weight_gradients(self, chunk, microbatch):
+        del self.owed[chunk, microbatch]
 
     def release(self, output):
         self.released += 1
@@ -98,6 +106,17 @@ def test_the_most_live_activations_are_those_of_the_formula(sizes, eager):
         eager_peak = min(microbatches * chunks, (chunks - 1) * microbatches + 2 * (size - rank - 1) + 1)
         assert compute.peak == (eager_peak if eager else microbatches * chunks)
         assert len(compute.alive) == 0, "the step is over and something still holds an activation"
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_of_split_backwards_no_more_is_alive_than_the_plan_says(sizes):
+    shape = PipelineShape(*sizes)
+    order = breadth_first(shape, weight_lag=weight_lags(shape))
+    planned = simulate(order, shape).peak_live_activations()
+    for rank in range(shape.pp_size):
+        compute = Compute()
+        execute(shape, rank, order, compute)
+        assert compute.peak == planned[rank] and not compute.owed and len(compute.alive) == 0
 
 
 def test_an_evaluation_keeps_one_activation_at_a_time():

@@ -17,6 +17,7 @@ from megatron_bfpp.runtime.executor import Executor
 from megatron_bfpp.runtime.p2p import MessageMismatchError, Messages, PeerLostError
 from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, forward_only, lower
 from megatron_bfpp.schedule.lower import peer
+from megatron_bfpp.schedule.orders import weight_lags
 from megatron_bfpp.schedule.plan import most_messages
 
 PP_RANK = 1
@@ -90,6 +91,12 @@ class Compute:
         self.alive.discard(id(output))  # given up by its send, as the framework's backward expects
         return None if received is None else self.count(torch.zeros(4, 1, 2))
 
+    def input_gradient(self, chunk, microbatch, received, output, grad):
+        return self.backward(received, output, grad)
+
+    def weight_gradients(self, chunk, microbatch):
+        pass
+
     def count(self, tensor):
         self.alive.add(id(tensor))
         weakref.finalize(tensor, self.alive.discard, id(tensor))
@@ -119,7 +126,8 @@ def most_alive(shape, order, make_messages):
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 2, 1), (2, 2, 8), (3, 2, 7), (4, 1, 9), (4, 2, 8), (4, 3, 3)])
 def test_no_more_messages_are_alive_than_the_plan_says(sizes, messages):
     shape = PipelineShape(*sizes)
-    for order in (breadth_first(shape), breadth_first(shape, eager_backward=False), forward_only(shape)):
+    split = breadth_first(shape, weight_lag=weight_lags(shape))
+    for order in (breadth_first(shape), breadth_first(shape, eager_backward=False), split, forward_only(shape)):
         counted, planned = most_alive(shape, order, messages)
         assert counted == planned
 

@@ -15,6 +15,7 @@ from megatron_bfpp.schedule import PipelineShape, ScheduleError, breadth_first, 
 from megatron_bfpp.schedule.costs import Costs
 from megatron_bfpp.schedule.ir import COMPUTE as COMPUTES
 from megatron_bfpp.schedule.ir import MESSAGE, RECEIVES
+from megatron_bfpp.schedule.orders import weight_lags
 from megatron_bfpp.schedule.replay import replay
 
 pytest.importorskip("torch")
@@ -28,10 +29,14 @@ CONNECTIONS = {own: None, one: 1}
 SMALL = [(2, 1, 3), (2, 2, 1), (2, 3, 2), (2, 2, 4), (3, 2, 2), (3, 1, 6), (3, 2, 3), (4, 2, 1), (4, 2, 4)]
 
 
-def planned(sizes, eager=True, **more):
+BACKWARDS = ["eager", "late", "split", "split and late"]
+
+
+def planned(sizes, backward="eager", **more):
     """A shape and its plan."""
     shape = PipelineShape(*sizes)
-    return shape, lower(breadth_first(shape, eager_backward=eager), shape, **more)
+    lags = weight_lags(shape) if "split" in backward else None
+    return shape, lower(breadth_first(shape, eager_backward="late" not in backward, weight_lag=lags), shape, **more)
 
 
 def bound(shape):
@@ -57,10 +62,10 @@ def can_hang(launches):
 
 
 @pytest.mark.parametrize("queue", [own, one])
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("sizes", [(4, 2, 3), (3, 2, 4), (2, 3, 5), (2, 1, 2), (6, 3, 7)])
-def test_every_action_ends_when_replay_says(sizes, eager, queue):
-    shape, plan = planned(sizes, eager)
+def test_every_action_ends_when_replay_says(sizes, backward, queue):
+    shape, plan = planned(sizes, backward)
     for hop, gather, reduction in ((0.25, 0, 0), (1.5, 2, 5)):
         costs = Costs(transfer=hop, gather=gather, reduction=reduction)
         found = replay(plan, shape, costs, connections=CONNECTIONS[queue])
@@ -103,14 +108,14 @@ def shared_by_chance(launches, seed):
     return lambda rank, stream: queues[rank, stream]
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("size", range(2, 9))
-def test_no_device_wait_at_any_place_hangs(size, eager):
+def test_no_device_wait_at_any_place_hangs(size, backward):
     """BFPP_ALL_CASES=1: every shape that the checker proves in test_every_shape.py."""
     all_cases = product(range(1, 5), range(1, 25))
     some_cases = ((2, 1), (1, 2), (2, size - 1), (2, size), (1, 2 * size), (3, size + 1))
     for chunks, microbatches in all_cases if os.environ.get("BFPP_ALL_CASES") == "1" else some_cases:
-        shape, plan = planned((size, chunks, microbatches), eager)
+        shape, plan = planned((size, chunks, microbatches), backward)
         assert not can_hang(programmes(record(plan, shape))), shape
 
 
@@ -126,10 +131,10 @@ def test_no_device_wait_before_any_action_hangs_tried_one_by_one(sizes, hop):
             assert not any(hangs(stopped, queue) for queue in (own, one)), (rank, place)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_in_the_first_step_all_ranks_may_wait_around_every_computation(eager):
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_in_the_first_step_all_ranks_may_wait_around_every_computation(backward):
     for sizes in SMALL:
-        shape, plan = planned(sizes, eager, hop=None)
+        shape, plan = planned(sizes, backward, hop=None)
         stopped = []
         for recorder, actions in zip(record(plan, shape), plan, strict=True):
             ends = [*recorder.begins[1:], len(recorder.programme)]
@@ -151,14 +156,16 @@ HEADERS = [(4, 2, 8), (2, 4, 4), (2, 2, 4), (3, 2, 6), *SMALL]  # of the hostile
 
 
 @pytest.mark.parametrize("queue", [own, one])
-@pytest.mark.parametrize("eager", [True, False])
-def test_headers_hang_nothing_and_cost_no_time_where_sizes_are_known(queue, eager):
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_headers_hang_nothing_and_cost_no_time_where_sizes_are_known(queue, backward):
     for sizes in HEADERS:
-        shape, plan = planned(sizes, eager)
+        shape, plan = planned(sizes, backward)
         plain, debug = (programmes(record(plan, shape, with_headers=choice)) for choice in (False, True))
         assert step_time(debug, 0.25, queue) == step_time(plain, 0.25, queue)
-        moved = programmes(record(planned(sizes, eager, hop=None)[1], shape, with_headers=True, variable_shapes=True))
-        assert step_time(moved, 0.25, queue) >= bound(shape)
+        moved = programmes(
+            record(planned(sizes, backward, hop=None)[1], shape, with_headers=True, variable_shapes=True)
+        )
+        assert step_time(moved, 0.25, queue) >= (step_time(plain) if "split" in backward else bound(shape))
         assert not any(hanging_waits(moved, queue)), "the host may even wait for the device anywhere"
 
 
@@ -202,7 +209,7 @@ def test_check_refuses_what_can_hang_and_nothing_else():
     refused = 0
     for seed in range(120):
         rng = random.Random(seed)
-        shape, plan = planned(rng.choice(SMALL), rng.random() < 0.5, hop=rng.choice([0.0, 0.25, 1.0]))
+        shape, plan = planned(rng.choice(SMALL), rng.choice(BACKWARDS), hop=rng.choice([0.0, 0.25, 1.0]))
         plan = damage(plan, rng)
         try:
             check(plan, shape)

@@ -152,6 +152,15 @@ class Compute:
         self._launch()
         return None if received is None else torch.zeros(1)
 
+    def input_gradient(
+        self, chunk: int, microbatch: int, received: torch.Tensor | None, output: torch.Tensor,
+        grad: torch.Tensor | None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        return self.backward(received, output, grad)
+
+    def weight_gradients(self, chunk: int, microbatch: int) -> None:
+        self._launch()
+
     def release(self, output: torch.Tensor) -> None:
         pass
 

@@ -152,6 +152,6 @@ def splittable(chunk: Module) -> tuple[list[Parameter], list[str]]:
             elif module.weight.requires_grad:
                 weights.append(module.weight)
         elif not isinstance(module, _NOT_LINEAR):
-            matrices = (each for each in module.parameters(recurse=False) if each.requires_grad and each.dim() > 1)
+            matrices = (each.requires_grad and each.dim() > 1 for each in module.parameters(recurse=False))
             whole += [name] if any(matrices) else []
     return weights, whole

@@ -1,0 +1,122 @@
+"""A split backward of Megatron's own GPT on one rank: the bits of a whole one, layer by layer."""
+
+import logging
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
+
+from jobs import run_job
+from megatron.core.tensor_parallel import layers
+from one_rank import LAYERS, gpt_chunks, start, train
+
+from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.step import weight_gradients
+from megatron_bfpp.runtime.weight_gradients import OwedGradients
+
+# Per layer of the local implementation: qkv, projection and the two of the MLP.
+LINEARS = 4 * LAYERS
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _trained(place, steps, zero_1, config, **choices):
+    """What a rank reports, sends and accumulates in some steps, and how many gradients were owed."""
+    from megatron_bfpp.integration.cpu.mode import enable_cpu
+
+    logging.disable(logging.INFO)
+    enable_cpu()
+    owed, owe = [], OwedGradients.owe
+
+    def counting(self, weight, gradient):
+        owed.append(weight)
+        owe(self, weight, gradient)
+
+    OwedGradients.owe = counting
+    try:
+        start(*place)
+        seen = train(Settings("breadth-first", **choices), gpt_chunks(place[2], "rope", zero_1, **config), steps, [])
+    finally:
+        OwedGradients.owe = owe
+    return seen, len(owed)
+
+
+def _same_bits(place, steps, zero_1=False, config=None, weight_lag=None, **choices):
+    """Compare all bits of a rank with whole and with split backwards. place: P, rank, chunks."""
+    whole, none = _trained(place, steps, zero_1, config or {}, **choices)
+    choices |= {"weight_gradients": "deferred", "weight_lag": weight_lag}
+    split, owed = _trained(place, steps, zero_1, config or {}, **choices)
+    is_last = place[1] == place[0] - 1
+    per_microbatch = LINEARS * place[2] + is_last  # the output layer
+    assert none == 0 and owed == per_microbatch * sum(each for each in steps if each > 0), (none, owed)
+    assert all(len(one) == len(other) > 0 for one, other in zip(whole, split, strict=True))
+    assert all(all(map(torch.equal, one, other)) for one, other in zip(whole, split))
+
+
+STEPS = [4, -2, 4, 3]  # micro-batches; the second is an evaluation, which splits nothing
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_gradient_has_the_bits_of_a_whole_backward(rank, tmp_path):
+    run_job(_every_gradient, 1, tmp_path, rank)
+
+
+def _every_gradient(rank):
+    _same_bits((2, rank, 2), STEPS)
+    _same_bits((2, rank, 2), STEPS, zero_1=True, weight_lag=0)
+    _same_bits((2, rank, 2), STEPS, config=FULL, weight_lag=5)
+    _same_bits((2, rank, 2), STEPS, config={"add_bias_linear": False}, backward="late", group_size=2)
+
+
+@pytest.mark.slow
+def test_of_more_ranks_and_chunks_too(tmp_path):
+    run_job(_more_ranks, 1, tmp_path)
+
+
+def _more_ranks():
+    for rank in range(4):
+        _same_bits((4, rank, 3), [4, 6])
+        _same_bits((4, rank, 1), [1, 3], weight_lag=2)
+
+
+def test_with_the_fused_kernel_the_gradient_is_added_by_it(tmp_path):
+    run_job(_fused, 1, tmp_path)
+
+
+def _fused():
+    calls = []
+
+    def accumulate(inputs, grad, main_grad):
+        calls.append((inputs.dim(), grad.dim()))
+        main_grad.add_(grad.t() @ inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = kernels = ModuleType("fused_weight_gradient_mlp_cuda")
+    kernels.wgrad_gemm_accum_fp32 = accumulate
+    layers._grad_accum_fusion_available = True
+    for rank in range(2):
+        _same_bits((2, rank, 2), [4, 3], config={"gradient_accumulation_fusion": True})
+    assert set(calls) == {(2, 2)}
+
+
+def test_the_layers_that_stay_whole_are_named(tmp_path):
+    run_job(_whole_layers, 1, tmp_path)
+
+
+def _whole_layers():
+    from megatron_bfpp.integration.cpu.mode import enable_cpu
+
+    enable_cpu()
+    start(2, 1, 2)
+    first, last = gpt_chunks(2, "rope")
+    weights, whole = weight_gradients.splittable(last)
+    assert len(weights) == LINEARS + 1 and whole == []
+    # Two that are one weight, as an embedding's and an output layer's, and a matrix of an unknown layer.
+    mlp = first.module.decoder.layers[0].mlp
+    first.module.other = torch.nn.Linear(2, 2)
+    first.module.tied = torch.nn.Embedding(2, 2)
+    first.module.tied.weight = mlp.linear_fc1.weight
+    mlp.linear_fc2.weight.requires_grad = False
+    weights, whole = weight_gradients.splittable(first)
+    assert len(weights) == LINEARS - 2
+    assert whole == ["module.decoder.layers.0.mlp.linear_fc1", "module.other"]
