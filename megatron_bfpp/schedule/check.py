@@ -74,7 +74,11 @@ def _check_complete(
         row = steps.get((stage, op), {})
         earlier = row.get(microbatch)
         if earlier is None:
-            raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} does not belong to this rank")
+            is_whole = op is Op.B and stage in split and stage in shape.stages_on(pp_rank)
+            complaint = (
+                "is whole, but other backwards of its stage are split" if is_whole else "does not belong to this rank"
+            )
+            raise ScheduleError(f"pp_rank {pp_rank}: step {step} {action} {complaint}")
         if earlier != _ABSENT:
             raise ScheduleError(f"pp_rank {pp_rank}: {action} stands at step {earlier} and again at step {step}")
         row[microbatch] = step

@@ -1,7 +1,8 @@
 """The checker rejects exactly those random mutations of sound plans, of every order, that change what is computed.
 
 The oracle (oracle.py) decides that: it runs a plan on symbols and shares no code with the checker.
-BFPP_ALL_CASES=1 runs 10,000 mutations, the default 1500. One case again: python tests/schedule/test_mutations.py SEED
+BFPP_ALL_CASES=1 runs 10,000 mutations, the default 2000. One case again, from the root of the repository:
+PYTHONPATH=.:tests/support python tests/schedule/test_mutations.py SEED
 """
 
 import os
@@ -12,13 +13,17 @@ from functools import cache
 from itertools import combinations
 
 import pytest
+from mutations import MUTATIONS, OF_SPLIT_BACKWARDS
 from oracle import meaning
 
-from megatron_bfpp.schedule import Op, PipelineShape, ScheduleError, check, formats, lower
-from megatron_bfpp.schedule.ir import CHUNK_OPS, RECEIVES
+from megatron_bfpp.schedule import Op, PipelineShape, ScheduleError, formats, lower, sharding
+from megatron_bfpp.schedule import check as check_plan
+from megatron_bfpp.schedule.ir import COMPUTE
 from megatron_bfpp.schedule.orders import breadth_first, forward_only, interleaved_1f1b, one_f_one_b
 
-CASES = 10_000 if os.environ.get("BFPP_ALL_CASES") == "1" else 1500
+check = sys.modules["megatron_bfpp.schedule.check"]  # the function hides the module's name
+
+CASES = 10_000 if os.environ.get("BFPP_ALL_CASES") == "1" else 2000
 ORDERS = (
     "1f1b",
     "interleaved",
@@ -27,19 +32,28 @@ ORDERS = (
     "late",
     "eager, grouped",
     "late, grouped",
+    "eager, split",
+    "late, split",
+    "eager, grouped, split",
+    "late, grouped, split",
     "evaluation",
 )
+
+OFTEN_THE_SAME = (
+    "swap", "swap_neighbours", "move", "move_a_little", "reverse_a_stretch", "exchange_weights", "delay_weights",
+    "whole_or_split", "move_send_of_input",
+)  # fmt: skip
 
 # Complaints of the checker, one per rule, that random mutations must meet.
 REASONS = (
     "are missing", "does not belong to this rank", "and again at step", " comes before ", "no rank can run",
     "are crossed", "parameters are sharded", "gathers what is gathered", "gives up what is not gathered",
-    "more than the", "at the end of the step",
+    "more than the", "at the end of the step", "is whole, but",
 )  # fmt: skip
 
 
 @cache
-def sound_plan(name, sizes, group, resident):
+def sound_plan(name, sizes, group, resident, lags):
     """Return a plan and what it computes, with its reductions and gathers and as a job without data parallelism."""
     shape = PipelineShape(*sizes)
     if name == "1f1b":
@@ -49,9 +63,9 @@ def sound_plan(name, sizes, group, resident):
     elif name == "evaluation":
         order = forward_only(shape)
     else:
-        order = breadth_first(shape, group, name.startswith("eager"))
+        order = breadth_first(shape, group, name.startswith("eager"), lags)
     plan = lower(order, shape, resident_chunks=resident)
-    check(plan, shape, name == "evaluation", resident)
+    check_plan(plan, shape, name == "evaluation", resident)
     # The checker cannot know whether there are replicas: it asks for a chunk op on all stages or on none.
     removable = (Op.REDUCE_GRAD,) if resident is not None else (Op.REDUCE_GRAD, Op.UNSHARD)
     subsets = [set(ops) for count in range(len(removable) + 1) for ops in combinations(removable, count)]
@@ -74,131 +88,12 @@ def sound(rng):
         if name.endswith("grouped"):  # Megatron takes a last group that is empty or at least as long as the pipeline
             microbatches, group = 2 * size + rng.randint(0, 1), size + rng.randint(0, 1)
             group = group if microbatches % group in (0, *range(size, microbatches)) else microbatches
-    elif name.endswith("grouped"):
+    elif "grouped" in name:
         group = rng.randint(1, microbatches)
-    resident = rng.randint(1, chunks) if rng.random() < 0.4 else None
+    lags = tuple(rng.randint(0, rng.choice((1, 4, 20))) for _ in range(size)) if name.endswith("split") else None
+    resident = rng.randint(1, chunks) if rng.random() < 0.5 else None
     sizes = size, chunks, microbatches
-    return name, PipelineShape(*sizes), resident, *sound_plan(name, sizes, group, resident)
-
-
-# Mutations: each changes the lists in place
-
-
-def place(rng, actions):
-    """Choose the place of an action; gathers, reductions and frees more often than their share."""
-    chunk_ops = [at for at, action in enumerate(actions) if action.op in CHUNK_OPS]
-    return rng.choice(chunk_ops) if chunk_ops and rng.random() < 0.3 else rng.randrange(len(actions))
-
-
-def drop(rng, plan, shape):
-    actions = rng.choice(plan)
-    del actions[place(rng, actions)]
-
-
-def double(rng, plan, shape):
-    actions = rng.choice(plan)
-    actions.insert(rng.randrange(len(actions) + 1), actions[place(rng, actions)])
-
-
-def swap(rng, plan, shape):
-    actions = rng.choice(plan)
-    one, two = rng.randrange(len(actions)), rng.randrange(len(actions))
-    actions[one], actions[two] = actions[two], actions[one]
-
-
-def swap_neighbours(rng, plan, shape):
-    actions = rng.choice(plan)
-    at = rng.randrange(len(actions) - 1)
-    actions[at : at + 2] = actions[at + 1], actions[at]
-
-
-def move(rng, plan, shape):
-    actions = rng.choice(plan)
-    action = actions.pop(place(rng, actions))
-    actions.insert(rng.randrange(len(actions) + 1), action)
-
-
-def move_a_little(rng, plan, shape):
-    actions = rng.choice(plan)
-    at = place(rng, actions)
-    action = actions.pop(at)
-    actions.insert(max(0, at + rng.randint(-4, 4)), action)
-
-
-def exchange_ranks(rng, plan, shape):
-    one, two = rng.sample(range(shape.pp_size), 2)
-    plan[one], plan[two] = plan[two], plan[one]
-
-
-def exchange_between_ranks(rng, plan, shape):
-    """Two actions of two ranks."""
-    one, two = rng.sample(plan, 2)
-    i, j = rng.randrange(len(one)), rng.randrange(len(two))
-    one[i], two[j] = two[j], one[i]
-
-
-def give_away(rng, plan, shape):
-    """Move an action to another rank."""
-    one, two = rng.sample(plan, 2)
-    two.insert(rng.randrange(len(two) + 1), one.pop(rng.randrange(len(one))))
-
-
-def other_microbatch(rng, plan, shape):
-    actions = rng.choice(plan)
-    at = rng.choice([at for at, action in enumerate(actions) if action.op not in CHUNK_OPS])
-    actions[at] = actions[at]._replace(microbatch=rng.randint(0, shape.num_microbatches))
-
-
-def other_stage(rng, plan, shape):
-    """Another chunk of the rank, or, with another rank's stage, another peer."""
-    actions = rng.choice(plan)
-    at = place(rng, actions)
-    step = rng.choice((-shape.pp_size, shape.pp_size, -1, 1))
-    actions[at] = actions[at]._replace(stage=max(0, actions[at].stage + step))
-
-
-def other_kind(rng, plan, shape):
-    actions = rng.choice(plan)
-    at = rng.randrange(len(actions))
-    op = rng.choice(list(Op))
-    microbatch = None if op in CHUNK_OPS else actions[at].microbatch or 0
-    actions[at] = actions[at]._replace(op=op, microbatch=microbatch)
-
-
-def exchange_microbatches(rng, plan, shape):
-    """Two micro-batches of one stage, in one kind of action or in all of one rank."""
-    if shape.num_microbatches == 1:
-        return
-    actions = rng.choice(plan)
-    stage, op, _ = rng.choice(actions)
-    one, two = rng.sample(range(shape.num_microbatches), 2)
-    names, everywhere = {one: two, two: one}, rng.random() < 0.3
-    for at, action in enumerate(actions):
-        if action.stage == stage and (everywhere or action.op is op) and action.microbatch in names:
-            actions[at] = action._replace(microbatch=names[action.microbatch])
-
-
-def reverse_a_stretch(rng, plan, shape):
-    actions = rng.choice(plan)
-    at = rng.randrange(len(actions))
-    actions[at : at + 4] = actions[at : at + 4][::-1]
-
-
-def late_receives(rng, plan, shape):
-    """Some receives of a rank right before the action that needs them: sends wait for them, and may be due before."""
-    actions, part = rng.choice(plan), rng.choice((0.1, 0.5, 1))
-    for action in [each for each in actions if each.op in RECEIVES and rng.random() < part]:
-        needing = action._replace(op=Op.F if action.op is Op.RECV_F else Op.B)
-        if actions.count(needing) == 1:
-            actions.remove(action)
-            actions.insert(actions.index(needing), action)
-
-
-MUTATIONS = (
-    drop, double, swap, swap_neighbours, move, move_a_little, exchange_ranks, exchange_between_ranks, give_away,
-    other_microbatch,
-    other_stage, other_kind, exchange_microbatches, reverse_a_stretch, late_receives,
-)  # fmt: skip
+    return name, PipelineShape(*sizes), resident, *sound_plan(name, sizes, group, resident, lags)
 
 
 def run_case(seed):
@@ -206,14 +101,16 @@ def run_case(seed):
     rng = random.Random(seed)
     name, shape, resident, plan, wanted = sound(rng)
     plan = [list(actions) for actions in plan]
-    mutation = rng.choice(MUTATIONS)
+    # Those of split backwards change whole ones too (`whole_or_split`, `reduce_early`), or nothing.
+    is_split = name.endswith("split") and rng.random() < 0.5
+    mutation = rng.choice(OF_SPLIT_BACKWARDS if is_split or rng.random() < 0.05 else MUTATIONS)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if all(len(actions) > 1 for actions in plan):
             mutation(rng, plan, shape)
     verdict = "accepted"
     try:
         # The oracle knows NCCL's rules; CUDA's have an oracle of their own, cuda_rules.py.
-        check(plan, shape, name == "evaluation", resident, one_queue=False, device_waits=False)
+        check_plan(plan, shape, name == "evaluation", resident, one_queue=False, device_waits=False)
     except ScheduleError as error:
         verdict = str(error)
     found = meaning(plan, shape, resident=resident)
@@ -233,13 +130,54 @@ def test_the_checker_rejects_every_mutation_that_changes_the_meaning_and_no_othe
         reasons.update(reason for reason in REASONS if reason in detail)
     print(f"{CASES} mutations: {rejected.total()} rejected, {accepted.total()} accepted, none wrongly")
     assert all(rejected[mutation.__name__] > CASES // 100 for mutation in MUTATIONS), rejected
+    assert all(rejected[mutation.__name__] > CASES // 200 for mutation in OF_SPLIT_BACKWARDS), rejected
     # Dropped or doubled: never the same. Moved: often.
     assert not accepted["drop"] and not accepted["double"], accepted
-    assert all(
-        accepted[name] > 0 for name in ("swap", "swap_neighbours", "move", "move_a_little", "reverse_a_stretch")
-    ), accepted
+    assert all(accepted[name] > 0 for name in OFTEN_THE_SAME), accepted
     assert all(reasons[reason] > 0 for reason in REASONS), reasons
     assert all(orders[order, accepts] > 0 for order in ORDERS for accepts in (True, False)), orders
+
+
+def without(op, word):
+    """A `_disorder` to which it is nothing that an `op` comes before or after a `word`."""
+    complaints = check._disorder
+
+    def weakened(steps, shape):
+        return (each for each in complaints(steps, shape) if each[1].op is not op or word not in each[2])
+
+    return weakened
+
+
+def with_missing_weights(actions, *others):
+    """A `_check_complete` to which a missing W is nothing: it reads the plan as if it stood right behind its I."""
+    there = []
+    for action in actions:
+        weights = action._replace(op=Op.W)
+        there += [action, weights] if action.op is Op.I and weights not in actions else [action]
+    return check_complete(there, *others)
+
+
+check_complete = check._check_complete
+WEAKENED = {
+    "a W may stand before its I": (check, "_disorder", without(Op.W, "I")),
+    "the W's of a stage may stand in any order": (check, "_disorder", without(Op.W, "W")),
+    "the I's of a stage may stand in any order": (check, "_disorder", without(Op.I, "I")),
+    "a reduction may stand before the last W": (check, "_disorder", without(Op.REDUCE_GRAD, "W")),
+    "a SEND_B may stand before its I": (check, "_disorder", without(Op.SEND_B, "I")),
+    "a W may be missing": (check, "_check_complete", with_missing_weights),
+    "an I needs no parameters": (sharding, "PASSES", frozenset({Op.F, Op.B})),
+    "a W needs parameters": (sharding, "PASSES", COMPUTE),
+}
+
+
+@pytest.mark.parametrize("rule", WEAKENED)
+def test_a_checker_with_another_rule_for_split_backwards_is_found_out(rule, monkeypatch):
+    monkeypatch.setattr(*WEAKENED[rule])
+    for seed in range(CASES):
+        *_, accepts, is_same, _ = run_case(seed)
+        if accepts != is_same:
+            return
+    pytest.fail(f"{CASES} mutations do not notice it")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import meaning
 from shapes import shapes, text
 
 from megatron_bfpp.console.errors import UserError
-from megatron_bfpp.schedule import Op, PipelineShape, breadth_first, simulate
+from megatron_bfpp.schedule import Op, PipelineShape, breadth_first, lower, simulate
 from megatron_bfpp.schedule.orders import split_backward, weight_lags
 from megatron_bfpp.schedule.plan import choose_weight_lags, plan_of
 
@@ -50,6 +51,17 @@ def test_each_backward_is_replaced_in_its_place_and_the_weights_follow_in_order_
             # Beside the one that has just run its I; behind the last I all that is owed follows.
             assert owed <= lags[rank] + (action.op is Op.I)
             assert owed >= min(lags[rank], ran) or ran == len(weights)
+
+
+@given(st.builds(PipelineShape, st.integers(2, 5), st.integers(1, 3), st.integers(1, 6)), st.data(), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_split_plan_computes_what_the_whole_one_computes(shape, data, eager):
+    group, resident = data.draw(st.integers(1, shape.num_microbatches)), data.draw(st.integers(1, shape.num_chunks))
+    lags = data.draw(st.lists(st.integers(0, 20), min_size=shape.pp_size, max_size=shape.pp_size))
+    whole, two = breadth_first(shape, group, eager), breadth_first(shape, group, eager, lags)
+    for places in (None, resident):
+        wanted, found = (meaning(lower(order, shape, places), shape, resident=places) for order in (whole, two))
+        assert not isinstance(wanted, str) and found == wanted
 
 
 def test_the_bubble_is_p_minus_1_over_3_m_v_for_every_shape():

@@ -11,8 +11,16 @@ class Broken(Exception):
     """The plan hangs, or asks a rank for what it does not have."""
 
 
+INPUTS, WEIGHTS = "the input's gradients", "the weights' gradients"  # what a backward adds to the story of a stage
+
+
 class Machine:
     """All ranks in lockstep. Each value is the hash of all that it was computed from; labels are only names.
+
+    A B makes the gradient of the stage's input and adds to those of its weights. An I makes the first and keeps what it
+    was made from; the W of the same micro-batch adds the second, from that alone, and without parameters. The two give
+    what the B gives, so a stage may be split or whole; but not for some of its micro-batches, for which the runtime has
+    no way: it prepares the layers of a stage for one of the two.
 
     Sends and receives of one direction and one pair of ranks meet by order alone. A send is complete once its receive
     is posted; buffered: at once, as on a transport with buffers.
@@ -26,6 +34,8 @@ class Machine:
         self.at = [0] * len(plan)
         self.sent, self.posted = defaultdict(list), defaultdict(list)
         self.results, self.buffers = {}, {}
+        self.owed = {}  # (stage, microbatch) -> what an I has kept for its W
+        self.backwards = defaultdict(set)  # stage -> the kinds of its backwards
         self.unfinished = [[[]] for _ in plan]
         self.story = defaultdict(list)  # per stage: what its forwards, its backwards and its reduction worked on
         self.counts = Counter()
@@ -43,6 +53,8 @@ class Machine:
             raise Broken("hangs")
         if any(len(self.sent[key]) != len(self.posted[key]) for key in {*self.sent, *self.posted}) or self.buffers:
             raise Broken("a message is left over for the next step")
+        if self.owed or any({Op.B, Op.I} <= kinds for kinds in self.backwards.values()):
+            raise Broken("a backward is half done, or some of a stage are whole and some are split")
         if any(self.gathered):
             raise Broken("the optimizer changes shards of which a gathered copy stays")
         return dict(self.story), self.counts
@@ -53,8 +65,10 @@ class Machine:
         size, last = self.shape.pp_size, self.shape.pp_size * self.shape.num_chunks - 1
         if stage % size != rank or stage > last:
             raise Broken("a stage of another rank")
-        if op in (Op.F, Op.B):
-            return self.compute(rank, action, None if stage == (0 if op is Op.F else last) else (stage, op, microbatch))
+        if op in (Op.F, Op.B, Op.I):
+            kind = Op.F if op is Op.F else Op.B
+            buffer = None if stage == (0 if op is Op.F else last) else (stage, kind, microbatch)
+            return self.compute(rank, action, kind, buffer)
         if op in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
             kind = Op.F if op in (Op.SEND_F, Op.RECV_F) else Op.B
             forward, sends = kind is Op.F, op in (Op.SEND_F, Op.SEND_B)
@@ -72,12 +86,18 @@ class Machine:
                     raise Broken("a buffer in use")
                 self.buffers[stage, kind, microbatch] = key, len(self.posted[key])
                 self.posted[key].append(action)
+        elif op is Op.W:
+            if (stage, microbatch) not in self.owed:
+                raise Broken("the gradients of weights for which nothing was kept")
+            self.add(stage, WEIGHTS, microbatch, self.owed.pop((stage, microbatch)))
+            return True
         else:
             self.counts[stage, op] += 1
             if op is Op.RESHARD or (op is Op.UNSHARD and self.resident is not None):
                 self.place(self.gathered[rank], stage, op)
             if op is Op.REDUCE_GRAD:
-                self.story[stage, Op.REDUCE_GRAD].append(tuple(self.story[stage, Op.B]))
+                gradients = (*self.story[stage, INPUTS], *self.story[stage, WEIGHTS])
+                self.story[stage, Op.REDUCE_GRAD].append(gradients)
         # Each message counts, although nothing computed depends on a second copy of it.
         self.counts[action] += 1
         return True
@@ -93,7 +113,18 @@ class Machine:
         elif not gathered.pop(stage, False):
             raise Broken("frees an empty place, or one whose gather was in vain")
 
-    def compute(self, rank, action, buffer):
+    def add(self, stage, what, microbatch, *of):
+        """Add a value to the story of a stage, and return it.
+
+        Its number stands for the data iterator, which hands out the next microbatch whatever its name, and for the
+        order in which gradients are added up.
+        """
+        story = self.story[stage, what]
+        value = hash((stage, what, len(story), *of))
+        story.append((microbatch, value))
+        return value
+
+    def compute(self, rank, action, kind, buffer):
         stage, op, microbatch = action
         if self.resident is not None and stage not in self.gathered[rank]:
             raise Broken("computes without parameters")
@@ -109,15 +140,22 @@ class Machine:
                 return False
             message = self.sent[key][number]
             del self.buffers[buffer]
-        if op is Op.B and (stage, Op.F, microbatch) not in self.results:
+        if kind is Op.B and (stage, Op.F, microbatch) not in self.results:
             raise Broken("a backward without its forward")
         # Replicated parameters are gathered once after the optimizer: before it the forward would see the old ones.
         gathers = self.counts[stage, Op.UNSHARD] if self.resident is None else 1
-        forward = self.results[stage, Op.F, microbatch] if op is Op.B else gathers
-        # The number of the call stands for the data iterator, which hands out the next microbatch whatever its name.
-        value = hash((stage, op, len(self.story[stage, op]), message, forward))
-        self.results[stage, op, microbatch] = value
-        self.story[stage, op].append((microbatch, value))
+        if kind is Op.F:
+            self.results[stage, kind, microbatch] = self.add(stage, Op.F, microbatch, message, gathers)
+        else:
+            kept = message, self.results[stage, Op.F, microbatch]
+            self.results[stage, kind, microbatch] = self.add(stage, INPUTS, microbatch, *kept)
+            self.backwards[stage].add(op)
+            if op is Op.B:
+                self.add(stage, WEIGHTS, microbatch, kept)
+            elif (stage, microbatch) in self.owed:
+                raise Broken("keeps for a W what is kept already")
+            else:
+                self.owed[stage, microbatch] = kept
         self.unfinished[rank] = [*self.unfinished[rank], []][-WINDOW:]
         if self.resident is not None:
             self.gathered[rank][stage] = True
