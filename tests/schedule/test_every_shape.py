@@ -5,6 +5,7 @@ BFPP_ALL_CASES=1 goes through the whole product and the large shapes, on all cor
 
 import multiprocessing
 import os
+import random
 from itertools import product
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_bfpp.schedule import (
     lower,
     simulate,
 )
+from megatron_bfpp.schedule.orders import weight_lags
 
 ORDERS = {
     "eager": lambda shape, group: breadth_first(shape, group, eager_backward=True),
@@ -75,16 +77,60 @@ def peaks(size, chunks, microbatches, group, kind):
     return [min(microbatches * chunks, ahead + 2 * min(size - rank - 1, shortest) + 1) for rank in range(size)]
 
 
+# How many micro-batches await their W on each rank of a split order.
+LAGS = {
+    "by the formula": lambda shape, rng: weight_lags(shape),
+    "none": lambda shape, rng: [0] * shape.pp_size,
+    "all": lambda shape, rng: [shape.num_microbatches * shape.num_chunks] * shape.pp_size,
+    "random": lambda shape, rng: [rng.randint(0, rng.choice((2, 8, 96))) for _ in range(shape.pp_size)],
+}
+ALL_SPLIT = list(product(product(range(2, 9), range(1, 5), range(1, 25)), ("eager", "late"), LAGS))
+SPLIT = ALL_SPLIT if os.environ.get("BFPP_ALL_CASES") else ALL_SPLIT[::61]
+
+
+def complaint_of_split(case):
+    """Return what is wrong with the plans of a case with split backwards, or None."""
+    sizes, kind, lags = case
+    shape, rng = PipelineShape(*sizes), random.Random(str(case))
+    group = rng.randint(1, shape.num_microbatches) if lags == "random" and rng.random() < 0.5 else None
+    owed = LAGS[lags](shape, rng)
+    order = breadth_first(shape, group, kind == "eager", owed)
+    try:
+        for hop in (0.25, 1.0, None):
+            check(lower(order, shape, hop=hop), shape)
+        resident = rng.randint(1, shape.num_chunks)
+        check(lower(order, shape, resident_chunks=resident), shape, False, resident)
+    except ScheduleError as error:
+        return f"{case}, group {group}, lags {owed}: {error}"
+    if lags == "by the formula":
+        found, wanted = max(simulate(order, shape).peak_live_activations()), max(peaks(*sizes, None, kind))
+        if found != wanted:
+            return f"{case}: a peak of {found}, but that of the plain order is {wanted}"
+    return None
+
+
+def complaints_of(function, cases, total):
+    """Return what `function` complains of; the whole product on all cores."""
+    if len(cases) < total:
+        return list(map(function, cases))
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        return list(pool.imap_unordered(function, cases, chunksize=32))
+
+
 @pytest.mark.slow
 def test_every_plan_is_proved_and_its_peaks_are_those_of_the_formula():
     assert {kind for _, kind, _ in CASES} == ORDERS.keys()
     assert {sizes[:2] for sizes, _, _ in CASES} == set(product(range(2, 9), range(1, 5)))
-    if len(CASES) < len(ALL_CASES):
-        complaints = list(map(complaint, CASES))
-    else:
-        with multiprocessing.get_context("spawn").Pool() as pool:
-            complaints = list(pool.imap_unordered(complaint, CASES, chunksize=32))
+    complaints = complaints_of(complaint, CASES, len(ALL_CASES))
     assert len(complaints) == len(CASES) and not any(complaints), "\n".join(filter(None, complaints))
+
+
+@pytest.mark.slow
+def test_every_plan_with_split_backwards_is_proved_with_any_lags():
+    assert {case[1:] for case in SPLIT} == set(product(("eager", "late"), LAGS))
+    assert {sizes[:2] for sizes, _, _ in SPLIT} == set(product(range(2, 9), range(1, 5)))
+    complaints = complaints_of(complaint_of_split, SPLIT, len(ALL_SPLIT))
+    assert len(complaints) == len(SPLIT) and not any(complaints), "\n".join(filter(None, complaints))
 
 
 @pytest.mark.skipif(not os.environ.get("BFPP_ALL_CASES"), reason="1.6 million actions each; with BFPP_ALL_CASES=1")
