@@ -10,9 +10,12 @@ from oracle import meaning
 from shapes import shapes, text
 
 from megatron_bfpp.console.errors import UserError
-from megatron_bfpp.schedule import Op, PipelineShape, breadth_first, lower, simulate
+from megatron_bfpp.schedule import Action, Op, PipelineShape, breadth_first, lower, simulate
+from megatron_bfpp.schedule.costs import Costs
+from megatron_bfpp.schedule.lower import aligned
 from megatron_bfpp.schedule.orders import split_backward, weight_lags
 from megatron_bfpp.schedule.plan import choose_weight_lags, plan_of
+from megatron_bfpp.schedule.replay import replay
 
 
 def split(shape, lags=None, eager=True):
@@ -165,3 +168,42 @@ def test_a_plan_says_what_its_ranks_owe_and_an_evaluation_owes_nothing():
     evaluation = plan_of(shape, None, True, True, None, 0.25, (0, 1, 2, 3))
     assert evaluation.digest == plan_of(shape, None, True, True).digest
     assert evaluation.peak_owed_weight_gradients == [0] * 4
+
+
+REAL_TIMES = ((2.0, 1.0), (2.0, 0.8), (2.0, 1.2), (3.0, 1.0), (2.6, 0.9))  # backward, weights; a forward takes 1
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 8), (8, 4, 16), (4, 4, 4), (4, 2, 16), (6, 3, 9)])
+def test_receives_stand_where_messages_cost_nothing_and_little_on_one_queue(sizes):
+    shape = PipelineShape(*sizes)
+    order = split(shape)
+    for hop, (backward, weights) in product((0.0, 0.1, 0.25), REAL_TIMES):
+        bound = simulate(order, shape, 1.0, backward, hop, weights).step_time
+        costs = Costs(1.0, backward, weights, hop=hop)
+        own, one = (replay(lower(order, shape), shape, costs, connections=each).step_time for each in (32, 1))
+        assert own == pytest.approx(bound, rel=1e-9), (hop, backward, weights)
+        assert one <= 1.01 * bound, (hop, backward, weights)
+
+
+@pytest.mark.parametrize("sizes, lost", [((8, 4, 8), 1), ((8, 2, 8), 1), ((8, 4, 16), 0), ((4, 4, 4), 0)])
+def test_on_one_queue_receives_for_a_hop_cost_a_unit_where_8_micro_batches_on_8_ranks_have_none(sizes, lost):
+    """A hop leaves idle time between a forward and the backward behind it; the receives of two forwards stand before
+    it, and without a hop the second waits for a forward that has just begun."""
+    shape = PipelineShape(*sizes)
+    order = split(shape)
+    bound = simulate(order, shape).step_time
+    assert replay(lower(order, shape), shape, connections=1).step_time == bound + lost
+    assert replay(lower(order, shape, hop=0.0), shape, connections=1).step_time == bound
+
+
+def test_the_reductions_of_a_split_plan_move_too_where_they_are_aligned():
+    shape = PipelineShape(4, 2, 8)
+    plan = lower(split(shape), shape)
+    found = aligned(plan, shape)
+    assert [sorted(actions) for actions in found] == [sorted(actions) for actions in plan]
+    for rank, actions in enumerate(found):
+        weights = [each for each in actions if each.op is Op.W]
+        for stage in shape.stages_on(rank):
+            before = actions[: actions.index(Action(stage, Op.REDUCE_GRAD))]
+            wanted = min(weights.index(Action(stage, Op.W, 7)) + 1 + rank, len(weights))
+            assert sum(each.op is Op.W for each in before) == wanted
