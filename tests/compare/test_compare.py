@@ -186,8 +186,22 @@ def test_arms_may_differ_in_the_schedule_and_in_what_full_sharding_demands(tmp_p
             "breadth-first-sharded",
             args={"use_distributed_optimizer": False, "use_torch_fsdp2": True, "ckpt_format": "torch_dist"},
         ),
+        make_run(
+            tmp_path,
+            "breadth-first-deferred",
+            args={
+                "use_distributed_optimizer": True,
+                "breadth_first_weight_gradients": "deferred",
+                "breadth_first_weight_lag": 1,
+            },
+        ),
     ]
     comparison = compared(*paths)
+    assert set(comparison.changed["breadth-first-deferred"]) == {
+        "pipeline_schedule",
+        "breadth_first_weight_gradients",
+        "breadth_first_weight_lag",
+    }
     assert set(comparison.changed["breadth-first-sharded"]) == {
         "pipeline_schedule",
         "use_distributed_optimizer",

@@ -13,6 +13,8 @@ from gpt import UNTIED, ZERO_1, flags_of, losses, train
 from jobs import run_job
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
+from megatron_bfpp.schedule.ir import COMPUTE
+from megatron_bfpp.schedule.names import order_of
 from megatron_bfpp.timeline.document import COMPUTE_LANE, LANES, RECEIVING, SENDING, WAITING
 from megatron_bfpp.timeline.measured import steps_of
 
@@ -209,9 +211,10 @@ def repeating_every_step() -> None:
         # Megatron then runs each step twice and compares: the second time is traced.
         ("megatron", ("--breadth-first-engine", "megatron", "--rerun-mode", "report_stats")),
         ("plan", ("--rerun-mode", "report_stats")),
+        ("deferred", ("--breadth-first-weight-gradients", "deferred")),
     ],
 )
-def test_fully_sharded_chunks_megatrons_loop_and_repeated_steps_are_traced(engine, more, tmp_path):
+def test_fully_sharded_chunks_megatrons_loop_repeated_steps_and_split_backwards_are_traced(engine, more, tmp_path):
     flags, ranks = (*flags_of(2, 2, 1, 2, 4), *UNTIED, *OURS), 4
     flags += more
     if engine == "plan":  # without replicas
@@ -223,11 +226,15 @@ def test_fully_sharded_chunks_megatrons_loop_and_repeated_steps_are_traced(engin
     assert bits == losses(ranks, *reference)
     events, shape = events_of(run), PipelineShape(2, 2, 4)
     assert_valid(events, 10_000.0)
-    for rank, actions in enumerate(lower(breadth_first(shape), shape, resident_chunks=resident)):
-        assert names(events, 3, rank, COMPUTE_LANE) == [str(action) for action in actions if action.op in "FB"]
+    order = order_of("breadth-first-deferred" if engine == "deferred" else "breadth-first", shape)
+    for rank, actions in enumerate(lower(order, shape, resident_chunks=resident)):
+        assert names(events, 3, rank, COMPUTE_LANE) == [str(action) for action in actions if action.op in COMPUTE]
         if engine == "sharded":
             gates = [str(action) for action in actions if action.microbatch is None]
             assert names(events, 3, rank, LANES.index("data-parallel")) == gates
     last = json.loads((run / "steps.jsonl").read_text().splitlines()[-1])
     assert (last["exposed_p2p_s"] is None) == (engine == "megatron") and 0 < last["bubble_fraction_measured"] < 1
     assert engine == "plan" or all(each > 0 for each in last["exposed_dp_s"])
+    measured = steps_of(json.loads((run / "trace.json").read_text()))[3]
+    assert {op for op in COMPUTE if measured.action_time(op)} == {action.op for rank in order for action in rank}
+    assert json.loads((run / "run.json").read_text())["arm"].endswith("breadth-first" if engine == "plan" else engine)
