@@ -153,8 +153,9 @@ def peak_parameter_bytes(
 
     actions: the rank's plan. parameters: how many each of its chunks has. replicas: that they are sharded over.
     The shards of all parameters are always there. Beside them, at any moment: the gathered chunks, counted from the
-    launch of their gathers; the gradients of chunks between their first backward and their reduction; those of the
-    chunk reduced last, which are kept until the next is reduced; and the shards of the reduced ones.
+    launch of their gathers; the gradients of chunks between their first B or W and their reduction; those of the
+    chunk reduced last, which are kept until the next is reduced; and the shards of the reduced ones. Where backwards
+    are split, an I makes the gradients of norms, biases and the embedding alone: they count with the first W.
     With 2 resident chunks of n parameters each, P of them on the rank, in fp32: 12 P / replicas + 2 (4 + 4) n, and
     4 n / replicas for each chunk but the first.
     """
@@ -162,7 +163,7 @@ def peak_parameter_bytes(
     summed: set[int] = set()
     reduced: set[int] = set()
     leaving: set[int] = set()  # the chunk that was reduced last
-    entered = {Op.UNSHARD: gathered, Op.B: summed, Op.I: summed, Op.W: summed, Op.REDUCE_GRAD: reduced}
+    entered = {Op.UNSHARD: gathered, Op.B: summed, Op.W: summed, Op.REDUCE_GRAD: reduced}
 
     def elements(stages: set[int]) -> int:
         return sum(parameters[shape.chunk_of(stage)] for stage in stages)

@@ -16,6 +16,7 @@ from megatron_bfpp.schedule.lower import aligned
 from megatron_bfpp.schedule.orders import split_backward, weight_lags
 from megatron_bfpp.schedule.plan import choose_weight_lags, plan_of
 from megatron_bfpp.schedule.replay import replay
+from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
 
 
 def split(shape, lags=None, eager=True):
@@ -194,6 +195,54 @@ def test_on_one_queue_receives_for_a_hop_cost_a_unit_where_8_micro_batches_on_8_
     bound = simulate(order, shape).step_time
     assert replay(lower(order, shape), shape, connections=1).step_time == bound + lost
     assert replay(lower(order, shape, hop=0.0), shape, connections=1).step_time == bound
+
+
+def overheads(order, shape, resident=None):
+    """Step time beyond the ideal, in percent, with reductions of 0, 1/8, 1/4, 1/2 and 1 times the backwards of a chunk.
+
+    They have 4 buckets: of all chunks if sharded, else of the first rank's first chunk, as Megatron's DDP has them.
+    """
+    plan, ideal = lower(order, shape, resident), 3 * shape.num_chunks * shape.num_microbatches
+    reductions = (part * 2 * shape.num_microbatches for part in (0, 0.125, 0.25, 0.5, 1))
+    times = (replay(plan, shape, Costs(reduction=each, buckets=4)).step_time for each in reductions)
+    return [round(100 * (time / ideal - 1), 1) for time in times]
+
+
+def test_reductions_cost_what_the_arithmetic_says():
+    shape = PipelineShape(8, 4, 8)
+    whole, two = breadth_first(shape), split(shape)
+    # All ranks end together where backwards are split: the last reduction of each is exposed, without its buckets.
+    assert overheads(whole, shape) == [21.9, 22.4, 24.5, 28.6, 38.5]
+    assert overheads(two, shape) == [7.3, 9.4, 11.5, 15.6, 31.2]
+    # With the buckets of full sharding a quarter of it follows the last quarter of a W.
+    assert overheads(whole, shape, 4) == overheads(whole, shape, 2) == [21.9, 22.4, 24.5, 28.6, 37.0]
+    assert overheads(two, shape, 4) == overheads(two, shape, 2) == [7.3, 8.6, 10.7, 14.8, 30.5]
+
+
+@given(st.builds(PipelineShape, st.integers(2, 5), st.integers(1, 3), st.integers(1, 6)), st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_reduction_runs_after_the_last_weights_and_a_step_never_takes_longer_than_with_whole_backwards(shape, data):
+    part, resident = data.draw(st.sampled_from([0, 0.5, 1])), data.draw(st.none() | st.integers(1, shape.num_chunks))
+    buckets = data.draw(st.sampled_from([1, 3]))
+    costs = Costs(reduction=part * 2 * shape.num_microbatches, buckets=buckets)  # at most a chunk's backwards
+    found = replay(lower(split(shape), shape, resident), shape, costs)
+    for rank, log in enumerate(found.collectives):
+        spans = {span.action: span for span in found.spans[rank]}
+        for action, collective in log:
+            if action.op is Op.REDUCE_GRAD:
+                last = spans[Action(action.stage, Op.W, shape.num_microbatches - 1)]
+                assert collective.launched >= (last.end if buckets == 1 else last.start)
+    whole = replay(lower(breadth_first(shape), shape, resident), shape, costs)
+    assert found.step_time <= whole.step_time + 1e-9
+
+
+@pytest.mark.parametrize("resident", [1, 2, 4])
+def test_a_sharded_rank_holds_no_more_parameters_and_gradients_than_with_whole_backwards(resident):
+    shape = PipelineShape(4, 4, 8)
+    plans = [lower(order, shape, resident) for order in (breadth_first(shape), split(shape))]
+    for whole, two in zip(*plans, strict=True):
+        sizes = [1000] * shape.num_chunks, 4, ParameterBytes()
+        assert peak_parameter_bytes(two, shape, *sizes) <= peak_parameter_bytes(whole, shape, *sizes)
 
 
 def test_the_reductions_of_a_split_plan_move_too_where_they_are_aligned():
