@@ -56,6 +56,7 @@ def plan_of(
 
 
 @lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def choose_weight_lags(
     shape: PipelineShape, group: int | None, eager: bool, *, most: int | None = None, hop: float = DEFAULT_HOP,
     inputs: float = 1.0, weights: float = 1.0, forward: float = 1.0,

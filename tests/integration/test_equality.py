@@ -45,6 +45,7 @@ SOME_CASES = [
     (2, 4, 2, 1, 1, ("--use-distributed-optimizer", *UNTIED)),
     (2, 4, 2, 1, 2, ()),
 ]
+SPLIT = ("--breadth-first-weight-gradients", "deferred")
 CASES = ALL_CASES if os.environ.get("BFPP_ALL_CASES") else SOME_CASES
 
 
@@ -53,11 +54,18 @@ def test_losses_and_gradient_norms_are_bit_identical_to_megatrons_default(pp, ch
     assert_same(pp * tp * dp, flags_of(pp, chunks, tp, dp, times * pp) + tuple(features))
 
 
+@pytest.mark.parametrize("pp, chunks, tp, dp, times, features", CASES if len(CASES) > 16 else SOME_CASES[3:14:5])
+def test_split_backwards_keep_the_bits(pp, chunks, tp, dp, times, features):
+    assert_same(pp * tp * dp, flags_of(pp, chunks, tp, dp, times * pp) + tuple(features), *SPLIT)
+
+
 @pytest.mark.parametrize(
     "ours",
     [
         ("--breadth-first-backward", "late"),
         ("--breadth-first-group-size", "5"),
+        ("--breadth-first-backward", "late", *SPLIT, "--breadth-first-weight-lag", "1"),
+        ("--breadth-first-group-size", "5", *SPLIT),
         ("--breadth-first-engine", "megatron"),
         ("--breadth-first-engine", "megatron", "--breadth-first-backward", "late"),
     ],

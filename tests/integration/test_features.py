@@ -147,19 +147,32 @@ def with_fusion() -> None:
     linear.forward = deferring_in_the_output_layer_only
 
 
-def arms(ranks: int, microbatches: int, *flags: str) -> tuple[tuple, tuple]:
+def arms(ranks: int, microbatches: int, *flags: str, ours: tuple[str, ...] = ()) -> tuple[tuple, tuple]:
     model_ranks = 1
     for name in ("pipeline-model", "tensor-model", "context"):
         flag = f"--{name}-parallel-size"
         model_ranks *= int(flags[flags.index(flag) + 1]) if flag in flags else 1
     flags += ("--global-batch-size", str(microbatches * (ranks // model_ranks)))
-    return trained(ranks, *flags), trained(ranks, *flags, "--pipeline-schedule", "breadth-first")
+    return trained(ranks, *flags), trained(ranks, *flags, "--pipeline-schedule", "breadth-first", *ours)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_bits_and_the_same_log(case):
+    assert_same_bits_and_log(case)
+
+
+SPLIT = ("--breadth-first-weight-gradients", "deferred")
+SOME_SPLIT = ("experts_by_all_to_all", "sequence_parallel", "fp16", "mtp", "deferred_embedding_gradients")
+
+
+@pytest.mark.parametrize("case", CASES if len(CASES) > len(SOME_CASES) else SOME_SPLIT)
+def test_split_backwards_too(case):
+    assert_same_bits_and_log(case, SPLIT)
+
+
+def assert_same_bits_and_log(case: str, flags_of_ours: tuple[str, ...] = ()) -> None:
     ranks, microbatches, words, flags = CASES[case]
-    (steps, lines), ours = arms(ranks, microbatches, *flags)
+    (steps, lines), ours = arms(ranks, microbatches, *flags, ours=flags_of_ours)
     assert len({step["lm loss hex"] for step in steps}) == len(steps) >= 3, (
         "the losses do not move: nothing is compared"
     )

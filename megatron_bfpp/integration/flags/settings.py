@@ -11,8 +11,7 @@ from ...console.errors import UserError
 from ...schedule import PipelineShape
 from ...schedule.lower import DEFAULT_HOP
 from ...schedule.names import word_of
-from ...schedule.orders import weight_lags
-from ...schedule.plan import Plan, plan_of
+from ...schedule.plan import Plan, choose_weight_lags, plan_of
 
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
@@ -38,7 +37,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
      "fill the end of the step: the bubble falls to a third, for the memory of what they need. Same bits."),
     ("--breadth-first-weight-lag", {"type": int, "metavar": "K"},
      "With deferred weight gradients: the most micro-batches whose weights' gradients wait on a rank, beside the one "
-     "that has just run. Less takes less memory and hides less. Default: rank r of the pipeline has r waiting."),
+     "that has just run. Less takes less memory and hides less. Default: r or a few more on pipeline rank r, whatever "
+     "gives the shortest step in a simulation."),
     ("--breadth-first-hop", {"type": float, "metavar": "C"},
      "The time of a message between two ranks, in forwards of one micro-batch through one chunk, for which receives "
      "are posted ahead. It matters where CUDA_DEVICE_MAX_CONNECTIONS is 1: as long as your messages or longer. "
@@ -97,7 +97,7 @@ class Settings:
         if self.weight_lag is not None and self.weight_lag < 0:
             raise UserError(
                 f"--breadth-first-weight-lag is {self.weight_lag}; it counts micro-batches.\n"
-                "  Use 0 or more, or leave it out: rank r of the pipeline then has r waiting."
+                "  Use 0 or more, or leave it out: r or a few more then wait on pipeline rank r."
             )
         if self.weight_lag is not None and self.weight_gradients != "deferred":
             raise UserError(
@@ -122,8 +122,11 @@ class Settings:
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
         hop = self.hop if is_ahead else None
         is_split = self.weight_gradients == "deferred" and not evaluation
-        lags = tuple(weight_lags(shape, self.weight_lag)) if is_split else None
-        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, hop, lags)
+        eager, lags = self.backward == "eager", None
+        if is_split:
+            group = None if self.group_size is None else min(self.group_size, shape.num_microbatches)
+            lags = choose_weight_lags(shape, group, eager, most=self.weight_lag, hop=self.hop)
+        return plan_of(shape, self.group_size, eager, evaluation, resident, hop, lags)
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""

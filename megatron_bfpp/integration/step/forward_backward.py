@@ -5,7 +5,7 @@ comes from the call and may change from step to step), and has an `Executor` run
 own forward_step and backward_step. The function keeps nothing between calls and restores what it changes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -52,7 +52,8 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     pp_rank, device = pp_group.rank(), process.this_device()
     channels = channel_groups(pp_group, device)
     process.begin_step(call.forward_only, shape, channels.ranks, pp_rank)
-    _announce(settings, shape, plan, call.forward_only, is_sharded)
+    owed = _owed(call, config, groups, plan, channels.ranks, pp_rank)
+    _announce(settings, shape, plan, call.forward_only, is_sharded, owed)
     if loads_kernels(device, channels, call.forward_only):
         plan = settings.plan_of(shape, call.forward_only, is_sharded, is_ahead=False)
 
@@ -165,8 +166,36 @@ def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
     return both
 
 
-def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool = False) -> None:
-    """Print one greppable line per shape on the first rank: the schedule and the hash of its plan."""
+def _owed(
+    call: StepCall, config: Any, groups: ProcessGroupCollection, plan: Plan, ranks: Sequence[int], pp_rank: int
+) -> str:
+    """Say how many weights' gradients of `plan` wait and what they keep, for the line at start.
+
+    A rank of the first pipeline that computes some layers whole says so itself, once.
+    """
+    if not plan.is_split or ("owed", plan.digest) in _announced:
+        return ""
+    _announced.add(("owed", plan.digest))
+    whole = [name for chunk in call.model for name in weight_gradients.splittable(chunk)[1]]
+    if whole and 0 in ranks:
+        print(
+            f"megatron_bfpp: pp_rank {pp_rank} computes the weights' gradients of {len(whole)} layers within the "
+            f"backward of the input, whole: {', '.join(whole[:4])}{' ...' if len(whole) > 4 else ''}",
+            flush=True,
+        )
+    tokens = call.seq_length * call.micro_batch_size // groups.cp.size()
+    size = max(weight_gradients.owed_bytes(chunk, config, tokens) for chunk in call.model)
+    fewest, most = min(plan.peak_owed_weight_gradients), max(plan.peak_owed_weight_gradients)
+    return f", weights' gradients of {fewest} to {most} micro-batches wait on a rank ({size / 2**20:.3g} MiB each)"
+
+
+def _announce(
+    settings: Settings, shape: PipelineShape, plan: Plan, evaluation: bool, is_sharded: bool = False, owed: str = ""
+) -> None:
+    """Print one greppable line per shape on the first rank: the schedule and the hash of its plan.
+
+    owed: what is to be said of split backwards.
+    """
     key = settings.engine, plan.digest
     if key in _announced:
         return
@@ -174,7 +203,7 @@ def _announce(settings: Settings, shape: PipelineShape, plan: Plan, evaluation: 
     if torch.distributed.get_rank() != 0:
         return
     group = "" if settings.group_size is None else f", groups of {settings.group_size}"
-    what = "evaluation" if evaluation else f"{settings.backward} backward{group}"
+    what = "evaluation" if evaluation else f"{settings.backward} backward{group}{owed}"
     if is_sharded:
         resident = settings.resident_chunks_of(shape.num_chunks)
         what += f", fully sharded with {resident} resident chunks ({plan.gathers} gathers per rank)"

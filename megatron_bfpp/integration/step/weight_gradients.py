@@ -155,3 +155,26 @@ def splittable(chunk: Module) -> tuple[list[Parameter], list[str]]:
             matrices = (each.requires_grad and each.dim() > 1 for each in module.parameters(recurse=False))
             whole += [name] if any(matrices) else []
     return weights, whole
+
+
+def owed_bytes(chunk: Module, config: Any, tokens: int) -> int:
+    """Return what a chunk keeps for the W of one micro-batch: the inputs of its linear layers and their gradients.
+
+    tokens: of a micro-batch on a rank, before sequence parallelism cuts it. Of experts each gets the same share.
+    """
+    names = set(map(id, splittable(chunk)[0]))
+    size = 0
+    for module in chunk.modules():
+        if isinstance(module, _LINEAR) and id(module.weight) in names:
+            outputs, inputs = module.weight.shape
+            count = tokens
+            if module.is_expert:
+                count = tokens * config.moe_router_topk * config.expert_model_parallel_size // config.num_moe_experts
+            parts = module.tp_group.size() if module.sequence_parallel and _gathers(module) else 1
+            size += (count // parts * inputs + count * outputs) * module.weight.element_size()
+    return size
+
+
+def _gathers(module: Module) -> bool:
+    """Return whether a layer gathers its input over the sequence, under sequence parallelism."""
+    return isinstance(module, layers.ColumnParallelLinear)
