@@ -1,7 +1,7 @@
 """A split backward of Megatron's own GPT on one rank: the bits of a whole one, layer by layer."""
 
 import logging
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from jobs import run_job
 from megatron.core.tensor_parallel import layers
 from one_rank import LAYERS, gpt_chunks, start, train
 
-from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration.flags.arguments import refuse
+from megatron_bfpp.integration.flags.settings import Settings, settings_of
 from megatron_bfpp.integration.step import weight_gradients
 from megatron_bfpp.runtime.weight_gradients import OwedGradients
 
@@ -120,3 +122,34 @@ def _whole_layers():
     weights, whole = weight_gradients.splittable(first)
     assert len(weights) == LINEARS - 2
     assert whole == ["module.decoder.layers.0.mlp.linear_fc1", "module.other"]
+
+
+@pytest.mark.parametrize(
+    "schedule, choices, wrong",
+    [
+        ("breadth-first", {"weight_gradients": "later"}, "--breadth-first-weight-gradients later does not exist"),
+        ("breadth-first", {"weight_gradients": "deferred", "weight_lag": -1}, "--breadth-first-weight-lag is -1"),
+        ("breadth-first", {"weight_lag": 2}, "Use it with --breadth-first-weight-gradients deferred"),
+        ("1f1b", {"weight_gradients": "deferred"}, "Use --pipeline-schedule breadth-first"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_one_sentence(schedule, choices, wrong):
+    args = {f"breadth_first_{name}": value for name, value in choices.items()}
+    with pytest.raises(UserError, match=wrong) as error:
+        settings_of(SimpleNamespace(pipeline_schedule=schedule, **args))
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "choices, args, wrong",
+    [
+        ({"engine": "megatron"}, {}, "whole backwards.*\\n.*--breadth-first-engine plan"),
+        ({}, {"cuda_graph_impl": "local"}, "graph.*\\n.*--breadth-first-weight-gradients with-backward"),
+        ({}, {"delay_wgrad_compute": True}, "--delay-wgrad-compute does not work"),
+    ],
+)
+def test_what_cannot_split_a_backward_is_refused(choices, args, wrong):
+    settings = Settings("breadth-first", weight_gradients="deferred", **choices)
+    given = SimpleNamespace(pipeline_model_parallel_size=2, cuda_graph_modules=[], **args)
+    with pytest.raises(UserError, match=wrong):
+        refuse(given, settings)

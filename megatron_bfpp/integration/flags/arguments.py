@@ -88,6 +88,8 @@ def _refuse_graphs(args: Any, settings: Settings) -> None:
         (is_whole, "the step asks whether messages have arrived, which a capture forbids", _LOCAL_GRAPHS),
         (settings.engine == "megatron", "Megatron's loop frees what it has sent, and that memory is a graph's",
          "use --breadth-first-engine plan"),
+        (settings.weight_gradients != "with-backward", "a graph's backward computes the weights' gradients too",
+         "use --breadth-first-weight-gradients with-backward"),
         (is_sharded(args), "a graph needs parameters that stay where they are", "leave out --use-torch-fsdp2"),
         (getattr(args, "transformer_impl", None) == "local",
          "what torch's own layers keep for their backward is lost: Megatron finds only what Transformer Engine's keep",

@@ -94,6 +94,11 @@ class Settings:
                 f"--breadth-first-resident-chunks is {self.resident_chunks}; a chunk runs only while it is gathered.\n"
                 f"  Use {RESIDENT_CHUNKS}, which hides the gathers, or the number of chunks: one gather each per step."
             )
+        if self.schedule == "1f1b" and self.weight_gradients != "with-backward":
+            raise UserError(
+                f"--breadth-first-weight-gradients {self.weight_gradients} splits backwards, but 1f1b has whole ones.\n"
+                "  Use --pipeline-schedule breadth-first, or leave it out."
+            )
         if self.weight_lag is not None and self.weight_lag < 0:
             raise UserError(
                 f"--breadth-first-weight-lag is {self.weight_lag}; it counts micro-batches.\n"
