@@ -61,7 +61,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--group", type=int, help="micro-batches per group; default: all (breadth-first), ranks (interleaved)")
     late = "late: breadth-first stands for breadth-first-late"
     add("--backward", choices=("eager", "late"), default="eager", help=late)
-    lag = "of breadth-first-deferred: most micro-batches whose weights' gradients wait on a rank; default: r on rank r"
+    lag = (
+        "the plugin's --breadth-first-weight-lag, of breadth-first-deferred: most micro-batches whose weights' "
+        "gradients wait on a rank; default: r on rank r"
+    )
     add("--weight-lag", type=at_least(0), metavar="K", help=lag)
     # The bounds keep a slip of the keyboard from a grid of a billion columns.
     backward = "of a backward, in forwards; default 2"

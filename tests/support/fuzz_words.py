@@ -12,6 +12,7 @@ from traces import document
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, formats, lower
 from megatron_bfpp.schedule.names import ORDERS
+from megatron_bfpp.schedule.orders import weight_lags
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -85,7 +86,8 @@ def show(rng, folder):
 def plan_file(rng):
     """A shape, and a plan of it as a file, mostly damaged."""
     shape = PipelineShape(rng.choice((2, 3)), rng.choice((1, 2)), rng.choice((2, 4)))
-    sound = lower(breadth_first(shape), shape, resident_chunks=rng.choice((None, None, 1, 2)))
+    order = breadth_first(shape, weight_lag=rng.choice((None, weight_lags(shape))))
+    sound = lower(order, shape, resident_chunks=rng.choice((None, None, 1, 2)))
     text = rng.choice((formats.to_csv, formats.to_text))(sound).encode()
     return shape, text if chance(rng, 0.3) else damaged(rng, text)
 
