@@ -87,8 +87,9 @@ def weight_lags(
 
     The last input gradient of pp_rank r takes r steps of i + L to pp_rank 0, with which the step ends; the W's that are
     owed by then fill that time. At most 2 r: so many activations fewer than pp_rank 0 does pp_rank r hold in the eager
-    order with one group, so the peak over the ranks stays what it is. More would gain up to 3% of a step where a W is
-    shorter than (i + L) / 2. Near M = P the longer lag for a slow network can be the worse one (choose_weight_lags).
+    order with one group, so the peak over the ranks stays what it is (groups of g < P - 1 micro-batches raise it by up
+    to P - 1 - g). More would gain up to 3% of a step where a W is shorter than (i + L) / 2. Near M = P the longer lag
+    for a slow network can be the worse one (choose_weight_lags).
     most: the dial, k: no rank owes more, and none of its activations waits longer. None for no limit.
     hop, inputs, weights: L, i and w, the durations of a message, an I and a W in one unit.
     """

@@ -108,6 +108,19 @@ def test_the_peak_of_live_activations_is_that_of_the_plain_order(eager):
             assert owed == [min(lag + 1, total) for lag in lags]
 
 
+def test_groups_that_fill_the_pipeline_keep_the_bubble_and_the_peak_and_smaller_ones_raise_the_peak_a_little():
+    for size, chunks, microbatches in product((2, 4, 5, 8), (1, 2, 4), (8, 12, 16)):
+        shape = PipelineShape(size, chunks, microbatches)
+        for group in range(1, microbatches + 1):
+            found = simulate(breadth_first(shape, group, True, weight_lags(shape)), shape)
+            plain = simulate(breadth_first(shape, group), shape)
+            more = max(found.peak_live_activations()) - max(plain.peak_live_activations())
+            assert more <= max(0, size - 1 - group), (shape, group)
+            assert found.step_time < plain.step_time, (shape, group)
+            if group >= size:
+                assert found.step_time == 3 * chunks * microbatches + size - 1, (shape, group)
+
+
 def test_a_longer_lag_than_twice_the_rank_would_raise_the_peak():
     shape = PipelineShape(4, 2, 8)
     plain = max(simulate(breadth_first(shape), shape).peak_live_activations())
