@@ -81,6 +81,22 @@ def choose_weight_lags(
     return min(candidates, key=cost)
 
 
+@lru_cache(maxsize=64)
+def gain_of_split(
+    shape: PipelineShape, group: int | None, eager: bool, lags: tuple[int, ...], forward: float, inputs: float,
+    weights: float, hop: float,
+) -> float:  # fmt: skip
+    """Return the part of the step that splitting its backwards saves, in a simulation; below 0 where it costs.
+
+    forward, inputs, weights: f, i, w; a whole backward takes i + w. hop: of a message, in the same unit.
+    """
+    whole, split = (
+        simulate(breadth_first(shape, group, eager, each), shape, forward, inputs + weights, hop, weights).step_time
+        for each in (None, lags)
+    )
+    return 1 - split / whole
+
+
 def most_messages(actions: list[Action], shape: PipelineShape) -> int:
     """Return the most tensors that a rank holds for messages at a time, beside its live activations.
 

@@ -1,6 +1,9 @@
 """A split backward of Megatron's own GPT on one rank: the bits of a whole one, layer by layer."""
 
+import contextlib
+import io
 import logging
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,8 +18,10 @@ from one_rank import LAYERS, gpt_chunks, start, train
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags.arguments import refuse
 from megatron_bfpp.integration.flags.settings import Settings, settings_of
+from megatron_bfpp.integration.flags.times import EQUAL, times_of
 from megatron_bfpp.integration.step import weight_gradients
 from megatron_bfpp.runtime.weight_gradients import OwedGradients
+from megatron_bfpp.schedule import PipelineShape
 
 # Per layer of the local implementation: qkv, projection and the two of the MLP.
 LINEARS = 4 * LAYERS
@@ -122,6 +127,48 @@ def _whole_layers():
     weights, whole = weight_gradients.splittable(first)
     assert len(weights) == LINEARS - 2
     assert whole == ["module.decoder.layers.0.mlp.linear_fc1", "module.other"]
+
+
+def test_the_line_at_start_says_what_waits_and_what_auto_has_come_to(tmp_path):
+    run_job(_lines_at_start, 1, tmp_path)
+
+
+def _lines_at_start():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        _trained((2, 0, 2), [2, 60], False, {}, weight_gradients="auto")
+    lines = [line for line in printed.getvalue().splitlines() if "breadth-first" in line]
+    # Per token of 4 bytes and layer of 16: inputs of 16, 16, 16, 64 and outputs of 48, 16, 64, 16; 2 layers, 12 tokens.
+    assert "weights' gradients of 1 to 2 micro-batches wait on a rank (0.0234 MiB each), which gains" in lines[0]
+    assert "weights' gradients with the backward (auto: to defer them gains 0.6%)" in lines[1]
+
+
+def test_auto_splits_where_a_simulation_gains_enough():
+    settings = Settings("breadth-first", weight_gradients="auto")
+    for microbatches, is_split in ((1, True), (8, True), (16, True), (200, False)):
+        plan = settings.plan_of(PipelineShape(8, 4, microbatches))
+        assert plan.is_split == is_split
+        assert not settings.plan_of(PipelineShape(8, 4, microbatches), evaluation=True).is_split
+    whole = Settings("breadth-first").plan_of(PipelineShape(8, 4, 200))
+    assert settings.plan_of(PipelineShape(8, 4, 200)).digest == whole.digest
+    # i twice as long and w half as long as f: less of a backward can wait.
+    gains = [replace(settings, times=times).weight_lags_of(PipelineShape(8, 4, 8))[1] for times in (EQUAL, (1, 2, 0.5))]
+    assert gains[0] > 0.11 and 0 < gains[1] < gains[0]
+
+
+def test_times_are_counted_from_the_sizes_of_a_model():
+    assert times_of(SimpleNamespace()) == EQUAL
+    sizes = {"hidden_size": 64, "seq_length": 128, "num_attention_heads": 4}
+    linear, attention = 24 * 64 * 64, 2 * 128 * 64
+    forward = linear + attention
+    expected = (1.0, (linear + 2 * attention) / forward, linear / forward)
+    assert times_of(SimpleNamespace(**sizes)) == pytest.approx(expected)
+    full = times_of(SimpleNamespace(**sizes, recompute_granularity="full"))
+    assert full == pytest.approx((1.0, expected[1] + 1, expected[2]))
+    grouped = times_of(SimpleNamespace(**sizes, group_query_attention=True, num_query_groups=1, swiglu=True))
+    assert grouped[2] == pytest.approx(1 / (1 + attention / (2 * 64 * (2 * 64 + 2 * 16 + 3 * 256))))
+    experts = SimpleNamespace(**sizes, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=32)
+    assert times_of(experts)[2] == pytest.approx(1 / (1 + attention / (2 * 64 * (4 * 64 + 2 * 64))))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from ...console.errors import UserError
 from ...schedule import PipelineShape
 from ...schedule.lower import DEFAULT_HOP
 from ...schedule.names import word_of
-from ...schedule.plan import Plan, choose_weight_lags, plan_of
+from ...schedule.plan import Plan, choose_weight_lags, gain_of_split, plan_of
+from .times import EQUAL, Times, times_of
 
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
-WEIGHT_GRADIENTS = ("with-backward", "deferred")
+WEIGHT_GRADIENTS = ("with-backward", "deferred", "auto")
+LEAST_GAIN = 0.02  # of a step: for less, `auto` does not take the memory of a split backward
 PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog reports before NCCL ends the process
 MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
@@ -32,9 +34,10 @@ _FLAGS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--breadth-first-resident-chunks", {"type": int, "metavar": "N"},
      "With --use-torch-fsdp2: how many model chunks of a rank may hold gathered parameters at one time. More take "
      f"memory and save gathers; all is ZeRO-2. Default: {RESIDENT_CHUNKS}."),
-    ("--breadth-first-weight-gradients", {"default": "with-backward", "metavar": "{with-backward,deferred}"},
+    ("--breadth-first-weight-gradients", {"default": "with-backward", "metavar": "{with-backward,deferred,auto}"},
      "deferred: split each backward. The input's gradient is computed and sent first, the weights' gradients wait, and "
-     "fill the end of the step: the bubble falls to a third, for the memory of what they need. Same bits."),
+     "fill the end of the step: the bubble falls to a third, for the memory of what they need. Same bits. auto: "
+     f"deferred where a simulation, with times estimated from the model's sizes, gains {LEAST_GAIN:.0%} or more."),
     ("--breadth-first-weight-lag", {"type": int, "metavar": "K"},
      "With deferred weight gradients: the most micro-batches whose weights' gradients wait on a rank, beside the one "
      "that has just run. Less takes less memory and hides less. Default: r or a few more on pipeline rank r, whatever "
@@ -73,6 +76,7 @@ class Settings:
     hop: float = DEFAULT_HOP  # latency of a message in forwards of a micro-batch through a chunk, see schedule/lower.py
     weight_gradients: str = "with-backward"
     weight_lag: int | None = None  # the most micro-batches that await their weights' gradients; None for no limit
+    times: Times = EQUAL  # of F, I and W, by which lags are chosen and `auto` decides
     debug_p2p: bool = False  # each message says what it is, and the receiver compares
 
     def __post_init__(self) -> None:
@@ -104,7 +108,7 @@ class Settings:
                 f"--breadth-first-weight-lag is {self.weight_lag}; it counts micro-batches.\n"
                 "  Use 0 or more, or leave it out: r or a few more then wait on pipeline rank r."
             )
-        if self.weight_lag is not None and self.weight_gradients != "deferred":
+        if self.weight_lag is not None and self.weight_gradients == "with-backward":
             raise UserError(
                 f"--breadth-first-weight-lag is {self.weight_lag}, but weights' gradients are computed "
                 f"{self.weight_gradients}.\n  Use it with --breadth-first-weight-gradients deferred, or leave it out."
@@ -126,12 +130,25 @@ class Settings:
         """
         resident = self.resident_chunks_of(shape.num_chunks) if is_sharded else None
         hop = self.hop if is_ahead else None
-        is_split = self.weight_gradients == "deferred" and not evaluation
-        eager, lags = self.backward == "eager", None
-        if is_split:
-            group = None if self.group_size is None else min(self.group_size, shape.num_microbatches)
-            lags = choose_weight_lags(shape, group, eager, most=self.weight_lag, hop=self.hop)
-        return plan_of(shape, self.group_size, eager, evaluation, resident, hop, lags)
+        lags = self.weight_lags_of(shape)[0] if not evaluation else None
+        return plan_of(shape, self.group_size, self.backward == "eager", evaluation, resident, hop, lags)
+
+    def weight_lags_of(self, shape: PipelineShape) -> tuple[tuple[int, ...] | None, float]:
+        """Return how many micro-batches await their W on each rank, None for whole backwards, and what a split gains.
+
+        The gain is the part of a step that a simulation saves; `auto` splits from LEAST_GAIN on.
+        """
+        if self.weight_gradients == "with-backward":
+            return None, 0.0
+        group = None if self.group_size is None else min(self.group_size, shape.num_microbatches)
+        order = shape, group, self.backward == "eager"
+        forward, inputs, weights = self.times
+        hop = self.hop * forward
+        lags = choose_weight_lags(
+            *order, most=self.weight_lag, hop=hop, inputs=inputs, weights=weights, forward=forward
+        )
+        gain = gain_of_split(*order, lags, forward, inputs, weights, hop)
+        return (lags if self.weight_gradients == "deferred" or gain >= LEAST_GAIN else None), gain
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""
@@ -154,6 +171,7 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 def settings_of(args: Any) -> Settings:
     """Return the choice on a parsed command line, or in a YAML file that holds some of the names."""
+    weight_gradients = getattr(args, "breadth_first_weight_gradients", None) or "with-backward"
     return Settings(
         schedule=getattr(args, "pipeline_schedule", None) or "1f1b",
         backward=getattr(args, "breadth_first_backward", None) or "eager",
@@ -161,8 +179,9 @@ def settings_of(args: Any) -> Settings:
         engine=getattr(args, "breadth_first_engine", None) or "plan",
         resident_chunks=getattr(args, "breadth_first_resident_chunks", None),
         hop=DEFAULT_HOP if (hop := getattr(args, "breadth_first_hop", None)) is None else hop,
-        weight_gradients=getattr(args, "breadth_first_weight_gradients", None) or "with-backward",
+        weight_gradients=weight_gradients,
         weight_lag=getattr(args, "breadth_first_weight_lag", None),
+        times=EQUAL if weight_gradients == "with-backward" else times_of(args),
         debug_p2p=bool(getattr(args, "bfpp_debug_p2p", False)),
     )
 
@@ -176,9 +195,13 @@ def word_of_job(args: Any, num_microbatches: int) -> str:
     """Return the word for the schedule of a job whose steps have so many micro-batches; validated arguments."""
     settings, chunks = settings_of(args), args.virtual_pipeline_model_parallel_size or 1
     group = getattr(args, "microbatch_group_size_per_vp_stage", None)
+    weight_gradients = settings.weight_gradients
+    if weight_gradients == "auto":
+        shape = PipelineShape(args.pipeline_model_parallel_size, chunks, num_microbatches)
+        weight_gradients = "with-backward" if settings.weight_lags_of(shape)[0] is None else "deferred"
     return word_of(
         settings.schedule, args.pipeline_model_parallel_size, chunks, num_microbatches, group,
-        backward=settings.backward, engine=settings.engine, weight_gradients=settings.weight_gradients,
+        backward=settings.backward, engine=settings.engine, weight_gradients=weight_gradients,
         is_sharded=is_sharded(args),
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     pp_rank, device = pp_group.rank(), process.this_device()
     channels = channel_groups(pp_group, device)
     process.begin_step(call.forward_only, shape, channels.ranks, pp_rank)
-    owed = _owed(call, config, groups, plan, channels.ranks, pp_rank)
+    owed = _owed(settings, shape, call, groups, plan, channels.ranks, pp_rank)
     _announce(settings, shape, plan, call.forward_only, is_sharded, owed)
     if loads_kernels(device, channels, call.forward_only):
         plan = settings.plan_of(shape, call.forward_only, is_sharded, is_ahead=False)
@@ -167,15 +167,20 @@ def _span() -> Callable[[Action], AbstractContextManager[None]] | None:
 
 
 def _owed(
-    call: StepCall, config: Any, groups: ProcessGroupCollection, plan: Plan, ranks: Sequence[int], pp_rank: int
-) -> str:
+    settings: Settings, shape: PipelineShape, call: StepCall, groups: ProcessGroupCollection, plan: Plan,
+    ranks: Sequence[int], pp_rank: int,
+) -> str:  # fmt: skip
     """Say how many weights' gradients of `plan` wait and what they keep, for the line at start.
 
     A rank of the first pipeline that computes some layers whole says so itself, once.
     """
-    if not plan.is_split or ("owed", plan.digest) in _announced:
+    if call.forward_only or ("owed", plan.digest) in _announced:
         return ""
     _announced.add(("owed", plan.digest))
+    gain = settings.weight_lags_of(shape)[1]
+    if not plan.is_split:
+        is_auto = settings.weight_gradients == "auto"
+        return f", weights' gradients with the backward (auto: to defer them gains {gain:.1%})" if is_auto else ""
     whole = [name for chunk in call.model for name in weight_gradients.splittable(chunk)[1]]
     if whole and 0 in ranks:
         print(
@@ -184,9 +189,12 @@ def _owed(
             flush=True,
         )
     tokens = call.seq_length * call.micro_batch_size // groups.cp.size()
-    size = max(weight_gradients.owed_bytes(chunk, config, tokens) for chunk in call.model)
+    size = max(weight_gradients.owed_bytes(chunk, get_model_config(chunk), tokens) for chunk in call.model)
     fewest, most = min(plan.peak_owed_weight_gradients), max(plan.peak_owed_weight_gradients)
-    return f", weights' gradients of {fewest} to {most} micro-batches wait on a rank ({size / 2**20:.3g} MiB each)"
+    return (
+        f", weights' gradients of {fewest} to {most} micro-batches wait on a rank ({size / 2**20:.3g} MiB each), which "
+        f"gains {gain:.1%} in simulation"
+    )
 
 
 def _announce(
