@@ -17,7 +17,8 @@ from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
 from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import ORDERS, SCHEDULES, order_of, predict, word_of
-from ..schedule.orders import split_backward, weight_lags
+from ..schedule.orders import split_backward
+from ..schedule.plan import choose_weight_lags
 from ..schedule.replay import Prediction, replay
 from .grid import grid, summary
 from .page import page
@@ -169,8 +170,9 @@ def _order(args: argparse.Namespace, word: str, shape: PipelineShape) -> tuple[s
     """Return an order and its name, which says of a split backward whether it comes late."""
     if not SCHEDULES[word].is_split:
         return word, order_of(word, shape, args.group)
-    lags = weight_lags(shape, args.weight_lag)
-    if args.backward == "eager":
+    is_eager, hop = args.backward == "eager", args.breadth_first_hop
+    lags = choose_weight_lags(shape, args.group, is_eager, most=args.weight_lag, hop=hop)  # those of a job
+    if is_eager:
         return word, order_of(word, shape, args.group, lags)
     sizes = shape.pp_size, shape.num_chunks, shape.num_microbatches
     late = word_of("breadth-first", *sizes, backward="late", weight_gradients="deferred")

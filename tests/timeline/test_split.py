@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_bfpp.cli import main
+from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.schedule import Action, Op, PipelineShape
 from megatron_bfpp.schedule.costs import UNIT, Costs
+from megatron_bfpp.schedule.formats import digest, read
 from megatron_bfpp.schedule.ir import COMPUTE
 from megatron_bfpp.schedule.names import order_of, predict
 from megatron_bfpp.schedule.orders import weight_lags
@@ -37,10 +39,22 @@ def test_the_grid_has_the_input_gradient_and_the_weights_gradient_apart(capsys):
     assert main(["show", "--pp", "2", "--chunks", "1", "--microbatches", "3", "--order", "breadth-first-deferred"]) == 0
     out = capsys.readouterr().out
     assert rows(out) == [
-        ["f00", "f01", "f02", "i00", "w00", "i01", "w01", ".", "i02", "w02"],
-        [".", "f00", "i00", "f01", "i01", "w00", "f02", "i02", "w01", "w02"],
+        ["f00", "f01", "f02", "i00", "w00", "i01", "w01", "i02", "w02", "."],
+        [".", "f00", "i00", "f01", "i01", "f02", "i02", "w00", "w01", "w02"],
     ]
-    assert out.splitlines()[-1].endswith("peak owed weights' gradients 2 (pp_rank 1) to 1")
+    assert out.splitlines()[-1].endswith("peak owed weights' gradients 3 (pp_rank 1) to 1")
+
+
+@pytest.mark.parametrize("more, lag", [([], None), (["--breadth-first-hop", "1"], None), (["--weight-lag", "2"], 2)])
+@pytest.mark.parametrize("backward", ["eager", "late"])
+def test_the_plan_is_the_one_that_a_job_runs(more, lag, backward, tmp_path, capsys):
+    words = ["--pp", "4", "--chunks", "2", "--microbatches", "8", "--order", "breadth-first-deferred"]
+    assert main(["show", *words, *more, "--backward", backward, "--plan", "--csv", str(tmp_path / "plan.csv")]) == 0
+    settings = Settings(
+        "breadth-first", backward, weight_gradients="deferred", weight_lag=lag, hop=1.0 if "1" in more else 0.25
+    )
+    plan = settings.plan_of(PipelineShape(4, 2, 8))
+    assert digest(read(str(tmp_path / "plan.csv"))) == plan.digest
 
 
 @pytest.mark.parametrize("lag, step", [("3", 27), ("1", 29), ("0", 30)])
