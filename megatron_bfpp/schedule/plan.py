@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from . import Action, Op, PipelineShape, Schedule, breadth_first, check, forward_only, lower, simulate
+from .costs import Times
 from .formats import digest
 from .ir import BACKWARDS, PASSES, RECEIVES, SEND_WINDOW
 from .lower import DEFAULT_HOP
 from .orders import weight_lags
 from .sharding import count_gathers
+
+LEAST_GAIN = 0.02  # of a step: for less, `auto` does not take the memory of a split backward
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ def plan_of(
 
 
 @lru_cache(maxsize=64)
-@lru_cache(maxsize=64)
 def choose_weight_lags(
     shape: PipelineShape, group: int | None, eager: bool, *, most: int | None = None, hop: float = DEFAULT_HOP,
     inputs: float = 1.0, weights: float = 1.0, forward: float = 1.0,
@@ -95,6 +97,26 @@ def gain_of_split(
         for each in (None, lags)
     )
     return 1 - split / whole
+
+
+def lags_for(
+    weight_gradients: str, shape: PipelineShape, group: int | None, eager: bool, most: int | None, hop: float,
+    times: Times,
+) -> tuple[tuple[int, ...] | None, float]:  # fmt: skip
+    """Return how many micro-batches await their W on each rank, None for whole backwards, and what a split gains.
+
+    The gain is the part of a step that a simulation saves; `auto` splits from LEAST_GAIN on.
+    weight_gradients: with-backward, deferred or auto. hop: in forwards. group, eager, most: as in `choose_weight_lags`.
+    """
+    if weight_gradients == "with-backward":
+        return None, 0.0
+    forward, inputs, weights = times
+    group = None if group is None else min(group, shape.num_microbatches)
+    lags = choose_weight_lags(
+        shape, group, eager, most=most, hop=hop * forward, inputs=inputs, weights=weights, forward=forward
+    )
+    gain = gain_of_split(shape, group, eager, lags, forward, inputs, weights, hop * forward)
+    return (lags if weight_gradients == "deferred" or gain >= LEAST_GAIN else None), gain
 
 
 def most_messages(actions: list[Action], shape: PipelineShape) -> int:

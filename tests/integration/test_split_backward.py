@@ -18,10 +18,10 @@ from one_rank import LAYERS, gpt_chunks, start, train
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags.arguments import refuse
 from megatron_bfpp.integration.flags.settings import Settings, settings_of
-from megatron_bfpp.integration.flags.times import EQUAL, times_of
 from megatron_bfpp.integration.step import weight_gradients
 from megatron_bfpp.runtime.weight_gradients import OwedGradients
 from megatron_bfpp.schedule import PipelineShape
+from megatron_bfpp.schedule.costs import EQUAL, times_of
 
 # Per layer of the local implementation: qkv, projection and the two of the MLP.
 LINEARS = 4 * LAYERS

@@ -9,16 +9,15 @@ from typing import Any
 
 from ...console.errors import UserError
 from ...schedule import PipelineShape
+from ...schedule.costs import EQUAL, Times, times_of
 from ...schedule.lower import DEFAULT_HOP
 from ...schedule.names import word_of
-from ...schedule.plan import Plan, choose_weight_lags, gain_of_split, plan_of
-from .times import EQUAL, Times, times_of
+from ...schedule.plan import LEAST_GAIN, Plan, lags_for, plan_of
 
 SCHEDULES = ("1f1b", "breadth-first")
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
 WEIGHT_GRADIENTS = ("with-backward", "deferred", "auto")
-LEAST_GAIN = 0.02  # of a step: for less, `auto` does not take the memory of a split backward
 PART_OF_MEGATRONS = 0.8  # of --distributed-timeout-minutes: the watchdog reports before NCCL ends the process
 MOST_TRACED_STEPS = 50  # their notes are kept until the last of them
 RESIDENT_CHUNKS = 2  # the fewest with which the gather of a chunk hides behind the chunk before it
@@ -138,17 +137,8 @@ class Settings:
 
         The gain is the part of a step that a simulation saves; `auto` splits from LEAST_GAIN on.
         """
-        if self.weight_gradients == "with-backward":
-            return None, 0.0
-        group = None if self.group_size is None else min(self.group_size, shape.num_microbatches)
-        order = shape, group, self.backward == "eager"
-        forward, inputs, weights = self.times
-        hop = self.hop * forward
-        lags = choose_weight_lags(
-            *order, most=self.weight_lag, hop=hop, inputs=inputs, weights=weights, forward=forward
-        )
-        gain = gain_of_split(*order, lags, forward, inputs, weights, hop)
-        return (lags if self.weight_gradients == "deferred" or gain >= LEAST_GAIN else None), gain
+        order = shape, self.group_size, self.backward == "eager"
+        return lags_for(self.weight_gradients, *order, self.weight_lag, self.hop, self.times)
 
     def resident_chunks_of(self, chunks: int) -> int:
         """Return how many chunks of a rank may be gathered at one time, with fully sharded parameters."""
