@@ -37,6 +37,7 @@ class Collectives:
         self._unfinished: deque[Collective] = deque()  # reductions whose gradients take memory (sharded)
         self._free = 0.0
         self._last: Collective | None = None  # reduction
+        self._awaited: Collective | None = None  # a reduction that the next compute action waits for
         self.log: list[tuple[Action, Collective]] = []
 
     @property
@@ -50,6 +51,8 @@ class Collectives:
         if op is Op.UNSHARD:
             self._gather(stage, now)
         elif op is Op.REDUCE_GRAD and stage not in self._reducing:
+            # A sharded chunk is reduced behind its last W, whole; then its rank waits for the reduction before.
+            self._awaited = self._last if self._is_sharded else None
             self._last = self._begin(action, now, self._costs.reduction)
 
     def compute(self, action: Action, start: float) -> tuple[float, float] | None:
@@ -61,6 +64,10 @@ class Collectives:
         duration = self._costs.of(action)
         if op is Op.F and microbatch == 0 and stage not in self._gathered:
             self._gather(stage, start)
+        if self._awaited is not None:
+            if self._awaited.end is None:
+                return None
+            start, self._awaited = max(start, self._awaited.end), None
         parts = self._gathered.get(stage) if op is not Op.W else None  # the weights' gradients need no weights
         if parts:
             if parts[-1].end is None:
@@ -71,12 +78,17 @@ class Collectives:
             start = max(start, parts[-1].end)
         if op in (Op.B, Op.W):
             count = self._backwards.get(stage, 0) + 1
-            in_backward = self._is_sharded or self._waits.for_reductions or self._buckets(stage) > 1
-            if count == self._microbatches and in_backward:
+            if count == self._microbatches and self._is_reduced_in(op, stage):
                 end = self._reduce(stage, start, duration)
                 return None if end is None else (start, end)
             self._backwards[stage] = count
         return start, start + duration
+
+    def _is_reduced_in(self, op: Op, stage: int) -> bool:
+        """Return whether a stage's last B or W launches its reduction, or the REDUCE_GRAD behind it does."""
+        if self._waits.for_reductions:
+            return True
+        return op is Op.B if self._is_sharded else self._buckets(stage) > 1
 
     @staticmethod
     def _in_parts(parts: list[Collective], start: float, duration: float) -> tuple[float, float]:
