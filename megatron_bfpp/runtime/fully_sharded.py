@@ -164,6 +164,7 @@ class FullySharded:
         """
         if chunk in self._by_hand:
             self._by_hand.remove(chunk)
+            self._reductions.begin()
             for group in _groups(reversed(self._units[chunk])):
                 group.post_backward()
         self._model[chunk].set_requires_gradient_sync(False)

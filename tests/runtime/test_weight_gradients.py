@@ -1,5 +1,7 @@
 """What an I owes its W pays: once, in autograd's order and sums, and an older one while an I waits."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, lower
@@ -9,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from megatron_bfpp.runtime import fully_sharded  # noqa: E402
 from megatron_bfpp.runtime.weight_gradients import OwedGradients, covers  # noqa: E402
 
 
@@ -131,3 +134,28 @@ def test_an_i_is_covered_by_the_older_w_behind_it_but_not_by_one_that_ends_its_c
     plan = lower(breadth_first(shape, weight_lag=[2] * 4), shape)
     assert covers(plan[3], shape)[0, 0] == (1, 2)  # of the chunk before
     assert (0, 1) not in covers(plan[3], shape)  # the last W of that chunk launches its reduction
+
+
+class ShardedChunk(torch.nn.Module):
+    def set_requires_gradient_sync(self, is_on):
+        assert not is_on, "hooks would reduce in an I"
+
+
+def test_the_reduction_of_a_sharded_chunk_behind_its_last_weights_waits_for_the_one_before_and_frees_its_input():
+    waited, chunks = [], [ShardedChunk() for _ in range(3)]
+    stream = SimpleNamespace(wait_event=waited.append)
+    context = SimpleNamespace(reduce_scatter_states=[], device_handle=SimpleNamespace(current_stream=lambda: stream))
+    fully_sharded._prepared[chunks[0]] = fully_sharded.Reductions(context)
+    sharded = fully_sharded.FullySharded(chunks)
+    for chunk, units in enumerate(sharded._units):  # two parameter groups each, which FSDP2 reduces one by one
+        for part in "ab":
+            state = SimpleNamespace(event=f"{chunk}{part}")
+            group = SimpleNamespace(post_backward=lambda state=state: context.reduce_scatter_states.append(state))
+            units.append(
+                SimpleNamespace(_get_fsdp_state=lambda group=group: SimpleNamespace(_fsdp_param_groups=[group]))
+            )
+    for chunk, before in ((2, []), (1, ["2b", "2a"]), (0, ["2b", "2a", "1b", "1a"])):
+        sharded.before_last_weights(chunk, [])
+        sharded.reduce_grad(chunk)
+        assert waited == before
+        assert [state.event for state in context.reduce_scatter_states] == [f"{chunk}b", f"{chunk}a"]
