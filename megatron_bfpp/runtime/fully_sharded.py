@@ -140,7 +140,10 @@ class FullySharded:
             chunk._get_fsdp_state()._root_post_backward_final_callback()
 
     def before_last_backward(self, chunk: int) -> None:
-        """Have the chunk's next backward, a B that is its last of the step, reduce module by module."""
+        """Have the chunk's next backward, a B that is its last of the step, reduce module by module.
+
+        Before its last W, which launches nothing, it only begins the chunk's reductions.
+        """
         self._model[chunk].set_requires_gradient_sync(True)
         self._reductions.begin()
 
@@ -164,7 +167,6 @@ class FullySharded:
         """
         if chunk in self._by_hand:
             self._by_hand.remove(chunk)
-            self._reductions.begin()
             for group in _groups(reversed(self._units[chunk])):
                 group.post_backward()
         self._model[chunk].set_requires_gradient_sync(False)
