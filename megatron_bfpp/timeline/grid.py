@@ -49,7 +49,7 @@ def summary(timeline: Timeline) -> str:
         f"step time {timeline.step_time:g} forward units, bubble {timeline.bubble_fraction:.1%}, "
         f"peak live activations {_most(timeline.peak_live_activations())}"
         + (f", peak owed weights' gradients {_most(owed)}" if any(owed) else "")
-        + (f"; one column is {unit:g} forward units" if unit < 1 else "")
+        + (f"; one column is {unit:g} forward units" if unit < 1 - 1e-9 else "")
     )
 
 

@@ -64,7 +64,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--backward", choices=("eager", "late"), default="eager", help=late)
     lag = (
         "the plugin's --breadth-first-weight-lag, of breadth-first-deferred: most micro-batches whose weights' "
-        "gradients wait on a rank; default: r on rank r"
+        "gradients wait on a rank; default: r or a few more on rank r, as in a job"
     )
     add("--weight-lag", type=at_least(0), metavar="K", help=lag)
     # The bounds keep a slip of the keyboard from a grid of a billion columns.
