@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -150,3 +151,9 @@ def _accumulate(weight: Parameter, gradient: torch.Tensor) -> None:
         weight.grad = gradient
     else:
         weight.grad.add_(gradient)
+
+
+@cache
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a placeholder for gradients of a shape: one tensor for all weights, so nothing may write to it."""
+    return torch.zeros(shape, dtype=dtype, device=device)

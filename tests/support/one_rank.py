@@ -78,10 +78,12 @@ def start(pp_size: int, pp_rank: int, num_chunks: int) -> None:
     )
 
 
-def gpt_chunks(num_chunks: int, positions: str, zero_1: bool = False, **config: Any) -> list[Any]:
+def gpt_chunks(
+    num_chunks: int, positions: str, zero_1: bool = False, layer: Any = None, **config: Any
+) -> list[Any]:
     """Return this rank's chunks of a small GPT under Megatron's DDP, as its trainer wraps them.
 
-    zero_1: with Megatron's hooks that gather parameters, of one replica.
+    zero_1: with Megatron's hooks that gather parameters, of one replica. layer: Megatron's spec; None for local ones.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
@@ -106,7 +108,7 @@ def gpt_chunks(num_chunks: int, positions: str, zero_1: bool = False, **config: 
         DistributedDataParallel(
             made, wrapping,
             GPTModel(
-                made, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE, pre_process=chunk * size + rank == 0,
+                made, layer or get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE, pre_process=chunk * size + rank == 0,
                 post_process=chunk * size + rank == size * num_chunks - 1, position_embedding_type=positions,
                 vp_stage=chunk,
             ),

@@ -23,8 +23,9 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.router import Router
 from torch.nn import Embedding, Module, Parameter
 
-from ...runtime.weight_gradients import OwedGradients
+from ...runtime.weight_gradients import OwedGradients, zeros
 from ..seams import changed
+from . import transformer_engine
 
 _LINEAR = (layers.ColumnParallelLinear, layers.RowParallelLinear)
 _NOT_LINEAR = (layers.VocabParallelEmbedding, Embedding, Router)  # their matrices are no linear layer's
@@ -69,7 +70,7 @@ def deferred(model: list[Module], owed: OwedGradients | None) -> Iterator[None]:
     if owed is None:
         yield
         return
-    weights = cache(lambda chunk: frozenset(map(id, splittable(model[chunk])[0])))
+    weights = cache(lambda chunk: _splittable_ids(model[chunk]))
     function = layers.LinearWithGradAccumulationAndAsyncCommunication
     original = function.backward
 
@@ -80,7 +81,8 @@ def deferred(model: list[Module], owed: OwedGradients | None) -> Iterator[None]:
             return original(ctx, grad_output)  # type: ignore[no-any-return]
         return _backward(ctx, grad_output, owed, weights(owed.chunk))
 
-    with changed(function, backward=staticmethod(layers.custom_bwd(backward))):
+    engine = transformer_engine.deferred(model, owed, _splittable_ids)
+    with changed(function, backward=staticmethod(layers.custom_bwd(backward))), engine:
         yield
 
 
@@ -105,7 +107,7 @@ def _backward(
     bias_grad = grad.sum(dim=0) if ctx.use_bias else None
     if weight_grad is None and hasattr(weight, "grad_added_to_main_grad"):
         weight.grad_added_to_main_grad = True  # Megatron's hook adds nothing then, but demands a gradient
-        weight_grad = _zeros(weight.shape, inputs.dtype, inputs.device).detach()
+        weight_grad = zeros(weight.shape, inputs.dtype, inputs.device).detach()
     if reduction is not None:
         reduction.wait()
     return input_grad, weight_grad, bias_grad, *(None,) * (len(ctx.needs_input_grad) - 3)
@@ -125,12 +127,6 @@ def _by_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1, tensor.shape[-1])
 
 
-@cache
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return one tensor for all weights of a shape: nothing writes to it, and AccumulateGrad takes it as it is."""
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
 def splittable(chunk: Module) -> tuple[list[Parameter], list[str]]:
     """Return the weights of a chunk whose gradients an I can owe, and the names of the layers that it computes whole.
 
@@ -138,19 +134,20 @@ def splittable(chunk: Module) -> tuple[list[Parameter], list[str]]:
     by autograd, in one backward.
     """
     modules = dict(chunk.named_modules())
+    unused = [f"{name}." for name, module in modules.items() if transformer_engine.is_unused(module)]
+    own = {name: [] if name.startswith(tuple(unused)) else _own(module) for name, module in modules.items()}
     owners = Counter(
         id(parameter)
-        for module in modules.values()
-        if not isinstance(module, _LINEAR)
+        for name, module in modules.items()
         for parameter in module.parameters(recurse=False)
+        if all(parameter is not weight for weight in own[name])
     )
     weights, whole = [], []
     for name, module in modules.items():
-        if isinstance(module, _LINEAR):
-            if module.weight is None or id(module.weight) in owners:
-                whole.append(name)
-            elif module.weight.requires_grad:
-                weights.append(module.weight)
+        if own[name] and all(id(weight) not in owners for weight in own[name]):
+            weights += [weight for weight in own[name] if weight.requires_grad]
+        elif isinstance(module, _LINEAR):
+            whole.append(name)
         elif not isinstance(module, _NOT_LINEAR):
             matrices = (each.requires_grad and each.dim() > 1 for each in module.parameters(recurse=False))
             whole += [name] if any(matrices) else []
@@ -160,21 +157,37 @@ def splittable(chunk: Module) -> tuple[list[Parameter], list[str]]:
 def owed_bytes(chunk: Module, config: Any, tokens: int) -> int:
     """Return what a chunk keeps for the W of one micro-batch: the inputs of its linear layers and their gradients.
 
-    tokens: of a micro-batch on a rank, before sequence parallelism cuts it. Of experts each gets the same share.
+    tokens: of a micro-batch on a rank, before sequence parallelism cuts it. Of experts each gets the same share. Under
+    fp8 Transformer Engine's layers keep less.
     """
-    names = set(map(id, splittable(chunk)[0]))
+    ids = _splittable_ids(chunk)
     size = 0
-    for module in chunk.modules():
-        if isinstance(module, _LINEAR) and id(module.weight) in names:
-            outputs, inputs = module.weight.shape
-            count = tokens
-            if module.is_expert:
-                count = tokens * config.moe_router_topk * config.expert_model_parallel_size // config.num_moe_experts
-            parts = module.tp_group.size() if module.sequence_parallel and _gathers(module) else 1
-            size += (count // parts * inputs + count * outputs) * module.weight.element_size()
+    for name, module in chunk.named_modules():
+        # Grouped layers, and the others that are an expert's.
+        is_expert = getattr(module, "is_expert", hasattr(module, "num_gemms") or ".local_experts." in name)
+        count = tokens
+        if is_expert:
+            count = tokens * config.moe_router_topk * config.expert_model_parallel_size // config.num_moe_experts
+        parts = module.tp_group.size() if _gathers_again(module) else 1  # type: ignore[union-attr, operator]
+        for weight in _own(module):
+            if id(weight) in ids:
+                outputs, inputs = weight.shape[-2:]
+                matrices = weight.numel() // (outputs * inputs)
+                size += matrices * (count // parts * inputs + count * outputs) * weight.element_size()
     return size
 
 
-def _gathers(module: Module) -> bool:
-    """Return whether a layer gathers its input over the sequence, under sequence parallelism."""
-    return isinstance(module, layers.ColumnParallelLinear)
+def _gathers_again(module: Module) -> bool:
+    """Return whether a layer keeps a part of its input over the sequence, which its W gathers."""
+    return isinstance(module, layers.ColumnParallelLinear) and bool(module.sequence_parallel)
+
+
+def _splittable_ids(chunk: Module) -> frozenset[int]:
+    return frozenset(map(id, splittable(chunk)[0]))
+
+
+def _own(module: Module) -> list[Parameter]:
+    """Return the weights of a linear layer whose gradients may wait, as far as can be told from the layer alone."""
+    if isinstance(module, _LINEAR):
+        return [] if module.weight is None else [module.weight]
+    return transformer_engine.weights(module)
