@@ -78,9 +78,7 @@ def start(pp_size: int, pp_rank: int, num_chunks: int) -> None:
     )
 
 
-def gpt_chunks(
-    num_chunks: int, positions: str, zero_1: bool = False, layer: Any = None, **config: Any
-) -> list[Any]:
+def gpt_chunks(num_chunks: int, positions: str, zero_1: bool = False, layer: Any = None, **config: Any) -> list[Any]:
     """Return this rank's chunks of a small GPT under Megatron's DDP, as its trainer wraps them.
 
     zero_1: with Megatron's hooks that gather parameters, of one replica. layer: Megatron's spec; None for local ones.
