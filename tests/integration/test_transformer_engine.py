@@ -192,6 +192,35 @@ def _whole_layers() -> None:
     assert whole(biased, add_bias_linear=False, **EXPERTS) == (["0.mlp.experts.linear_fc1"], experts - 3)
 
 
+@pytest.mark.parametrize("experts", [{}, EXPERTS])
+def test_the_bytes_that_wait_are_those_of_the_line_at_start(experts, tmp_path):
+    run_job(_bytes, 1, tmp_path, experts)
+
+
+def _bytes(experts: dict[str, Any]) -> None:
+    _with_engine(NEW)
+    from chunks import MICRO_BATCH, SEQUENCE
+    from one_rank import start
+
+    from megatron_bfpp.integration.step import transformer_engine
+    from megatron_bfpp.integration.step.weight_gradients import owed_bytes
+
+    given, put = [], transformer_engine._Store.put
+
+    def counting(self: Any, tensors: Any, function: Any) -> None:
+        flat = [each for some in tensors[:2] for each in (some if isinstance(some, tuple) else [some])]
+        given.append(sum(each.numel() * each.element_size() for each in flat))
+        put(self, tensors, function)
+
+    transformer_engine._Store.put = counting
+    config = {"gradient_accumulation_fusion": True, "add_bias_linear": False, **experts}
+    _trained(0, [1], 0, lambda layer: None, **config)  # of rank 0, which does not have the output layer
+    start(2, 0, 2)
+    chunks = _chunks(**config)
+    expected = sum(owed_bytes(chunk, chunk.config, SEQUENCE * MICRO_BATCH) for chunk in chunks)
+    assert sum(given) == expected > 0
+
+
 def test_a_release_that_leaves_nothing_to_the_stores_is_told(tmp_path):
     run_job(_unknown_release, 1, tmp_path)
 

@@ -168,7 +168,7 @@ def owed_bytes(chunk: Module, config: Any, tokens: int) -> int:
         count = tokens
         if is_expert:
             count = tokens * config.moe_router_topk * config.expert_model_parallel_size // config.num_moe_experts
-        parts = module.tp_group.size() if _gathers_again(module) else 1  # type: ignore[union-attr, operator]
+        parts = module.tp_group.size() if _gathers_again(module) else 1
         for weight in _own(module):
             if id(weight) in ids:
                 outputs, inputs = weight.shape[-2:]
