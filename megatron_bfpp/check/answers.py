@@ -32,6 +32,7 @@ class PlanLine:
     digest: str = ""
     bubble_fraction: float = 0.0
     unsound: str = ""
+    owed: tuple[int, ...] = ()  # on each rank, the most micro-batches whose weights' gradients wait; () for none
 
 
 @dataclass(frozen=True)

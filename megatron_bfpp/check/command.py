@@ -19,7 +19,7 @@ from ..console.files import write_wanted
 from ..console.forked import Forks
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
-from ..schedule import ScheduleError, check, formats
+from ..schedule import ScheduleError, check, formats, simulate
 from ..schedule.ir import BACKWARDS
 from .answers import Question, Rank
 
@@ -79,7 +79,9 @@ def _check_plan(path: str, pp: int | None, chunks: int | None, microbatches: int
     except ScheduleError as error:
         print(f"unsound as {formats.title(shape)}: {error}")
         return 1
-    print(f"sound: {formats.title(shape)}, {sum(map(len, plan))} actions, plan {formats.digest(plan)}")
+    most = max(simulate(plan, shape).peak_owed_weight_gradients())
+    owed = f"; weights' gradients of up to {most} micro-batches wait on a rank" if most else ""
+    print(f"sound: {formats.title(shape)}, {sum(map(len, plan))} actions, plan {formats.digest(plan)}{owed}")
     return 0
 
 

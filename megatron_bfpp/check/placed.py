@@ -15,6 +15,7 @@ from ..planner.model import GPT
 from ..planner.steps import REPLAY_LIMIT, Step, formula_step, replay_step
 from ..planner.strategy import Strategy
 from ..planner.time import durations
+from ..schedule.costs import at
 
 __all__ = ["Placed", "placed"]
 
@@ -68,7 +69,9 @@ class Placed:
             )
             forward[-1] += times.forward[-1] - times.forward[0]  # the head and the loss
             backward[-1] += times.backward[-1] - times.backward[0]
-            times = replace(times, forward=forward, backward=backward)
+            weights = [float(count) * at(times.weights or 0.0, 0) / most for count in self.stage_layers]
+            weights[-1] += at(times.weights or 0.0, -1) - at(times.weights or 0.0, 0)
+            times = replace(times, forward=forward, backward=backward, weights=weights)
         s = self.strategy
         is_short = s.pp * s.chunks * s.num_microbatches <= REPLAY_LIMIT
         if is_short or not self.is_even:

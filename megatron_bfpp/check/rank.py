@@ -159,7 +159,8 @@ def _plan(args: Any, job: Job, what: str, count: int) -> PlanLine:
     try:
         if what != "Megatron's":
             plan = settings_of(args).plan_of(shape, what == "evaluation", job.resident_chunks is not None)
-            return PlanLine(what, count, plan.digest, plan.bubble_fraction)
+            owed = tuple(plan.peak_owed_weight_gradients) if plan.is_split else ()
+            return PlanLine(what, count, plan.digest, plan.bubble_fraction, owed=owed)
         order = order_of("1f1b" if job.chunks == 1 else "interleaved", shape, job.group)
         lowered = lower(order, shape)
         check(lowered, shape)

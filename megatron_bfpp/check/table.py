@@ -90,7 +90,10 @@ def _plan(plan: dict[str, Any]) -> str:
     if plan["unsound"]:
         return f"{name}, {plan['num_microbatches']} micro-batches: unsound"
     bubble = f"bubble {plan['bubble_fraction']:.1%}"
-    return f"{name}, {plan['num_microbatches']} micro-batches: sound, {bubble}, plan {plan['digest']}"
+    line = f"{name}, {plan['num_microbatches']} micro-batches: sound, {bubble}, plan {plan['digest']}"
+    if not plan["owed"]:
+        return line
+    return f"{line}; weights' gradients of {min(plan['owed'])} to {max(plan['owed'])} micro-batches wait on a rank"
 
 
 def _prediction(content: dict[str, Any]) -> str:
@@ -99,8 +102,10 @@ def _prediction(content: dict[str, Any]) -> str:
     exposed = found["exposed_communication_s"] / found["step_s"]
     resident = found["resident_chunks"]
     counted = f" with {resident} resident chunks" if resident != content["job"]["resident_chunks"] else ""
+    owed = max(rank["memory"]["owed"] for rank in content["ranks"])
+    waiting = f"; owed weights' gradients keep up to {owed / 1e9:.2g} GB of the activations" if owed else ""
     return (
         f"predicted for {found['gpu']}{counted}: {bound}{found['step_s']:.3f} s a step, "
         f"{found['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, {found['tflops_per_gpu']:.1f} TFLOP/s/GPU; "
-        f"exposed communication {exposed:.1%}"
+        f"exposed communication {exposed:.1%}{waiting}"
     )

@@ -1,8 +1,8 @@
 """Bytes that a forward leaves for its backward, on one tensor-parallel rank, per layer and micro-batch.
 
 They are the tensors that autograd saves, each storage once, as Megatron's layers with fused norms and SwiGLU save them,
-without the norms' statistics (8 bytes a token). With s positions, b sequences, h hidden, t tensor-parallel ranks and e
-bytes an element:
+without the norms' statistics (8 bytes a token); and what an owed gradient of a layer's weights keeps of them. With s
+positions, b sequences, h hidden, t tensor-parallel ranks and e bytes an element:
     split by t only with sequence parallelism: inputs and outputs of the norms (4 s b h e), dropout masks
     always split by t: queries, keys and values; the attention's output; input and output of the activation function
     attention without a flash kernel: its probabilities, s^2 b heads e / t, and with dropout a second copy and a mask
@@ -78,6 +78,26 @@ class Activations:
             return 0.0
         probabilities = self._tokens * self.gpt.seq_length * self.gpt.num_attention_heads / self.tp
         return probabilities * (2 * self.element + 1 if self.gpt.attention_dropout else self.element)
+
+    def owed(self) -> float:
+        """Size of what a layer keeps for its W after its I: inputs and output gradients of its four linear layers.
+
+        Per token h, the attention's output, h and the MLP's width go in; queries with keys and values, h, fc1's output
+        and h come out. At widths of h, 3 h and 4 h that is 16 s b h elements. Tensor parallelism splits what is as wide
+        as heads or MLP. Sequence parallelism splits the inputs of h, which the W gathers again; the output gradients
+        of h are gathered for the I, and the W keeps them whole. So owes integration/step/weight_gradients.py.
+        """
+        gpt, h = self.gpt, self.gpt.hidden_size
+        wide = (gpt.query_width + gpt.ffn + gpt.qkv_width + gpt.fc1_width) / self.tp
+        return self._tokens * (self.linear or self.element) * (wide + 2 * h) + 2 * self._input()
+
+    def owed_head(self) -> float:
+        """Size of what the output layer keeps for its W: its input and the logits' gradient. A tied one is whole."""
+        return float(self.element * self._logits()) + self.message if self.gpt.untied else 0.0
+
+    def _input(self) -> float:
+        """Size of an input of h that a linear layer keeps, as it is between layers."""
+        return self.message * (self.linear or self.element) / self.element
 
     def embedding(self) -> float:
         """Size of token and position numbers and of the dropout's mask; the output is the first layer's input."""

@@ -191,7 +191,7 @@ def _print(args: argparse.Namespace, request: Request, found: dict[int, Found]) 
         if len(found) == 1 and not args.as_configured:
             # The late backward takes as long as the eager one and more memory: it would fill every second line.
             hidden = {"breadth-first-late"} - set(request.schedule)
-            shown = [one for one in each.estimates if one.strategy.schedule not in hidden]
+            shown = [one for one in table.without_slower_twins(each.estimates) if one.strategy.schedule not in hidden]
             print(f"\nthe fastest:\n{table.ranking(shown[: args.top])}\n\nthe fastest of each schedule:")
         print(table.ranking(table.best_of_schedules(each)))
         fastest = each.estimates[0]

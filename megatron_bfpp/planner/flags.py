@@ -1,14 +1,17 @@
 """Reads a model, and how it is to be run, from Megatron's flags. Flags about neither are passed over."""
 
 import argparse
+from dataclasses import replace
 from typing import NoReturn
 
 from ..console.errors import UserError
 from ..console.numbers import at_least
+from ..schedule.ir import PipelineShape
 from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import word_of
+from ..schedule.plan import lags_for
 from .model import GPT
-from .strategy import Strategy, count_microbatches
+from .strategy import SCHEDULES, Strategy, count_microbatches
 
 __all__ = ["gpt_of", "parse", "precision_of", "strategy_of"]
 
@@ -35,6 +38,7 @@ _WORDS: dict[str, tuple[tuple[str, ...], str | None]] = {  # flag: its choices, 
     "--fp8-format": (("e4m3", "hybrid"), None),
     "--pipeline-schedule": (("1f1b", "breadth-first"), "1f1b"),
     "--breadth-first-backward": (("eager", "late"), "eager"),
+    "--breadth-first-weight-gradients": (("with-backward", "deferred", "auto"), "with-backward"),
 }
 # Flags that change what the estimate would have to count.
 _UNKNOWN = (
@@ -65,6 +69,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--fp8-recipe", default="delayed")
     parser.add_argument("--breadth-first-hop", type=float, default=DEFAULT_HOP)
+    parser.add_argument("--breadth-first-weight-lag", type=at_least(0))
     args, rest = parser.parse_known_args(words)
     for flag, following in zip(rest, [*rest[1:], ""], strict=False):
         name, is_joined, value = flag.partition("=")
@@ -152,7 +157,10 @@ def strategy_of(args: argparse.Namespace, num_gpus: int) -> Strategy:
     sharding = "zero3" if args.use_torch_fsdp2 else "zero1" if args.use_distributed_optimizer else "replicated"
     recompute = args.recompute_granularity or ("selective" if args.recompute_activations else "none")
     sizes = (pp, tp, dp, chunks, micro_batch, count, group)
-    return Strategy(schedule, *sizes, sharding, recompute, args.sequence_parallel, args.breadth_first_hop)
+    plain = Strategy(schedule, *sizes, sharding, recompute, args.sequence_parallel, args.breadth_first_hop)
+    if not plain.is_split:
+        return plain
+    return replace(plain, weight_lag=args.breadth_first_weight_lag, times=gpt_of(args).times(recompute))
 
 
 def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> tuple[str, int]:
@@ -165,4 +173,15 @@ def _schedule_of(args: argparse.Namespace, pp: int, chunks: int, count: int) -> 
         group = min(count, args.breadth_first_group_size or count)
     else:
         group = count if chunks == 1 else args.microbatch_group_size_per_virtual_pipeline_stage or pp
-    return word_of(args.pipeline_schedule, pp, chunks, count, group, backward=args.breadth_first_backward), group
+    gradients = args.breadth_first_weight_gradients
+    if gradients == "auto":
+        times = gpt_of(args).times(args.recompute_granularity or "none")
+        order = PipelineShape(pp, chunks, count), group, args.breadth_first_backward == "eager"
+        lags, _ = lags_for("auto", *order, args.breadth_first_weight_lag, args.breadth_first_hop, times)
+        gradients = "with-backward" if lags is None else "deferred"
+    backward = args.breadth_first_backward
+    word = word_of(args.pipeline_schedule, pp, chunks, count, group, backward=backward, weight_gradients=gradients)
+    if word not in SCHEDULES:
+        raise UserError(f"bfpp plan does not know {word}: both --breadth-first-backward late and deferred weights'"
+                        " gradients.\n  Leave out one of them.")  # fmt: skip
+    return word, group

@@ -53,10 +53,11 @@ class Memory:
     messages: float  # beside the activations
     working: float  # beside the activations, for one action at a time
     step: float  # for the optimizer's step, when the activations are gone
+    owed: float = 0.0  # what owed weights' gradients keep, beside the activations of whole micro-batches
 
     @property
     def total(self) -> float:
-        in_backwards = self.activations + self.messages + self.working
+        in_backwards = self.activations + self.owed + self.messages + self.working
         return self.parameters + self.gradients + self.optimizer + max(in_backwards, self.step)
 
 
@@ -84,14 +85,16 @@ def memory(gpt: GPT, strategy: Strategy, precision: Precision, flash_attention: 
     of_state = stored.get(s.sharding, divided_by_fsdp2)
     split = s.is_split_along_sequence
     live = Activations(gpt, s.micro_batch, s.tp, split, element, flash_attention, linear=precision.linear)
-    at_once = s.peak_live(pp_rank)
-    activations = at_once * per_chunk * live.layer(s.recompute)
+    of_chunk, of_owed = per_chunk * live.layer(s.recompute), per_chunk * live.owed()
+    at_once, owed_at_once = s.peak_owing(pp_rank, of_chunk, of_owed)
+    activations, owed = at_once * of_chunk, owed_at_once * of_owed
     if is_first:
         activations += min(at_once, s.num_microbatches) * live.embedding()
     messages = s.peak_messages(pp_rank) * live.message
     working = live.working(s.recompute)
     if is_last:
         activations += s.live_logits * live.head()
+        owed += min(owed_at_once, s.num_microbatches) * live.owed_head()
         working = max(working, live.head_working())
     at_step = step * (count if s.sharding == "replicated" else divided)
-    return Memory(pp_rank, *of_state, activations, messages, working, at_step)
+    return Memory(pp_rank, *of_state, activations, messages, working, at_step, owed)

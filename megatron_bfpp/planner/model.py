@@ -4,9 +4,11 @@ Sizes are counted in parameters, operations in FLOPs (a multiplication and an ad
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from ..console.errors import UserError
+from ..schedule.costs import Times, times_of
 
 __all__ = ["GPT", "Gemm"]
 
@@ -152,6 +154,14 @@ class GPT:
     def head_gemm(self, micro_batch: int, tp: int) -> Gemm:
         """Return the product that makes the logits."""
         return Gemm(micro_batch * self.seq_length, self.padded_vocab(tp) // tp, self.hidden_size)
+
+    def times(self, recompute: str) -> Times:
+        """Return f, i and w as the plugin estimates them where it chooses how many micro-batches await their W."""
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "seq_length", "num_attention_heads", "swiglu")}
+        return times_of(SimpleNamespace(
+            **sizes, ffn_hidden_size=self.ffn, kv_channels=self.head_width, num_query_groups=self.groups,
+            group_query_attention=True, recompute_granularity=recompute,
+        ))  # fmt: skip
 
     def flops(self, sequences: int) -> float:
         """Count the operations of a step as megatron.training.training.num_floating_point_operations does.

@@ -10,7 +10,7 @@ from .hardware import GPU
 from .memory import PRECISIONS, Memory, memory
 from .model import GPT
 from .steps import REPLAY_LIMIT, Step, formula_step, replay_step
-from .strategy import BREADTH_FIRST, RECOMPUTES, SCHEDULES, SHARDINGS, Strategy, count_microbatches
+from .strategy import BREADTH_FIRST, DEFERRED, RECOMPUTES, SCHEDULES, SHARDINGS, Strategy, count_microbatches
 from .time import durations
 
 __all__ = ["Estimate", "Found", "Request", "estimate", "search"]
@@ -93,10 +93,31 @@ def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
 def _largest(request: Request, strategy: Strategy) -> Memory:
     """Return the memory of the rank that needs most.
 
-    The first has the most live activations and the embedding, the last has the logits; all between have less.
+    The first has the most live activations and the embedding, the last has the logits; all between have less. Where
+    weights' gradients wait, the first rank that owes as much as the last holds more live activations beside them.
     """
     fixed = (request.gpt, strategy, PRECISIONS[request.precision], request.gpu.flash_attention)
-    return max((memory(*fixed, rank) for rank in {0, strategy.pp - 1}), key=lambda of_rank: of_rank.total)
+    ranks = {0, strategy.pp - 1}
+    if strategy.is_split:
+        ranks.add(strategy.most_lags.index(strategy.most_lags[-1]))
+    return max((memory(*fixed, rank) for rank in ranks), key=lambda of_rank: of_rank.total)
+
+
+def _fitted(request: Request, strategy: Strategy) -> tuple[Strategy, Memory]:
+    """Return the strategy with its memory; one that is too large, with the largest dial with which it fits, if any."""
+    needed, usable = _largest(request, strategy), request.gpu.memory - request.reserve
+    if needed.total <= usable or not strategy.is_split:
+        return strategy, needed
+    fits, over = replace(strategy, weight_lag=0), strategy.most_lags[-1]
+    if (least := _largest(request, fits)).total > usable:
+        return fits, least
+    while over - (fits.weight_lag or 0) > 1:
+        middle = replace(strategy, weight_lag=((fits.weight_lag or 0) + over) // 2)
+        if (each := _largest(request, middle)).total <= usable:
+            fits, least = middle, each
+        else:
+            over = middle.weight_lag or 0
+    return fits, least
 
 
 def search(request: Request, progress: Progress = lambda part: None) -> Found:
@@ -110,10 +131,12 @@ def search(request: Request, progress: Progress = lambda part: None) -> Found:
         for found in _strategies(request, pp, tp):
             if isinstance(found, str):
                 rejected[found] += 1
-            elif (needed := _largest(request, found)).total > request.gpu.memory - request.reserve:
+                continue
+            fitted, needed = _fitted(request, found)
+            if needed.total > request.gpu.memory - request.reserve:
                 too_large.append(needed)
             else:
-                estimates.append(estimate(request, found, exact=False))
+                estimates.append(estimate(request, fitted, exact=False))
     if too_large:
         rejected["memory: more than a GPU has"] = len(too_large)
     smallest = min(too_large, key=lambda needed: needed.total, default=None)
@@ -225,7 +248,8 @@ def _sharded(request: Request, base: Strategy) -> Iterator[Strategy | str]:
         reason = _sharding_refused(request, base, sharding)
         if recompute == "selective" and request.gpu.flash_attention:
             reason = "selective recomputation: saves nothing with flash attention"
-        yield reason or replace(base, sharding=sharding, recompute=recompute)
+        times = request.gpt.times(recompute) if base.schedule == DEFERRED else base.times
+        yield reason or replace(base, sharding=sharding, recompute=recompute, times=times)
 
 
 def _sharding_refused(request: Request, base: Strategy, sharding: str) -> str | None:

@@ -1,17 +1,31 @@
 """One way to divide a model and a batch over GPUs: sizes, schedule, sharding, recomputation, and the flags for it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..schedule import PipelineShape, Schedule
+from ..schedule.costs import EQUAL, Times
 from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import ORDERS, order_of
 from ..schedule.names import SCHEDULES as NAMED
+from ..schedule.orders import weight_lags
+from ..schedule.plan import choose_weight_lags
 
-__all__ = ["BREADTH_FIRST", "RECOMPUTES", "RESIDENT_CHUNKS", "SCHEDULES", "SHARDINGS", "Strategy", "count_microbatches"]
+__all__ = [
+    "BREADTH_FIRST",
+    "DEFERRED",
+    "RECOMPUTES",
+    "RESIDENT_CHUNKS",
+    "SCHEDULES",
+    "SHARDINGS",
+    "Strategy",
+    "count_microbatches",
+]
 
 # no-pipeline: one pipeline rank, which accumulates gradients.
-SCHEDULES = ("no-pipeline", *(word for word in ORDERS if not NAMED[word].is_split))
-BREADTH_FIRST = ("breadth-first", "breadth-first-late")
+SCHEDULES = ("no-pipeline", *ORDERS)
+DEFERRED = "breadth-first-deferred"
+BREADTH_FIRST = ("breadth-first", "breadth-first-late", DEFERRED)
 RECOMPUTES = ("none", "selective", "full")
 # zero3: one chunk runs while the next is gathered. Both shardings by FSDP2: one chunk reduces its gradients while the
 # next makes its own.
@@ -56,6 +70,8 @@ class Strategy:
     recompute: str = "none"
     sequence_parallel: bool = True  # where tp > 1
     hop: float = DEFAULT_HOP  # for which receives are placed: --breadth-first-hop
+    weight_lag: int | None = None  # --breadth-first-weight-lag
+    times: Times = EQUAL  # f, i and w, as the plugin estimates them to choose the lags
 
     @property
     def num_gpus(self) -> int:
@@ -81,7 +97,27 @@ class Strategy:
 
     def order(self) -> Schedule:
         """Make the order of a step, for pp >= 2. Raises UserError for what Megatron refuses."""
-        return order_of("interleaved" if self.is_interleaved else self.schedule, self.shape, self.group)
+        lags = self.chosen_lags() if self.is_split else None
+        return order_of("interleaved" if self.is_interleaved else self.schedule, self.shape, self.group, lags)
+
+    @property
+    def is_split(self) -> bool:
+        """True where the weights' gradients are deferred."""
+        return self.schedule == DEFERRED
+
+    def chosen_lags(self) -> tuple[int, ...]:
+        """Return how many micro-batches await their W on each rank, as the plugin chooses it."""
+        forward, inputs, weights = self.times
+        return choose_weight_lags(
+            self.shape, self.group, True, most=self.weight_lag, hop=self.hop * forward, inputs=inputs, weights=weights,
+            forward=forward,
+        )  # fmt: skip
+
+    @cached_property
+    def most_lags(self) -> list[int]:
+        """The largest of the lags from which the plugin chooses, for each rank."""
+        forward, inputs, weights = self.times
+        return weight_lags(self.shape, self.weight_lag, self.hop * forward, inputs, weights)
 
     def peak_live(self, pp_rank: int) -> int:
         """Count the pairs of chunk and micro-batch that await their backward at the peak; exact if groups divide M."""
@@ -93,6 +129,24 @@ class Strategy:
         ahead = (self.chunks - (self.schedule != "breadth-first-late")) * self.group
         lead = min(behind, self.group) if self.schedule in BREADTH_FIRST else behind
         return min(total, ahead + 2 * lead + 1)
+
+    def peak_owing(self, pp_rank: int, live: float, owed: float) -> tuple[int, int]:
+        """Count the pairs of chunk and micro-batch that await their backward, and those that await their W alone.
+
+        At the moment at which a rank holds most, where the first take `live` and the second `owed` bytes each. A
+        backward starts with all of both; until its W, it leaves one live activation less and owes one W more. In the
+        steady state each backward follows a forward, so its rank owes the more, up to the lag, with as many live.
+        """
+        most, total = self.peak_live(pp_rank), self.num_microbatches * self.chunks
+        if not self.is_split:
+            return most, 0
+        lag = self.most_lags[pp_rank]
+        moments = []
+        # Before backward n, counted from 0: both numbers change their slope at these alone.
+        for n in {0, min(lag, total - 1), total - most, total - 1}:
+            waiting, owing = min(most, total - n), min(n, lag)
+            moments += [(waiting, owing), (waiting - 1, owing + 1)]
+        return max(moments, key=lambda each: each[0] * live + each[1] * owed)
 
     def peak_messages(self, pp_rank: int) -> int:
         """Bound the tensors that a rank holds for messages at a time, as `schedule.plan.most_messages` counts them.
@@ -140,6 +194,7 @@ class Strategy:
             words += NAMED[self.schedule].flags
             words += ["--breadth-first-group-size", self.group] if self.group < self.num_microbatches else []
             words += ["--breadth-first-hop", f"{self.hop:g}"] if self.hop != DEFAULT_HOP else []
+            words += ["--breadth-first-weight-lag", self.weight_lag] if self.weight_lag is not None else []
         sharding = _SHARDING_FLAGS[self.sharding] if self.dp > 1 or self.sharding != "replicated" else []
         # Without chunks each rank would gather only as its first micro-batch arrives; better all at once before that.
         words += [word for word in sharding if self.schedule != "1f1b" or word != "--overlap-param-gather"]

@@ -1,17 +1,18 @@
 """The tables of `bfpp plan`, and the same numbers as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from ..schedule.costs import EQUAL
 from .search import Estimate, Found, Request
-from .strategy import SCHEDULES
+from .strategy import SCHEDULES, Strategy
 
-__all__ = ["as_json", "batches", "best_of_schedules", "ranking", "rejections"]
+__all__ = ["as_json", "batches", "best_of_schedules", "ranking", "rejections", "without_slower_twins"]
 
 _HEADER = (
-    "schedule            PP  TP   DP chunks  MBS    M group  sharding    recompute   step s  tok/s/GPU  TFLOP/s/GPU"
-    "  GB/GPU  bubble  TP comm  exposed  connections"
+    "schedule                PP  TP   DP chunks  MBS    M group  sharding    recompute   step s  tok/s/GPU  TFLOP/s/GPU"
+    "  GB/GPU  bubble  TP comm  exposed  connections  lag"
 )
 
 
@@ -23,11 +24,12 @@ def ranking(estimates: Sequence[Estimate]) -> str:
 def _line(each: Estimate) -> str:
     s, step = each.strategy, each.step
     return (
-        f"{s.schedule:<19}{s.pp:>3}{s.tp:>4}{s.dp:>5}{s.chunks:>7}{s.micro_batch:>5}{s.num_microbatches:>5}"
+        f"{s.schedule:<23}{s.pp:>3}{s.tp:>4}{s.dp:>5}{s.chunks:>7}{s.micro_batch:>5}{s.num_microbatches:>5}"
         f"{s.group:>6}  {s.sharding:<11} {s.recompute:<10}{'' if step.is_exact else '~':>2}{step.step:>7.3f}"
         f"{each.tokens_per_s_per_gpu:>11.0f}{each.tflops_per_gpu:>13.1f}{each.memory.total / 1e9:>8.1f}"
         f"{step.bubble_fraction:>8.1%}{each.tensor_parallel / step.step:>9.1%}"
         f"{step.exposed_communication / step.step:>9.1%}{each.connections:>13}"
+        f"{max(s.chosen_lags()) if s.is_split else '-':>5}"
     )
 
 
@@ -35,6 +37,21 @@ def best_of_schedules(found: Found) -> list[Estimate]:
     """Return the fastest strategy of each schedule, in the order of SCHEDULES."""
     each_schedule = ((each for each in found.estimates if each.strategy.schedule == name) for name in SCHEDULES)
     return [best for best in (next(each, None) for each in each_schedule) if best is not None]
+
+
+def without_slower_twins(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Leave out strategies with deferred weights' gradients that are no faster than the same without: they only need
+    more memory, and would fill every second line.
+    """
+    plain = {each.strategy: each.step.step for each in estimates if not each.strategy.is_split}
+    return [
+        each for each in estimates
+        if not each.strategy.is_split or each.step.step < plain.get(_twin(each.strategy), float("inf"))
+    ]  # fmt: skip
+
+
+def _twin(strategy: Strategy) -> Strategy:
+    return replace(strategy, schedule="breadth-first", weight_lag=None, times=EQUAL)
 
 
 def batches(found: dict[int, Found], request: Request) -> str:
@@ -77,6 +94,7 @@ def _as_json(each: Estimate) -> dict[str, Any]:
         "schedule": s.schedule, "pipeline": s.pp, "tensor": s.tp, "data": s.dp, "chunks": s.chunks,
         "micro_batch": s.micro_batch, "num_microbatches": s.num_microbatches, "group": s.group,
         "sharding": s.sharding, "recompute": s.recompute, "connections": each.connections,
+        "weight_lag": list(s.chosen_lags()) if s.is_split else None,
         "step_s": step.step, "is_exact": step.is_exact,
         "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu, "tflops_per_gpu": each.tflops_per_gpu,
         "bubble_fraction": step.bubble_fraction, "tensor_parallel_s": each.tensor_parallel,

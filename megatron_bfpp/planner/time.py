@@ -5,7 +5,8 @@ a stage      Matrix products at the speed that the GPU achieves on their size; o
              scatters of as many bytes. They stand between the products and are not overlapped.
 fp8          Only for the products of the layers, at the same achieved part of its peak; attention, logits and messages
              stay in bf16, and other kernels move as much as in bf16: the casts are among them.
-a backward   Twice the products, and what is recomputed.
+a backward   Twice the products, and what is recomputed. Its W, where it is split, is one product of each linear layer,
+             of the output layer too unless it is tied; all else belongs to its I. To run the two apart is free here.
 a message    A layer's output, for each pair of neighbours within a node or over the network. Megatron numbers the
              tensor ranks first, then data, then pipeline: a pipeline rank is tp * dp GPUs in a row.
 a collective The parameters or gradients of a chunk, over data-parallel ranks that are tp apart. Over the network it
@@ -56,6 +57,8 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     forward, backward = [layers * layer.forward] * stages, [layers * layer.backward] * stages
     head = gpu.gemm_s(gpt.head_gemm(s.micro_batch, s.tp), beside_products(precision))
     softmax = PASSES * live.head() / gpu.memory_bytes_per_s
+    weights = [layers * layer.weights] * stages
+    weights[-1] += head if gpt.untied else 0.0
     forward[-1] += head + softmax
     backward[-1] += 2 * head + softmax
     crosses = gpu.crosses(s.tp * s.dp, s.pp)
@@ -64,7 +67,7 @@ def durations(gpt: GPT, strategy: Strategy, gpu: GPU, precision: str, overlap: b
     owned = gpt.num_layers // s.pp * gpt.layer_parameters(s.tp) + gpt.embedding_parameters(s.tp)
     owned //= 1 if s.sharding == "replicated" else s.dp
     times = Durations(
-        forward=forward, backward=backward, tensor_parallel=layers * layer.tensor_parallel,
+        forward=forward, backward=backward, weights=weights, tensor_parallel=layers * layer.tensor_parallel,
         hop=[each.latency_s for each in links], transfer=[live.message / each.bytes_per_s for each in links],
         gather=gather, reduction=reduction, ends=ends,
         buckets=_buckets(s, layers, layers * gpt.layer_parameters(s.tp)),
@@ -111,6 +114,7 @@ class _Layer:
         # Two all-reduces, each as long as two gathers.
         whole = live.message * (s.tp if s.is_split_along_sequence else 1)
         exchanged = 4 * gpu.link(1, s.tp, s.num_gpus).all_gather_s(whole, s.tp)
+        self.weights = products
         self.forward = products + attention + square + others + exchanged
         again = {"none": 0.0, "selective": attention + square, "full": self.forward}[s.recompute]
         self.backward = 2 * (products + attention + square + others) + exchanged + again

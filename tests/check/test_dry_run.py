@@ -134,6 +134,34 @@ def test_sharded_parameters_have_a_plan_that_gathers(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_split_backward_is_proved_and_what_waits_is_counted(tmp_path, capsys):
+    words = ["--breadth-first-weight-gradients", "deferred", "--bf16", *UNTIED]
+    code, found = check(tmp_path, "--gpu", "h100-80", flags=words)
+    output = capsys.readouterr().out
+    assert code == 0 and found["job"]["schedule"] == "breadth-first-deferred"
+    assert [plan["owed"] for plan in found["plans"]] == [[1, 3], []]  # training, evaluation
+    assert "weights' gradients of 1 to 3 micro-batches wait on a rank" in output
+    assert re.search(r"exposed communication .*; owed weights' gradients keep up to \S+ GB", output)
+    assert found["ranks"][1]["memory"]["owed"] > found["ranks"][0]["memory"]["owed"]
+    whole = check(tmp_path, "--gpu", "h100-80", flags=words[2:])[1]
+    assert whole["ranks"][1]["memory"]["owed"] == 0 and "owed" not in capsys.readouterr().out
+    assert found["predicted"]["bubble_fraction"] < whole["predicted"]["bubble_fraction"]
+    assert check(tmp_path, flags=["--breadth-first-weight-gradients", "auto"])[1]["plans"][0]["owed"] == [1, 3]
+    assert check(tmp_path, flags=["--breadth-first-weight-gradients", "deferred", "--breadth-first-weight-lag", "0"])[
+        1
+    ]["plans"][0]["owed"] == [1, 1]
+
+
+def test_what_waits_in_a_plan_of_a_file_is_said(tmp_path, capsys):
+    path = str(tmp_path / "plan.csv")
+    shape = ["--pp", "4", "--chunks", "2", "--microbatches", "4"]
+    assert main(["show", *shape, "--order", "breadth-first-deferred", "--plan", "--csv", path]) == 0
+    capsys.readouterr()
+    assert main(["check", path]) == 0
+    assert capsys.readouterr().out.endswith("; weights' gradients of up to 4 micro-batches wait on a rank\n")
+
+
+@pytest.mark.slow
 def test_megatrons_own_schedule_is_checked_too(tmp_path):
     code, found = check(tmp_path, flags=["--pipeline-schedule", "1f1b"])
     assert code == 0

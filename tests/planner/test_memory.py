@@ -8,7 +8,7 @@ import pytest
 from megatron_bfpp.planner.activations import Activations
 from megatron_bfpp.planner.memory import PRECISIONS, memory
 from megatron_bfpp.planner.model import GPT
-from megatron_bfpp.planner.strategy import BREADTH_FIRST, SCHEDULES, Strategy
+from megatron_bfpp.planner.strategy import BREADTH_FIRST, DEFERRED, SCHEDULES, Strategy
 from megatron_bfpp.schedule import lower, simulate
 from megatron_bfpp.schedule.plan import most_messages
 from megatron_bfpp.schedule.sharding import ParameterBytes, peak_parameter_bytes
@@ -90,7 +90,7 @@ def test_activations_and_operations_are_what_megatron_counts(tmp_path, name, pre
     assert gpt.parameters * PRECISIONS[precision].element == found["parameters"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("schedule", sorted({*SCHEDULES[1:]} - {DEFERRED}))
 @pytest.mark.parametrize(
     ("pp", "chunks", "microbatches", "group"),
     [(2, 2, 4, 2), (4, 2, 8, 4), (4, 4, 8, 8), (4, 1, 2, 2), (4, 3, 2, 2), (2, 3, 12, 12), (8, 2, 32, 16)],

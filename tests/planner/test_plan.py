@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bfpp.cli import main
+from megatron_bfpp.planner.strategy import DEFERRED
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "gpt_52b.yaml")
 ON_64 = ["plan", CONFIG, "--gpu", "v100-32", "--gpus", "64", "--tp", "8", "--pp", "8", "--micro-batch", "1,2"]
@@ -33,7 +34,7 @@ def test_a_table_of_the_fastest_and_of_each_schedule_with_the_flags_to_paste(cap
     shown = capsys.readouterr().out
     assert "GPT of 52.4B parameters, 64 x V100-32" in shown
     assert "rejected (--rejected says why)" in shown
-    for schedule in ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late"):
+    for schedule in ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late", DEFERRED):
         assert f"\n{schedule} " in shown
     assert "--pipeline-schedule breadth-first" in shown
     assert "--tensor-model-parallel-size 8" in shown
@@ -180,7 +181,7 @@ def test_the_hardware_queues_of_a_gpu_are_in_the_table_and_with_the_flags(tmp_pa
     assert main([*words, *only, "--recompute", "none", *more, "--json", str(data)]) == 0
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if line.startswith("breadth-first ")][:1]
-    assert line.split()[-1] == str(connections)
+    assert line.split()[-2:] == [str(connections), "-"]
     environment, pasted = shown.split("environment and flags of the fastest:\n")[1].splitlines()[:2]
     assert environment.strip() == f"CUDA_DEVICE_MAX_CONNECTIONS={connections}"
     hop = pasted.split()[pasted.split().index("--breadth-first-hop") :][:2] if "--breadth-first-hop" in pasted else []

@@ -7,7 +7,9 @@ import pytest
 from megatron_bfpp.planner.hardware import load_gpu
 from megatron_bfpp.planner.model import GPT
 from megatron_bfpp.planner.noise_scale import trade_off
-from megatron_bfpp.planner.search import Request, search
+from megatron_bfpp.planner.search import Request, estimate, search
+from megatron_bfpp.planner.strategy import BREADTH_FIRST, DEFERRED
+from megatron_bfpp.planner.table import without_slower_twins
 
 GPT_52B = GPT(64, 8192, 64, 1024, 51200, untied=True)
 REQUEST = Request(GPT_52B, load_gpu("v100-32"), 64, 64, "fp16")
@@ -65,8 +67,37 @@ def test_rejections_say_why(changes, reason):
 
 def test_fewer_micro_batches_than_ranks_run_breadth_first_only():
     found = search(replace(REQUEST, pp=(8,), tp=(8,), global_batch=4))
-    assert {each.strategy.schedule for each in found.estimates} <= {"1f1b", "breadth-first", "breadth-first-late"}
-    assert found.estimates[0].strategy.schedule == "breadth-first"
+    assert {each.strategy.schedule for each in found.estimates} <= {"1f1b", *BREADTH_FIRST}
+    assert found.estimates[0].strategy.schedule == DEFERRED
+
+
+DEFERRED_ONLY = replace(REQUEST, schedule=(DEFERRED,), pp=(8,), tp=(8,), chunks=(8,), micro_batch=(4,), group=(16,),
+                        global_batch=64, sharding=("replicated",), recompute=("full",))  # fmt: skip
+
+
+def test_a_smaller_dial_where_memory_demands_it():
+    (free,) = search(DEFERRED_ONLY).estimates
+    assert free.strategy.weight_lag is None and free.memory.owed > 0
+    assert "--breadth-first-weight-lag" not in free.strategy.flags()
+    less = replace(DEFERRED_ONLY, reserve=REQUEST.gpu.memory - free.memory.total + 1e9)
+    (tight,) = search(less).estimates
+    lag = tight.strategy.weight_lag
+    assert 0 <= lag < max(free.strategy.most_lags) and max(tight.strategy.chosen_lags()) == lag
+    assert tight.memory.total <= REQUEST.gpu.memory - less.reserve
+    flags = tight.strategy.flags()
+    assert flags[flags.index("--breadth-first-weight-lag") + 1] == str(lag)
+    more = replace(tight.strategy, weight_lag=lag + 1)
+    assert estimate(less, more, exact=False).memory.total > REQUEST.gpu.memory - less.reserve
+    assert tight.step.step > free.step.step
+
+
+def test_a_deferred_strategy_is_shown_where_it_is_faster_than_its_twin():
+    request = replace(DEFERRED_ONLY, schedule=("breadth-first", DEFERRED))
+    found = search(request).estimates
+    assert [each.strategy.schedule for each in found] == [DEFERRED, "breadth-first"]
+    assert without_slower_twins(found) == found
+    slower = replace(found[0], step=replace(found[1].step, step=found[1].step.step))
+    assert without_slower_twins([found[1], slower]) == [found[1]]
 
 
 def test_a_larger_cluster_trains_faster_and_dearer():

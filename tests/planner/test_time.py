@@ -11,7 +11,7 @@ from megatron_bfpp.planner.hardware import Link, known_gpus, load_gpu
 from megatron_bfpp.planner.model import GPT, Gemm
 from megatron_bfpp.planner.search import Request, estimate
 from megatron_bfpp.planner.steps import formula_step, replay_step
-from megatron_bfpp.planner.strategy import SCHEDULES, Strategy
+from megatron_bfpp.planner.strategy import DEFERRED, SCHEDULES, Strategy
 from megatron_bfpp.planner.time import Durations, durations
 
 BIG = GPT(64, 8192, 64, 1024, 51200, untied=True)
@@ -67,7 +67,7 @@ def cases(schedule: str, count: int) -> list[tuple[Strategy, Durations]]:
     return found
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("schedule", sorted({*SCHEDULES[1:]} - {DEFERRED}))
 def test_the_formula_agrees_with_the_replay_of_the_plan(schedule):
     for strategy, times in cases(schedule, 60):
         exact, formula = replay_step(strategy, times), formula_step(strategy, times)
