@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 
 import engine
-from gpt import MODEL, flags_of
+from gpt import MODEL, UNTIED, ZERO_1, flags_of
 from jobs import run_job
 
 # Nothing here may import Megatron at the top: the ranks forget the Megatron that has looked for Transformer Engine.
@@ -235,16 +235,29 @@ def _unknown_release() -> None:
     assert len(lines) == 1 and lines.pop().startswith("megatron_bfpp: none of 16 layers of Transformer Engine")
 
 
-@pytest.mark.parametrize("tp, more", [(1, ("--use-distributed-optimizer",)), (2, ()), (2, ("--sequence-parallel",))])
-def test_a_job_has_the_losses_of_megatrons_default(tp, more, tmp_path):
-    flags = (*flags_of(2, 2, tp, 1, 4), *more, "--overlap-grad-reduce", "--swiglu")
-    ours = ("--pipeline-schedule", "breadth-first", "--breadth-first-weight-gradients", "deferred")
-    reference, none = _job(tmp_path, 2 * tp, *flags)
-    assert len({step["lm loss hex"] for step in reference}) == 3 and "grad norm hex" in reference[0]
-    steps, put_off = _job(tmp_path, 2 * tp, *flags, *ours)
-    assert steps == reference
-    # 4 layers of 4 linears on a rank, for 3 steps of 4 micro-batches.
-    assert set(none) == {0} and set(put_off) == {4 * LINEARS * 3 * 4}
+BREADTH_FIRST = ("--pipeline-schedule", "breadth-first")
+# TP, DP, flags, what is compared with (Megatron's default has no pipeline with FSDP2), linears beside those of 4 layers
+JOBS = {
+    "mtp": (1, 1, ("--position-embedding-type", "rope", "--mtp-num-layers", "1", "--bf16", *ZERO_1), (), 1 + LINEARS),
+    "tensor_parallel": (2, 1, ("--overlap-grad-reduce", "--swiglu"), (), 0),
+    "sequence_parallel": (2, 1, ("--overlap-grad-reduce", "--sequence-parallel"), (), 0),
+    "fully_sharded": (
+        *(1, 2, ("--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format", "torch_dist", *UNTIED)),
+        *(BREADTH_FIRST, 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_a_job_has_the_losses_of_whole_backwards(case, tmp_path):
+    tp, dp, flags, reference, more = JOBS[case]
+    flags += flags_of(2, 2, tp, dp, 4)
+    steps, none = _job(tmp_path, 2 * tp * dp, *flags, *reference)
+    assert len({step["lm loss hex"] for step in steps}) == 3 and "grad norm hex" in steps[0]
+    deferred = _job(tmp_path, 2 * tp * dp, *flags, *BREADTH_FIRST, "--breadth-first-weight-gradients", "deferred")
+    assert deferred[0] == steps
+    products = 3 * 4  # steps, micro-batches
+    assert set(none) == {0} and set(deferred[1]) == {4 * LINEARS * products, (4 * LINEARS + more) * products}
 
 
 def _job(folder: Any, ranks: int, *flags: str) -> tuple[list[dict[str, str]], list[int]]:

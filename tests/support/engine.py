@@ -321,6 +321,7 @@ def install(is_new: bool) -> None:
         ".pytorch.distributed": {
             "CudaRNGStatesTracker": anything, "checkpoint": None, "activation_recompute_forward": nullcontext,
         },
+        ".pytorch.ops": {"Sequential": anything, "FusibleOperation": anything},
         ".pytorch.tensor": {"QuantizedTensor": anything},
     }  # fmt: skip
     for name, values in contents.items():
