@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def test_no_file_is_long():
     lengths = {str(path.relative_to(ROOT)): len(path.read_bytes().splitlines()) for path in OURS}
     code = (".py", ".sh", ".sbatch")
     assert not {name: n for name, n in lengths.items() if name.endswith(code) and n > MOST_LINES_OF_A_FILE}
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by that name: of two, the second is an error."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_function_is_long():
