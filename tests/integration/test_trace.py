@@ -6,15 +6,17 @@ import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from gpt import UNTIED, ZERO_1, flags_of, losses, train
 from jobs import run_job
 
 from megatron_bfpp.schedule import PipelineShape, breadth_first, interleaved_1f1b, lower
+from megatron_bfpp.schedule.costs import times_of
 from megatron_bfpp.schedule.ir import COMPUTE
-from megatron_bfpp.schedule.names import order_of
+from megatron_bfpp.schedule.lower import DEFAULT_HOP
+from megatron_bfpp.schedule.plan import lags_for
 from megatron_bfpp.timeline.document import COMPUTE_LANE, LANES, RECEIVING, SENDING, WAITING
 from megatron_bfpp.timeline.measured import steps_of
 
@@ -226,7 +228,9 @@ def test_fully_sharded_chunks_megatrons_loop_repeated_steps_and_split_backwards_
     assert bits == losses(ranks, *reference)
     events, shape = events_of(run), PipelineShape(2, 2, 4)
     assert_valid(events, 10_000.0)
-    order = order_of("breadth-first-deferred" if engine == "deferred" else "breadth-first", shape)
+    job = SimpleNamespace(hidden_size=32, seq_length=32, num_attention_heads=4)  # as in gpt.MODEL
+    kind = "deferred" if engine == "deferred" else "with-backward"
+    order = breadth_first(shape, weight_lag=lags_for(kind, shape, None, True, None, DEFAULT_HOP, times_of(job))[0])
     for rank, actions in enumerate(lower(order, shape, resident_chunks=resident)):
         assert names(events, 3, rank, COMPUTE_LANE) == [str(action) for action in actions if action.op in COMPUTE]
         if engine == "sharded":
