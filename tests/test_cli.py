@@ -259,7 +259,7 @@ def test_every_order_goes_by_the_name_that_bench_and_plan_give_it(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.rstrip(":") for line in lines if line.endswith(":")] == list(ORDERS)
     # 1F1B has two chunks' forwards in one: 6 (8 + 3) and its hops; breadth-first hides all of them but those at both
-    # ends. A split backward saves 3 (i + w) = 6, and half a hop by the longer lags that a job chooses for a network.
+    # ends. A split backward saves 3 (i + w) = 6, and a hop by the longer lags that a job chooses for a network.
     steps = [float(line.split()[2]) for line in lines if line.startswith("step time")]
     assert steps[0] == 74 and steps[1] == 64 and steps[2:] == [60, 60, 60, 53.5]
     assert "peak live activations 8 (pp_rank 0) to 2" in lines[5]  # of chunks, as for the others
