@@ -95,7 +95,8 @@ def _backward(
         weight.main_grad = ctx.main_grad
     input_grad, reduction = _reduced(ctx, grad_output.matmul(weight), inputs)
     grad = _by_tokens(grad_output)
-    gradient = _LinearGradient(ctx, inputs, grad)
+    # Detached: through its graph a saved input would keep a checkpointed layer's input, and its gradient, until the W.
+    gradient = _LinearGradient(ctx, inputs.detach(), grad)
     if id(weight) in weights:
         owed.owe(weight, gradient)
         weight_grad = None
