@@ -6,7 +6,7 @@ from functools import cached_property
 from ..schedule import PipelineShape, Schedule
 from ..schedule.costs import EQUAL, Times
 from ..schedule.lower import DEFAULT_HOP
-from ..schedule.names import ORDERS, order_of
+from ..schedule.names import DEFERRED, ORDERS, order_of
 from ..schedule.names import SCHEDULES as NAMED
 from ..schedule.orders import weight_lags
 from ..schedule.plan import choose_weight_lags
@@ -24,7 +24,6 @@ __all__ = [
 
 # no-pipeline: one pipeline rank, which accumulates gradients.
 SCHEDULES = ("no-pipeline", *ORDERS)
-DEFERRED = "breadth-first-deferred"
 BREADTH_FIRST = ("breadth-first", "breadth-first-late", DEFERRED)
 RECOMPUTES = ("none", "selective", "full")
 # zero3: one chunk runs while the next is gathered. Both shardings by FSDP2: one chunk reduces its gradients while the

@@ -153,7 +153,18 @@ def _accumulate(weight: Parameter, gradient: torch.Tensor) -> None:
         weight.grad.add_(gradient)
 
 
+def placeholder(weight: Parameter) -> torch.Tensor | None:
+    """Return what stands for a gradient that is owed, or was added elsewhere; None where nothing has to.
+
+    Megatron's hook demands a gradient under --overlap-grad-reduce, and adds nothing if it is told so here.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return _zeros(weight.shape, weight.dtype, weight.device).detach()
+
+
 @cache
-def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a placeholder for gradients of a shape: one tensor for all weights, so nothing may write to it."""
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return one tensor for all weights of a shape: nothing writes to it, and AccumulateGrad takes it as it is."""
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -69,8 +69,8 @@ SCHEDULES = {
 }  # fmt: skip
 
 # The words that show and plan take.
-ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late",
-          "breadth-first-deferred")  # fmt: skip
+DEFERRED = "breadth-first-deferred"
+ORDERS = ("1f1b", "interleaved", "interleaved-grouped", "breadth-first", "breadth-first-late", DEFERRED)
 
 
 def word_of(

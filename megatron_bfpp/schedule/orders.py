@@ -83,7 +83,7 @@ def _split(actions: list[Action], lag: int) -> list[Action]:
 def weight_lags(
     shape: PipelineShape, most: int | None = None, hop: float = 0.0, inputs: float = 1.0, weights: float = 1.0
 ) -> list[int]:
-    """Return for each pp_rank how many micro-batches await their W in breadth-first: max(r, ceil(r (i + L) / w)).
+    """Return for each pp_rank how many micro-batches await their W: ceil(r (i + L) / w), from r to 2 r.
 
     The last input gradient of pp_rank r takes r steps of i + L to pp_rank 0, with which the step ends; the W's that are
     owed by then fill that time. At most 2 r: so many activations fewer than pp_rank 0 does pp_rank r hold in the eager

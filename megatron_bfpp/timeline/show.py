@@ -16,7 +16,7 @@ from ..schedule.costs import Costs
 from ..schedule.formats import read, shape_of, title
 from ..schedule.ir import COMPUTE
 from ..schedule.lower import DEFAULT_HOP
-from ..schedule.names import ORDERS, SCHEDULES, order_of, predict, word_of
+from ..schedule.names import DEFERRED, ORDERS, SCHEDULES, order_of, predict, word_of
 from ..schedule.orders import split_backward
 from ..schedule.plan import choose_weight_lags
 from ..schedule.replay import Prediction, replay
@@ -26,7 +26,6 @@ from .picture import picture
 from .planned import document
 
 _LEAST = 0.01  # of the times of actions: a column of the grid is as long as the shortest
-DEFERRED = "breadth-first-deferred"
 MOST_ACTIONS = 1_000_000  # that are drawn: 20 seconds, and a picture of 100 MB
 
 _TIMES = {  # flag: its help, its name in a picture

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...runtime.weight_gradients import placeholder
 from ...schedule import Action, Op
 from .network import Network, sleep_until
 
@@ -45,7 +46,7 @@ class Sleep(torch.autograd.Function):
         sleep_until(until)
         if owed is not None and is_owed:
             owed.owe(layer.weight, _WeightGradient(layer, of_weight))
-            return of_input, _placeholder(layer.weight), None
+            return of_input, placeholder(layer.weight), None
         if op is not Op.I:
             layer.after_weights()
         return of_input, of_weight, None
@@ -65,14 +66,6 @@ class _WeightGradient:
         until = self.layer.network.work(self.layer.backward_s[Op.W])
         sleep_until(until)
         return self.value
-
-
-def _placeholder(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Return what an I gives for a weight: Megatron's wrapper demands a gradient, and does not add it if told so."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight)
 
 
 class Layer(torch.nn.Module):

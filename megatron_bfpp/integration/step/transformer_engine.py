@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from ...runtime.weight_gradients import OwedGradients, zeros
+from ...runtime.weight_gradients import OwedGradients, placeholder
 from ..seams import put
 
 
@@ -73,9 +73,8 @@ class _Store:
         layer, product = self._layer, _Product(tensors, function)
         self.is_used, is_fused = True, layer.fuse_wgrad_accumulation
         for weight in map(layer._parameters.__getitem__, self._names):
-            if not is_fused and hasattr(weight, "grad_added_to_main_grad"):
-                weight.grad_added_to_main_grad = True
-                weight.grad = zeros(weight.shape, weight.dtype, weight.device)
+            if not is_fused and (stand_in := placeholder(weight)) is not None:
+                weight.grad = stand_in
             self._owed.owe(weight, _EngineGradient(product, 0, weight, is_fused))
         bias = _bias(layer)
         if bias is not None and bias.requires_grad:

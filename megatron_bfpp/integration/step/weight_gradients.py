@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.router import Router
 from torch.nn import Embedding, Module, Parameter
 
-from ...runtime.weight_gradients import OwedGradients, zeros
+from ...runtime.weight_gradients import OwedGradients, placeholder
 from ..seams import changed
 from . import transformer_engine
 
@@ -106,9 +106,8 @@ def _backward(
         gradient.prepare()
         weight_grad = gradient.compute()
     bias_grad = grad.sum(dim=0) if ctx.use_bias else None
-    if weight_grad is None and hasattr(weight, "grad_added_to_main_grad"):
-        weight.grad_added_to_main_grad = True  # Megatron's hook adds nothing then, but demands a gradient
-        weight_grad = zeros(weight.shape, inputs.dtype, inputs.device).detach()
+    if weight_grad is None:
+        weight_grad = placeholder(weight)
     if reduction is not None:
         reduction.wait()
     return input_grad, weight_grad, bias_grad, *(None,) * (len(ctx.needs_input_grad) - 3)
