@@ -1,7 +1,11 @@
-"""Run a Megatron script, unmodified, with breadth-first available:
+"""Run a script or module that uses Megatron, unmodified, with breadth-first available:
 
 torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]
 torchrun ... -m megatron_bfpp.run pretrain_gpt.py --pipeline-schedule breadth-first ...
+BFPP_PIPELINE_SCHEDULE=breadth-first python -m megatron_bfpp.run -m verl.trainer.main_ppo ...
+
+The variable is for trainers without the flag. It may be that they use Megatron in other processes only: nothing is
+imported for them here, and the workers that they start through Ray get what `ray_runtime_env` says.
 """
 
 import os
@@ -9,10 +13,13 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .console.errors import UserError, shown
 
-USAGE = "usage: torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS]"
+USAGE = "usage: torchrun ... -m megatron_bfpp.run [--device auto|cuda|cpu] SCRIPT [ARGS], or -m MODULE [ARGS]"
+RAY_HOOK = "RAY_RUNTIME_ENV_HOOK"  # Ray's name of a function that ray.init() calls with its runtime_env
+SETUP_HOOK = "megatron_bfpp.enable_from_environment"
 ALONE_S = 1.0  # ten times what torchrun takes to end the ranks of a node
 
 
@@ -24,9 +31,12 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
     try:
         device, rest = _split_device(argv)
         sys.argv = [sys.argv[0], *rest]
-        from . import enable
+        if os.environ.get("BFPP_PIPELINE_SCHEDULE"):
+            _enable_here_and_on_ray(device)
+        else:
+            from . import enable
 
-        enable(device=device)
+            enable(device=device)
         main()
     except UserError as error:
         # As a rule every rank ends here, and the first of each node speaks for the others: torchrun ends them before
@@ -38,6 +48,37 @@ def launch(argv: list[str], main: Callable[[], None]) -> None:
             first = shown(error).splitlines()[0]
             print(f"megatron_bfpp: rank {os.environ.get('RANK')} is refused: {first}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _enable_here_and_on_ray(device: str) -> None:
+    from . import enable_from_environment
+
+    ours = f"{__package__}.run.{ray_runtime_env.__name__}"
+    if os.environ.setdefault(RAY_HOOK, ours) != ours:
+        print(
+            f"megatron_bfpp: WARNING: {RAY_HOOK} is {os.environ[RAY_HOOK]} already; Ray's workers follow the "
+            f"variable only if it calls {ours} too",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    enable_from_environment(device)
+
+
+def ray_runtime_env(given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a runtime_env of Ray whose workers call enable_from_environment(), with this process's BFPP_... variables.
+
+    For ray.init(runtime_env=...), where Ray's RAY_RUNTIME_ENV_HOOK does not call it. UserError where the workers have a
+    setup hook of another kind.
+    """
+    found = dict(given or {})
+    hook = found.setdefault("worker_process_setup_hook", SETUP_HOOK)
+    if hook != SETUP_HOOK:
+        raise UserError(
+            f"the runtime_env of Ray has the worker_process_setup_hook {hook} already, and takes one.\n"
+            f"  Call {SETUP_HOOK}() in it, and unset {RAY_HOOK}."
+        )
+    own = {name: value for name, value in os.environ.items() if name.startswith("BFPP_")}
+    found["env_vars"] = own | dict(found.get("env_vars") or {})
+    return found
 
 
 def _split_device(argv: list[str]) -> tuple[str, list[str]]:
@@ -55,23 +96,33 @@ def _split_device(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    """Run the script: the first word that is neither --device nor its value. Only what stands before it is ours."""
+    """Run the script, the first word that is neither --device nor its value, or the module behind -m.
+
+    Only what stands before it is ours.
+    """
     position = 0
     while position < len(argv) and argv[position].startswith("--device"):
         position += 1 if "=" in argv[position] else 2
     if position >= len(argv) or argv[position] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         sys.exit(0 if position < len(argv) else 2)
-    script = argv[position]
+    is_module = argv[position] == "-m"
+    if is_module and position + 1 == len(argv):
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
+    script, arguments = argv[position + is_module], argv[position + is_module + 1 :]
 
     def run_script() -> None:
-        if not os.path.isfile(script):
+        sys.argv = [script, *arguments]
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        elif not os.path.isfile(script):
             raise UserError(f"the script {script} does not exist.\n  {USAGE}")
-        sys.argv = [script, *argv[position + 1 :]]
-        runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_path(script, run_name="__main__")
 
-    # As `python SCRIPT` does, and before Megatron is imported: in a checkout the checkout's Megatron counts.
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    # As `python` does, and before Megatron is imported: in a checkout the checkout's Megatron counts.
+    sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.abspath(script)))
     launch(argv[:position], run_script)
 
 

@@ -1,6 +1,6 @@
 """Markers of tests: `slow` starts processes of ranks or takes more than about 2 s; `tour` is a part of these.
 
-bash scripts/test.sh runs "not slow or tour" (the tests that tour.py names); `--all` runs everything.
+bash scripts/test.sh runs "not slow", then "tour" (the tests that tour.py names); `--all` runs everything.
 """
 
 import os

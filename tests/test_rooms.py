@@ -29,12 +29,14 @@ FLOORS = (
     {"bench", "check", "doctor", "ab"},
     {"__init__"},
     {"run"},
-    {"pretrain_gpt", "data", "config_file", "cli"},
+    {"pretrain_gpt", "pretrain_hybrid", "data", "config_file", "cli"},
 )
 FLOORS_OF_INTEGRATION = (
     {"seams"},
+    {"imports", "relied_on"},
+    {"flags"},
     {"process"},
-    {"flags", "cpu", "gpt"},
+    {"cpu", "gpt"},
     {"step", "reliability"},
     {"observe"},
     {"validation"},

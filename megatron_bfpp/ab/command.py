@@ -6,7 +6,7 @@ import shlex
 import subprocess
 
 from ..console.errors import UserError
-from ..console.processes import package_on_path, stoppable
+from ..console.processes import package_on_path
 from ..schedule.names import SCHEDULES
 from . import launchers
 from .job import ARMS, Job
@@ -44,9 +44,8 @@ def run(args: argparse.Namespace) -> int:
                     settings.steps or (40 if is_local else 120), settings.rounds, args.dry_run)  # fmt: skip
     if not args.dry_run:
         make_output(settings)
-    with stoppable():
-        rounds.run()
-        return _report(rounds)
+    rounds.run()
+    return _report(rounds)
 
 
 def environment_of(settings: Settings, job_type: str) -> dict[str, str]:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Self
 
 from ..console.errors import UserError
+from ..schedule import PipelineShape
 from ..schedule.names import SCHEDULES
 from .launchers import Launcher
 from .settings import Settings
 
 ARMS = tuple(word for word, schedule in SCHEDULES.items() if schedule.flags)
-_LAYOUT = "--pipeline-model-parallel-layout"
+_LAYOUT, _PATTERN = "--pipeline-model-parallel-layout", "--hybrid-layer-pattern"
 _CHUNKS = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
+_GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 _FSDP2 = "--use-torch-fsdp2"
 _CONNECTIONS, _MOST_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
 # Megatron refuses the first two with FSDP2 (docs/guide/fully_sharded.md), and the third without model chunks.
@@ -53,20 +55,28 @@ class Job:
         """Return the job with the flags of a schedule."""
         schedule = SCHEDULES[word]
         flags = self.flags
+        if schedule.chunks and schedule.order is not None and "1f1b" in schedule.flags:
+            shape = PipelineShape(_number(flags, "--pipeline-model-parallel-size", 1), 2, self.microbatches)
+            try:  # of Megatron's own arms: it would refuse each of their runs, after the others have run
+                schedule.order(shape, _number(flags, _GROUP, 0) or None)
+            except UserError as error:
+                raise UserError(f"ARMS: {word}: {error}\n  GBS, or --global-batch-size, sets them.") from None
         if _FSDP2 in schedule.flags:
             flags = [flag for flag in flags if flag not in _NOT_SHARDED]
         if not schedule.chunks:
-            if _LAYOUT in flags:
-                raise UserError(f"ARMS: {word} has one chunk per rank, and CONFIG's {_LAYOUT} others; leave one out")
+            for flag in (_LAYOUT, _PATTERN):
+                if flag in flags:
+                    raise UserError(f"ARMS: {word} has one chunk per rank, and CONFIG's {flag} others; leave one out")
             flags = [flag for flag in _without_values(flags, _CHUNKS) if flag not in _NOT_WITHOUT_CHUNKS]
         return replace(self, flags=[*flags, *schedule.flags_for(self.microbatches)])
 
     def words(self, settings: Settings, launcher: Launcher, flags: list[str], marks: Mapping[str, str]) -> list[str]:
         """Return the whole command of a run. flags: its own; marks: more variables of its ranks."""
-        trainer = ["-m", "megatron_bfpp.pretrain_gpt", "--device", settings.device]
-        if settings.megatron_path:
-            trainer = ["-m", "megatron_bfpp.run", *trainer[2:], f"{settings.megatron_path}/pretrain_gpt.py"]
         flags = [*self.flags, *flags, *shlex.split(settings.extra_args)]
+        script = "pretrain_hybrid" if _PATTERN in flags else "pretrain_gpt"
+        trainer = ["-m", f"megatron_bfpp.{script}", "--device", settings.device]
+        if settings.megatron_path:
+            trainer = ["-m", "megatron_bfpp.run", *trainer[2:], f"{settings.megatron_path}/{script}.py"]
         values = {_CONNECTIONS: os.environ.get(_CONNECTIONS, _connections(flags)), **self.environment, **marks}
         if _FSDP2 in flags and values[_CONNECTIONS] == "1":  # which Megatron refuses with FSDP2
             values[_CONNECTIONS] = _MOST_CONNECTIONS
@@ -108,6 +118,13 @@ def _connections(flags: list[str]) -> str:
 
 def _chunks(flags: list[str], settings: Settings) -> list[str]:
     """Return the flags that give every arm the same chunks; none where CONFIG does. UserError where no number fits."""
+    if _PATTERN in flags:
+        pattern = flags[len(flags) - flags[::-1].index(_PATTERN)]
+        if settings.vp or "|" not in pattern:
+            given = f"VP={settings.vp}" if settings.vp else "a pattern without |"
+            raise UserError(f"CONFIG: {_PATTERN} gives every arm the same chunks by its |, and not with {given}:\n"
+                            "  take the cut that `bfpp check --config CONFIG` says the plugin makes")  # fmt: skip
+        return []
     if settings.vp:
         return [_CHUNKS[0], str(settings.vp)]
     if any(flag in flags for flag in (*_CHUNKS, _LAYOUT)):

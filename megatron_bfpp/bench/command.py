@@ -4,16 +4,18 @@ import argparse
 import sys
 from functools import partial
 
-from ..console.errors import require
-from ..console.files import write_wanted
+from ..console.errors import UserError, require
+from ..console.files import check_figure, check_wanted, write_wanted
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
 from ..schedule import PipelineShape
 from ..schedule.lower import DEFAULT_HOP
 from ..schedule.names import SCHEDULES
-from .case import FREE
+from .case import FREE, Case
 from .results import Result, as_json, markdown, table
 from .settings import Setting, settings
+
+_MOST_RANKS = 128  # processes; their work waits for a core long before
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure the cases, print their table and write the files."""
     if args.plot is not None:
         require("matplotlib", "--plot")
+        check_figure(args.plot, "--plot")
+    check_wanted(args, "json", "markdown", "plot")
     results = _measure(args, settings(args))
     print(table(results))
     write_wanted(args, json=lambda: as_json(results), markdown=lambda: markdown(results))
@@ -97,12 +101,31 @@ def _report(bar: Steps, title: str, arm: str) -> None:
     bar.step(f"{title}: {arm}")
 
 
+def _check_case(case: Case) -> None:
+    """Raise UserError for more processes than a machine runs on time, or an arm whose order lacks this shape."""
+    if case.ranks > _MOST_RANKS:
+        replicas = f" x {case.replicas} replicas (--dp)" if case.replicas > 1 else ""
+        raise UserError(
+            f"PP {case.shape.pp_size}{replicas} is {case.ranks} processes; bfpp bench runs at most {_MOST_RANKS}.\n"
+            "  Use a --shape of fewer pipeline ranks; bfpp show simulates any."
+        )
+    for arm in case.arms:
+        named = SCHEDULES[arm]
+        if named.order is not None and named.chunks:
+            try:
+                named.order(case.shape, None)
+            except UserError as error:
+                raise UserError(f"the arm {arm}: {error}\n  Or name the other arms with --arm.") from None
+
+
 def _measure(args: argparse.Namespace, chosen: list[Setting]) -> list[Result]:
     from .processes import run_case
 
     for library in ("torch", "megatron"):
         require(library, "bfpp bench")
     cases = [setting.case(args, args.arm or list(SCHEDULES)) for setting in chosen]
+    for case in cases:
+        _check_case(case)
     steps = sum(len(case.arms) * len(case.variants) * case.repeat for case in cases)
     repeated, results = 0, []
     with Steps(steps, "starting the ranks", "bench") as bar:

@@ -146,11 +146,12 @@ def _of_model(args: argparse.Namespace) -> Setting:
         f"{args.backward_time:.2f} times that"
     )
     collectives = 0.0, 0.0
-    if strategy.dp > 1:
+    if strategy.replicas > 1:
         collectives = times.reduction / (count * backward), times.gather / (count * forward)
     # Where nodes hold a number of whole pipeline ranks; else some messages of every edge cross, but for a few edges.
-    in_node = max(1, gpu.gpus_per_node // (strategy.tp * strategy.dp))
-    edges = gpu.crosses(strategy.tp * strategy.dp, strategy.pp)
+    apart = strategy.tp * strategy.replicas
+    in_node = max(1, gpu.gpus_per_node // apart)
+    edges = gpu.crosses(apart, strategy.pp)
     is_regular = strategy.shape.edges_between_nodes(in_node) == edges
     messages = [(at(times.hop, edge) / forward, at(times.transfer, edge) / forward) for edge in range(strategy.pp)]
     slow = next((each for each, crosses in zip(messages, edges, strict=True) if crosses), messages[0])
@@ -162,7 +163,7 @@ def _of_model(args: argparse.Namespace) -> Setting:
 
 def _check_model_flags(args: argparse.Namespace) -> None:
     """Raise UserError for a flag that --model replaces, or lacks."""
-    wrong = [f"--{name} is not" for name in ("gpu", "gpus") if getattr(args, name) is None]
+    wrong = [f"--{name} is not given" for name in ("gpu", "gpus") if getattr(args, name) is None]
     for name in ("shape", "hop", "transfer", "reduction", "gather", "node_size"):
         if getattr(args, name) is not None:
             wrong.insert(0, f"--{name.replace('_', '-')} is set as well")

@@ -5,13 +5,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Question:
-    """A job. words: Megatron's command line. environment: of the process, with the configuration's variables."""
+    """A job. words: Megatron's command line. environment: of the process, with the configuration's variables.
+
+    passes_over: why words that Megatron does not know are passed over; "" where they are refused. notes: lines about
+    how the job's file was read.
+    """
 
     words: list[str]
     environment: dict[str, str]
     world_size: int
     gpus_per_node: int
     capability: int | None  # major compute capability of the GPUs
+    passes_over: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,9 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class Job:
-    """The job as validated. stage_layers: decoder layers of every stage in order."""
+    """The job as validated. stage_layers: decoder layers of every stage in order; stage_kinds: of a hybrid model, a
+    letter for each of them, else "".
+    """
 
     tp: int
     pp: int
@@ -51,8 +59,10 @@ class Job:
     group: int | None
     resident_chunks: int | None
     stage_layers: list[int]
+    stage_kinds: list[str]
     told: list[str]  # by the plugin, while it checked the command line
     changed: list[str]  # for the dry run
+    vocab_size: int = 0  # words of the tokenizer, before padding
 
 
 @dataclass(frozen=True)

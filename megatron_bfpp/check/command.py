@@ -1,4 +1,4 @@
-"""bfpp check: a plan proved sound; or, with --config, a job's real configuration tried before a cluster is allocated.
+"""bfpp check: a plan proved sound; or a job's real configuration, of a file, tried before a cluster is allocated.
 
 Megatron, in a process per pipeline rank, validates the command line and builds the rank's chunks; the answers are
 compared here with the estimates. Neither torch nor Megatron is imported in this process.
@@ -6,16 +6,13 @@ compared here with the estimates. Neither torch nor Megatron is imported in this
 
 import argparse
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..console.config_file import cluster, load
+from ..console.config_file import cluster
 from ..console.errors import UserError, require
-from ..console.files import write_wanted
+from ..console.files import check_wanted, write_wanted
 from ..console.forked import Forks
 from ..console.numbers import at_least, between
 from ..console.progress import Steps
@@ -23,32 +20,32 @@ from ..schedule import ScheduleError, check, formats, simulate
 from ..schedule.ir import BACKWARDS
 from .answers import Question, Rank
 
-if TYPE_CHECKING:
-    from ..planner.hardware import GPU
-
 _PRELOAD = ("megatron.training.training", "megatron_bfpp.integration.step.forward_backward",
             "megatron_bfpp.integration.gpt.script", "megatron_bfpp.check.rank")  # fmt: skip
-MOST_GPUS = 10**6
-GPUS_PER_NODE = 8  # where no kind of GPU is named
-# Major compute capability, which Megatron's validation asks for.
-CAPABILITIES = {"v100": 7, "a100": 8, "h100": 9, "h200": 9}
+_JOBS = (".yaml", ".yml", ".sh", ".sbatch", ".slurm")  # files of a job; any other is a plan's
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `check` to the commands of bfpp."""
     parser = commands.add_parser("check", help="prove a plan free of deadlock; try a job's configuration without a GPU")
-    what = "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; or -- and Megatron's flags"
+    what = (
+        "CSV or text of a plan, as `bfpp show --plan` writes it, - for standard input; a job's file: of configs/, of"
+        " Megatron's tests (.yaml), or a script (.sh, .sbatch, .slurm); and -- and Megatron's flags"
+    )
     parser.add_argument("file", nargs="*", help=what)
     given = "of the shape; default: what the file's stages and micro-batches say"
     parser.add_argument("--pp", type=at_least(2), help=f"pipeline ranks {given}")
     parser.add_argument("--chunks", type=at_least(1), help="model chunks per rank")
     parser.add_argument("--microbatches", type=at_least(1), help="micro-batches")
     job = parser.add_argument_group("a job's configuration, tried without a GPU")
-    job.add_argument("--config", metavar="YAML", help="a file of configs/; flags after -- replace its own")
-    gpus = at_least(1, MOST_GPUS)
+    job.add_argument("--config", metavar="FILE", help="the job's file; flags after -- replace its own")
+    gpus = at_least(1, 10**6)
     job.add_argument("--gpus", type=gpus, metavar="N", help="world size; default: WORLD_SIZE, or the file's cluster")
     job.add_argument(
         "--gpu", help="v100-32, h100-80 ... or a YAML profile: predicts time and memory; default as --gpus"
+    )
+    job.add_argument(
+        "--fit-batch", action="store_true", help="raise the file's --global-batch-size to what the GPUs need"
     )
     job.add_argument("--rank", metavar="R,...", help="only these pipeline ranks")
     reserved = between(0, 10_000)
@@ -61,13 +58,21 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(args: argparse.Namespace) -> int:
     """Check what is named: the file of a plan, or a job."""
-    files = [word for word in args.file[:1] if not word.startswith("--")]
-    if not files and (args.config is not None or args.file):
+    if args.file and args.file[0].endswith(_JOBS) and args.config is None:
+        args.config, *args.file = args.file
+    is_named = bool(args.file) and not args.file[0].startswith("--")
+    if not is_named and (args.config is not None or args.file):
         return _try_job(args, args.file)
-    if len(files) != len(args.file) or not files or args.config is not None:
-        raise UserError("one thing is checked at a time.\n"
-                        "  Give the FILE of a plan, or --config YAML, or -- and Megatron's flags.")  # fmt: skip
-    return _check_plan(files[0], args.pp, args.chunks, args.microbatches)
+    if len(args.file) != 1 or args.config is not None:
+        wrong = "nothing to check is named" if not args.file else "one thing is checked at a time"
+        raise UserError(f"{wrong}.\n"
+                        "  Give the FILE of a plan or of a job, or -- and Megatron's flags.")  # fmt: skip
+    names = {"gpus": "--gpus", "gpu": "--gpu", "fit_batch": "--fit-batch", "rank": "--rank", "json": "--json"}
+    given = [flag for name, flag in names.items() if getattr(args, name)]
+    if given:
+        raise UserError(f"{', '.join(given)} has no meaning for the plan in {args.file[0]}.\n"
+                        f"  Leave it out, or name a job: a file that ends with {', '.join(_JOBS)}.")  # fmt: skip
+    return _check_plan(args.file[0], args.pp, args.chunks, args.microbatches)
 
 
 def _check_plan(path: str, pp: int | None, chunks: int | None, microbatches: int | None) -> int:
@@ -88,19 +93,27 @@ def _check_plan(path: str, pp: int | None, chunks: int | None, microbatches: int
 def _try_job(args: argparse.Namespace, flags: list[str]) -> int:
     """Try a job. flags: Megatron's, which follow those of the configuration."""
     from ..planner.hardware import load_gpu
+    from .job import fitting_batch, pp_ranks_of, question_of
     from .table import report
     from .verdict import Answer, placed_as_built
 
     started = time.monotonic()
+    check_wanted(args, "json")
     is_asked = args.gpu is not None
-    if args.config is not None and not is_asked:
+    if args.config is not None and not is_asked and args.config.endswith((".yaml", ".yml")):
         args.gpu = cluster(args.config).gpu
     gpu = None if args.gpu is None else load_gpu(args.gpu)
     if gpu is not None and 1e9 * args.reserve_gb >= gpu.memory:
         raise UserError(f"--reserve-gb {args.reserve_gb:g} leaves nothing of {gpu.memory / 1e9:g} GB.")
-    question, source = _question(args, flags, gpu)
-    pp_ranks = _pp_ranks(args.rank, question.words)
-    ranks = examine_ranks(question, pp_ranks)
+    question, source = question_of(args, flags, gpu)
+    pp_ranks = pp_ranks_of(args.rank, question.words)
+    try:
+        ranks = examine_ranks(question, pp_ranks)
+    except UserError as error:
+        is_of_batch = args.config is not None and "batch" in str(error)
+        fitting = None if not is_of_batch else fitting_batch(question.words, flags, question.world_size)
+        more = "" if fitting is None else f"\n  --fit-batch makes the batch of these GPUs {fitting[0]}."
+        raise UserError(f"{error}{more}") from None
     estimate = placed_as_built(question, ranks[0].job, gpu, is_asked)
     answer = Answer(ranks, question, gpu, 1e9 * args.reserve_gb, *estimate)
     print(report(answer.as_dict(), source))
@@ -134,58 +147,3 @@ def _rank(question: Question, pp_rank: int, with_plans: bool) -> Iterator[Rank]:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         yield examine(question, pp_rank, with_plans)
-
-
-def _question(args: argparse.Namespace, flags: list[str], gpu: "GPU | None") -> tuple[Question, str]:
-    """Return what the ranks are asked, and where the world size comes from."""
-    environment, words = ({}, []) if args.config is None else load(args.config, expand=False)
-    environment = {name: _expanded(value) for name, value in environment.items()}
-    words = [*map(_expanded, words), *flags]
-    world_size, source = _world_size(args, environment)
-    if not 1 <= world_size <= MOST_GPUS:
-        raise UserError(f"the number of GPUs is {world_size} ({source}); it must lie between 1 and {MOST_GPUS}.")
-    per_node = GPUS_PER_NODE if gpu is None else gpu.gpus_per_node
-    kind = "" if args.gpu is None else Path(args.gpu).stem.split("-")[0].lower()
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return Question(words, environment, world_size, per_node, CAPABILITIES.get(kind)), source
-
-
-def _expanded(text: str) -> str:
-    """Replace ${VAR} as far as it is set: the variables that name data files need not be."""
-    return re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), text)
-
-
-def _world_size(args: argparse.Namespace, environment: dict[str, str]) -> tuple[int, str]:
-    if args.gpus is not None:
-        return args.gpus, "--gpus"
-    for variables, source in ((environment, f"WORLD_SIZE of {args.config}"), (os.environ, "WORLD_SIZE")):
-        if "WORLD_SIZE" in variables:
-            if not variables["WORLD_SIZE"].isdigit():
-                raise UserError(f"{source} is {variables['WORLD_SIZE']!r}; it must be a number.")
-            return int(variables["WORLD_SIZE"]), source
-    if args.config is not None and (gpus := cluster(args.config).gpus) is not None:
-        return gpus, f"the cluster of {args.config}"
-    raise UserError(
-        "the number of GPUs is not known.\n"
-        "  Add --gpus N, the world size of the job, or `cluster: {gpus: N}` to its file."
-    )
-
-
-def _pp_ranks(text: str | None, words: list[str]) -> list[int]:
-    pp_size = _pp_size(words)
-    if text is None:
-        return list(range(pp_size))
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) < pp_size for part in parts):
-        raise UserError(
-            f"--rank {text}: the pipeline ranks are 0 to {pp_size - 1}.\n  Write it as 0 or 0,{pp_size - 1}."
-        )
-    return sorted(set(map(int, parts)))
-
-
-def _pp_size(words: list[str]) -> int:
-    """Read the last --pipeline-model-parallel-size; 1 without the flag, or where Megatron will refuse its value."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--pipeline-model-parallel-size", dest="pp", nargs="?", default="1")
-    found = parser.parse_known_args(words)[0].pp or ""
-    return int(found) if found.isascii() and found.isdigit() and 0 < int(found) <= 10**4 else 1

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 
 from ..console.errors import UserError
 from ..integration.flags.batches import data_parallel_size, evaluation_microbatches, microbatch_counts
-from ..integration.flags.placement import is_hybrid
 from ..integration.flags.settings import settings_of, word_of_job
 from ..integration.flags.stages import stages_of
 from ..integration.gpt.releases import ARGS_DEFAULTS, refuse_other_tasks
 from ..integration.seams import changed
 from ..schedule import PipelineShape, ScheduleError, check, lower, simulate
 from ..schedule.formats import digest
+from ..schedule.model.pattern import is_hybrid
 from ..schedule.names import order_of
 from .answers import Chunk, Job, PlanLine, Question, Rank
 
@@ -52,7 +53,7 @@ def examine(question: Question, pp_rank: int, with_plans: bool) -> Rank:
         args, changes = _validated(question, pp_rank)
         job = _job(args, reported, changes)
         plans = _plans(args, job) if with_plans else []
-        _initialize(args)
+        job = replace(job, vocab_size=_initialize(args))
         return Rank(pp_rank, job, list(_chunks(args, pp_rank, job)), plans)
 
 
@@ -82,22 +83,20 @@ def _validated(question: Question, pp_rank: int) -> tuple[Any, list[str]]:
     """Return Megatron's validated arguments, and a line for each change of them."""
     from megatron.training import arguments
 
-    from .substitutes import after_validation, before_validation
+    from .substitutes import after_validation, before_validation, unknown_words_in, without_other_jobs
 
     sys.argv = ["bfpp check", *question.words]
-    args = arguments.parse_args()
+    with unknown_words_in(question.passes_over) as changes:
+        args = arguments.parse_args()
     if args.yaml_cfg is not None:
         raise UserError("bfpp check does not read --yaml-cfg.\n  Give the model with Megatron's flags.")
-    if args.use_checkpoint_args:
-        raise UserError(
-            "--use-checkpoint-args takes the model from a checkpoint, which a dry run does not read.\n"
-            "  Leave it out and give the model with Megatron's flags."
-        )
+    changes += without_other_jobs(args)
     refuse_other_tasks(args, not _trainer_builds())
+    tokenizer = args.tokenizer_type
     for name, value in ARGS_DEFAULTS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    changes = before_validation(args)
+    changes += before_validation(args, tokenizer)
     _be_rank(args, pp_rank)
     arguments.validate_args(args, ARGS_DEFAULTS)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -122,20 +121,19 @@ def _be_rank(args: Any, pp_rank: int) -> None:
 
 
 def _job(args: Any, reported: list[str], changes: list[str]) -> Job:
-    if is_hybrid(args):
-        raise UserError("bfpp check does not know hybrid models.\n  Leave out --hybrid-layer-pattern.")
     settings = settings_of(args)
     chunks = args.virtual_pipeline_model_parallel_size or 1
     group = settings.group_size
     if settings.schedule == "1f1b":
         group = getattr(args, "microbatch_group_size_per_vp_stage", None)
-    count, pp_size = microbatch_counts(args)[-1], args.pipeline_model_parallel_size
+    count, pp_size, stages = microbatch_counts(args)[-1], args.pipeline_model_parallel_size, stages_of(args)
     return Job(
         tp=args.tensor_model_parallel_size, pp=pp_size, dp=data_parallel_size(args), chunks=chunks,
         micro_batch=args.micro_batch_size, global_batch=args.global_batch_size, num_microbatches=count,
         schedule=word_of_job(args, count), backward=settings.backward, group=group,
         resident_chunks=settings.resident_chunks_of(chunks) if args.use_torch_fsdp2 and chunks > 1 else None,
-        stage_layers=[stage.layers for stage in stages_of(args)], told=reported, changed=changes,
+        stage_layers=[stage.layers for stage in stages], stage_kinds=[stage.kinds for stage in stages],
+        told=reported, changed=changes,
     )  # fmt: skip
 
 
@@ -169,10 +167,10 @@ def _plan(args: Any, job: Job, what: str, count: int) -> PlanLine:
     return PlanLine(what, count, digest(lowered), simulate(order, shape).bubble_fraction)
 
 
-def _initialize(args: Any) -> None:
-    """Run Megatron's own start as far as its process groups, which are fake."""
+def _initialize(args: Any) -> int:
+    """Run Megatron's own start as far as its process groups, which are fake. Return the words of the tokenizer."""
     from megatron.core import mpu
-    from megatron.training import initialize
+    from megatron.training import get_tokenizer, initialize
     from megatron.training.global_vars import set_global_variables
 
     from ..integration.gpt.script import embedding_ranks
@@ -186,16 +184,21 @@ def _initialize(args: Any) -> None:
     found = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
     if found != (0, 0):
         raise AssertionError(f"rank {args.rank} is not the first of its tensor and data group but {found}")
+    return int(get_tokenizer().vocab_size)
 
 
 def _chunks(args: Any, pp_rank: int, job: Job) -> Iterator[Chunk]:
     """Build each chunk on the meta device, count its parameters and let it go."""
+    from .local_layers import local_layers
+    from .substitutes import attention_of_any_kind
+
     build = _builder(args)
     for chunk in range(job.chunks):
         stage = chunk * job.pp + pp_rank
         ends = {"pre_process": stage == 0, "post_process": stage == job.pp * job.chunks - 1}
         # CUDA's current device, which Megatron names, goes before the default one.
-        with changed(torch.cuda, current_device=lambda: torch.device("meta")), torch.device("meta"):
+        on_meta = changed(torch.cuda, current_device=lambda: torch.device("meta"))
+        with attention_of_any_kind(), local_layers(args), on_meta, torch.device("meta"):
             model = build(vp_stage=chunk if job.chunks > 1 else None, **ends)
         layers = {layer.layer_number: _count(layer) for layer in model.decoder.layers}
         yield Chunk(stage, layers, _count(model))
@@ -211,14 +214,16 @@ def _builder(args: Any) -> Callable[..., Any]:
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if _trainer_builds():
-        from megatron.training.argument_utils import gpt_config_from_args
+        from megatron.training import argument_utils
 
-        config = gpt_config_from_args(args)
+        kind = "hybrid" if is_hybrid(args) else "gpt"
+        config = getattr(argument_utils, f"{kind}_config_from_args")(args)
         builder = config.get_builder_cls()(config)
         return lambda **chunk: builder.build_model(groups, **chunk)
-    from ..integration.gpt.model import build_gpt
+    from ..integration.gpt.model import build_gpt, build_hybrid
 
-    return lambda **chunk: build_gpt(pg_collection=groups, **chunk)
+    build = build_hybrid if is_hybrid(args) else build_gpt
+    return lambda **chunk: build(pg_collection=groups, **chunk)
 
 
 def _trainer_builds() -> bool:

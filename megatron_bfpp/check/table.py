@@ -6,6 +6,7 @@ from typing import Any
 __all__ = ["report"]
 
 _SHOWN_LAYERS = 3  # of a row: the first, and the last
+_SHOWN_KINDS = 8  # letters of a stage of a hybrid model
 
 
 def report(content: dict[str, Any], world_size_source: str) -> str:
@@ -16,12 +17,23 @@ def report(content: dict[str, Any], world_size_source: str) -> str:
         parts.append(_prediction(content))
     if content["capability"] is None:
         parts.append("not checked: what Megatron demands on GPUs before Blackwell; --gpu names none of them")
-    if content["not_compared"]:
-        parts.append(f"parameters not compared with the estimate: {content['not_compared']}")
+    parts.append(_compared(content))
+    parts += [f"read from the file: {note}" for note in content["notes"]]
     parts += [f"the plugin says: {line}" for line in content["job"]["told"]]
     parts += [f"changed for the dry run: {line}" for line in content["job"]["changed"]]
     parts += [f"FOUND: {finding}" for finding in content["findings"]] or ["found nothing wrong"]
     return "\n".join(parts)
+
+
+def _compared(content: dict[str, Any]) -> str:
+    """Say whether the parameters are as planned; the findings name those that are not."""
+    if content["not_compared"]:
+        return f"parameters not compared with those that bfpp plan counts: {content['not_compared']}"
+    chunks = [chunk for rank in content["ranks"] for chunk in rank["chunks"]]
+    different = sum(chunk["parameters"] != chunk["planned"] for chunk in chunks)
+    if different:
+        return f"parameters of {different} of {len(chunks)} chunks are not those that bfpp plan counts"
+    return f"parameters of all {len(chunks)} chunks: as bfpp plan counts them"
 
 
 def _title(content: dict[str, Any], source: str) -> str:
@@ -47,28 +59,42 @@ def _table(content: dict[str, Any]) -> str:
         )
     lines = [header]
     for rank in content["ranks"]:
-        rows = _rows(rank["chunks"])
-        if is_predicted:
-            rows[0] += _memory(rank["memory"], content["predicted"]["usable_memory"])
-        lines.append(f"{rank['pp_rank']:>7}{rows[0]}")
-        lines += [" " * 7 + row for row in rows[1:]]
+        rows = _rows(rank["chunks"], content["job"]["stage_kinds"])
+        memory = _memory(rank["memory"], content["predicted"]["usable_memory"]) if is_predicted else ""
+        lines.append(f"{rank['pp_rank']:>7}{rows[0][0]}{memory}{rows[0][1]}")
+        lines += [" " * 7 + row + different for row, different in rows[1:]]
     return "\n".join(lines)
 
 
-def _rows(chunks: list[dict[str, Any]]) -> list[str]:
-    """Return one row for neighbouring chunks that are alike."""
+def _rows(chunks: list[dict[str, Any]], stage_kinds: list[str]) -> list[tuple[str, str]]:
+    """Return one row for neighbouring chunks that are alike, and behind it how many parameters are planned, if others
+    are built.
+    """
     rows = []
     numbered = list(enumerate(chunks))
-    for _, same in groupby(numbered, key=lambda each: (each[1]["parameters"], len(each[1]["layers"]))):
+    for _, same in groupby(numbered, key=lambda each: _alike(each[1], stage_kinds)):
         group = list(same)
         first, last = group[0][0], group[-1][0]
-        names = [_layers(chunk["layers"]) for _, chunk in group]
+        names = [_layers(chunk["layers"]) + _kinds(stage_kinds[chunk["stage"]]) for _, chunk in group]
         if len(names) > _SHOWN_LAYERS:
             names = [*names[: _SHOWN_LAYERS - 1], "..", names[-1]]
         each = group[0][1]["parameters"]
         which = f"{first}-{last}" if last > first else f"{first}"
-        rows.append(f"{which:>8}  {' '.join(names):<24}{each:>14,}")
+        planned = group[0][1].get("planned", each)
+        different = f"  planned {planned:,}" if planned != each else ""
+        rows.append((f"{which:>8}  {' '.join(names):<24}{each:>14,}", different))
     return rows
+
+
+def _alike(chunk: dict[str, Any], stage_kinds: list[str]) -> tuple[int, int | None, int, str]:
+    return chunk["parameters"], chunk.get("planned"), len(chunk["layers"]), stage_kinds[chunk["stage"]]
+
+
+def _kinds(kinds: str) -> str:
+    """Write the letters of a stage of a hybrid model as 1-3:M*-, and long ones short: the plugin says them all."""
+    if len(kinds) > _SHOWN_KINDS:
+        kinds = kinds[: _SHOWN_KINDS - 2] + ".."
+    return f":{kinds}" if kinds else ""
 
 
 def _layers(layers: dict[int, int]) -> str:

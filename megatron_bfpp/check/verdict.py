@@ -9,8 +9,6 @@ from ..planner.hardware import GPU
 from .answers import Job, Question, Rank
 from .placed import Placed, placed
 
-TOLERANCE = 0.01  # of parameters between Megatron's model and the estimate's
-
 
 def placed_as_built(question: Question, job: Job, gpu: GPU | None, is_asked: bool) -> tuple[Placed | None, str]:
     """Return the estimate of the job as Megatron has placed it, or None and the reason why there is none.
@@ -18,7 +16,10 @@ def placed_as_built(question: Question, job: Job, gpu: GPU | None, is_asked: boo
     Raises UserError where --gpu asked for a prediction (is_asked) that cannot be made.
     """
     try:
-        found = placed(question.words, question.world_size, job.chunks, job.stage_layers, job.resident_chunks)
+        # What Megatron has derived; --padded-vocab-size, if given, goes before the number of words.
+        derived = ["--vocab-size", str(job.vocab_size), "--global-batch-size", str(job.global_batch)]
+        words = [*question.words, *derived, "--micro-batch-size", str(job.micro_batch)]
+        found = placed(words, question.world_size, job.chunks, job.stage_layers, job.resident_chunks)
     except UserError as error:
         if is_asked:
             raise UserError(f"nothing can be predicted for --gpu: {error}") from None
@@ -72,9 +73,9 @@ class Answer:
         ]
         return [
             f"stage {chunk.stage} (pp_rank {pp_rank}): Megatron builds {chunk.parameters:,} parameters, "
-            f"the estimate has {expected:,} ({chunk.parameters / expected - 1:+.1%})"
+            f"bfpp plan counts {expected:,} ({chunk.parameters - expected:+,})"
             for pp_rank, chunk, expected in built
-            if abs(chunk.parameters - expected) > TOLERANCE * expected
+            if chunk.parameters != expected
         ]
 
     def _memory(self) -> list[str]:
@@ -98,6 +99,7 @@ class Answer:
             "plans": [asdict(plan) for plan in self.ranks[0].plans],
             "ranks": [self._rank(rank) for rank in self.ranks],
             "not_compared": self.unknown,
+            "notes": self.question.notes,
             "capability": self.question.capability,
             "findings": self.findings(),
         }
@@ -126,6 +128,9 @@ class Answer:
         content: dict[str, Any] = {
             "pp_rank": rank.pp_rank, "parameters": parameters, "chunks": [asdict(chunk) for chunk in rank.chunks]
         }  # fmt: skip
+        if self.placed is not None:
+            for chunk in content["chunks"]:
+                chunk["planned"] = self.placed.parameters(chunk["stage"])
         if self.gpu is not None and self.placed is not None:
             memory = self.placed.memory(self.gpu, rank.pp_rank)
             content["memory"] = {**asdict(memory), "total": memory.total}

@@ -1,8 +1,9 @@
 """Reads the files of configs/ into command-line flags.
 
 The two maps are those of Megatron's own functional tests; every line of them can be pasted on a command line:
-    ENV_VARS:   {OMP_NUM_THREADS: 1}
+    ENV_VARS:   {OMP_NUM_THREADS: 1, USE_CACHE: true}
     MODEL_ARGS: {--num-layers: 8, --bf16: true, --no-load-optim: false, --split: "99,1,0", --data-path: [a, b]}
+A text "[a b]" is the list too, as in those tests.
 Two keys are ours:
     base: gpt_52b.yaml                  Another such file, relative to this one. Entries of this file replace those of
                                         the base by name; `--flag: false` takes a flag of the base away.
@@ -21,11 +22,18 @@ import yaml
 
 from .errors import UserError
 
-__all__ = ["Cluster", "cluster", "load"]
+__all__ = ["Cluster", "cluster", "later_runs", "load"]
 
 _MAPS = ("cluster", "ENV_VARS", "MODEL_ARGS")
 # Keys of Megatron's own files that describe how their tests are run and not what is trained.
-_IGNORED = ("TEST_TYPE", "METRICS")
+_IGNORED = (
+    "TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "BEFORE_SCRIPT", "AFTER_SCRIPT", "TEST_EVALUATION",
+    "THROUGHPUT_TEST_PARAMS", "MODEL_ENV_VARS", "BASE_MODEL_ARGS",
+)  # fmt: skip
+# Words in brackets; with commas, or a single number, it is one value in Python's form, such as --moe-layer-freq [0,1].
+_LIST = re.compile(r"\[((?!\s*\d+\s*\])[^\[\],]*[^\[\],\s][^\[\],]*)\]")
+# The runs of such a test after the first, each with flags of its own.
+_LATER_RUN = re.compile(r"MODEL_ARGS_\d+")
 
 
 class Cluster(NamedTuple):
@@ -45,6 +53,7 @@ def load(path: str | os.PathLike[str], expand: bool = True) -> tuple[dict[str, s
     for name, (source, value) in _merged(Path(path), "ENV_VARS").items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"{source}: ENV_VARS: {name!r} is not the name of an environment variable.")
+        value = str(value).lower() if isinstance(value, bool) else value
         environment[name] = _word(source, f"ENV_VARS: {name}", value, expand)
     for flag, (source, value) in _merged(Path(path), "MODEL_ARGS").items():
         words += _flag_words(source, flag, value, expand)
@@ -64,6 +73,11 @@ def cluster(path: str | os.PathLike[str]) -> Cluster:
             value = str(source.parent / value) if value.endswith((".yaml", ".yml")) else value
         found[key] = value
     return Cluster(**found)
+
+
+def later_runs(path: str | os.PathLike[str]) -> list[str]:
+    """Return the keys of a file under which the flags of further runs stand, which `load` passes over."""
+    return [key for key in _read(Path(path)) if isinstance(key, str) and _LATER_RUN.fullmatch(key)]
 
 
 def _merged(path: Path, section: str) -> dict[Any, tuple[Path, Any]]:
@@ -102,9 +116,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path}: not YAML: {error}.") from None
     known = f"{', '.join(('base', *_MAPS[:-1]))} and {_MAPS[-1]}"
+    if content is None:
+        raise UserError(f"{path}: is empty; it must hold a map of {known}.")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {_kind(content)}; it must hold a map of {known}.")
-    unknown = [key for key in content if key not in ("base", *_MAPS, *_IGNORED)]
+    unknown = [
+        key for key in content
+        if key not in ("base", *_MAPS, *_IGNORED) and not (isinstance(key, str) and _LATER_RUN.fullmatch(key))
+    ]  # fmt: skip
     if unknown:
         raise UserError(f"{path}: unknown key {unknown[0]!r}. Known are {known}.")
     for section in _MAPS:
@@ -119,6 +138,8 @@ def _flag_words(path: Path, flag: Any, value: Any, expand: bool) -> list[str]:
         raise UserError(f"{path}: MODEL_ARGS: {flag!r} is not a flag; write it as on the command line, --like-this.")
     if isinstance(value, bool):
         return [flag] if value else []
+    if isinstance(value, str) and (words := _LIST.fullmatch(value)):
+        value = words[1].split()
     values = value if isinstance(value, list) else [value]
     return [flag, *(_word(path, f"MODEL_ARGS: {flag}", item, expand) for item in values)]
 
@@ -141,4 +162,5 @@ def _word(path: Path, key: str, value: Any, expand: bool) -> str:
 
 def _kind(value: Any) -> str:
     names = {dict: "map", list: "list", str: "text", bool: "true or false", type(None): "missing value"}
+    names |= {int: "number", float: "number"}
     return names.get(type(value), type(value).__name__)

@@ -33,11 +33,37 @@ def write_wanted(args: Any, **contents: Callable[[], Any]) -> None:
         raise failures[0]
 
 
+def check_wanted(args: Any, *names: str) -> None:
+    """Raise UserError for a flag of `names` whose file cannot be written. Call it before work of seconds or more."""
+    for name in names:
+        path, flag = getattr(args, name), f"--{name}"
+        if path is None:
+            continue
+        try:
+            target = _target(path)
+            if target is not None and not target.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if target is not None and not os.access(target.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except (OSError, ValueError) as error:
+            raise _cannot(path, flag, error) from None
+
+
+def check_figure(path: str, flag: str) -> None:
+    """Raise UserError for an ending that matplotlib, which must be installed, does not know."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if (ending := _ending(path)) not in known:
+        raise UserError(f"{flag} {path} cannot be written: {ending} is no format of matplotlib.\n"
+                        "  Let its name end with .png, .svg or .pdf.")  # fmt: skip
+
+
 def write_figure(figure: Any, path: str, flag: str) -> None:
     """Write a figure of matplotlib in the format of the path's ending, PNG without one, and say so."""
     picture = io.BytesIO()
     try:
-        figure.savefig(picture, dpi=150, format=os.path.splitext(path)[1].lstrip(".") or "png")
+        figure.savefig(picture, dpi=150, format=_ending(path))
     except ValueError as error:  # an ending that matplotlib does not know
         raise UserError(f"{flag} {path} cannot be written: {error}.") from None
     write_whole(path, picture.getvalue(), flag)
@@ -52,10 +78,8 @@ def write_whole(path: str, content: str | bytes, flag: str) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        target = Path(os.path.realpath(path))
-        if not path or target.is_dir():
-            raise IsADirectoryError(None, "It is a folder" if path else "The name is empty")
-        if target.exists() and not target.is_file():
+        target = _target(path)
+        if target is None:
             Path(path).write_bytes(data)
             return
         # Short, so that it fits wherever the user's own name does.
@@ -66,8 +90,28 @@ def write_whole(path: str, content: str | bytes, flag: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a zero character in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {path} cannot be written: {reason}.\n  Name a file in a folder that exists.") from None
+        raise _cannot(path, flag, error) from None
+
+
+def _target(path: str) -> Path | None:
+    """Return the file that `path` leads to; None for a device or a pipe. Raises OSError for a folder."""
+    if not path or os.path.isdir(path):
+        raise IsADirectoryError(None, "It is a folder" if path else "The name is empty")
+    # Asked of the path itself: what /dev/stdout leads to need not have a name.
+    return None if os.path.exists(path) and not os.path.isfile(path) else Path(os.path.realpath(path))
+
+
+def _cannot(path: str, flag: str, error: OSError | ValueError) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    advice = "Make room, or name a file on another disk" if is_full else "Name a file in a folder that exists"
+    if isinstance(error, PermissionError):
+        advice = "Name a file in a folder that you may write to"
+    return UserError(f"{flag} {path} cannot be written: {reason}.\n  {advice}.")
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lstrip(".").lower() or "png"
 
 
 def append_line(path: str | Path, entry: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@
 The server imports the modules when the first process starts, and serves all Forks of this interpreter.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections import deque
@@ -82,10 +84,7 @@ class Forks:
                 kind, content = pipe.recv()
             except EOFError:
                 process.wait()
-                raise UserError(
-                    f"the process of {name} ended with {process.poll()} before it had an answer.\n"
-                    "  -9 means that it was killed, most often for want of memory."
-                ) from None
+                raise UserError(_early_end(name, process.poll())) from None
             if kind == _REFUSED:
                 raise UserError(content)
             if kind == _ANSWER:
@@ -95,8 +94,19 @@ class Forks:
         return None
 
 
+def _early_end(name: str, code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"the process of {name} ended with {code} before it had an answer."
+    sent = signal.Signals(-code)
+    hint = "\n  It is sent most often for want of memory." if sent == signal.SIGKILL else ""
+    if sent in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL):  # faulthandler's
+        hint = "\n  Its Python stack stands in the standard error."
+    return f"the process of {name} was ended by {sent.name} before it had an answer.{hint}"
+
+
 def _answer(target: Callable[..., Iterator[Any]], args: tuple[Any, ...], pipe: Connection) -> None:
     """Send the answers of this process, and at last that it is done or what stopped it."""
+    faulthandler.enable()
     try:
         for answer in target(*args):
             pipe.send((_ANSWER, answer))

@@ -20,8 +20,11 @@ _PAUSE_S = 0.1
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError")
 # Behind the labels of torchrun ("[rank3]: ") and srun ("3: "). torchrun's summary, a ChildFailedError, names no error.
 _ERROR = re.compile(
-    r"(\[?[a-z]*[0-9]+\]?: *)*(?!\S*ChildFailedError)([A-Za-z_.]*(Error|Exception)|megatron_bfpp: error)\b"
+    r"(\[?[a-z]*[0-9]+\]?: *)*(?!\S*ChildFailedError)"
+    r"([A-Za-z_.]*(Error|Exception)|megatron_bfpp: (error|rank [0-9]+ is refused))\b"
 )
+# A rank that was left alone names a lost connection, often before the one that failed has printed why.
+_CAUSE = re.compile(rf"(?!.*Connection (closed by peer|reset by peer|refused)){_ERROR.pattern}")
 
 
 class Process(Protocol):
@@ -153,12 +156,15 @@ def stoppable() -> Iterator[None]:
 
 
 def first_error(log: Path) -> str:
-    """Return the first line of a log that names an error, one of lacking memory if there is any; "" without one."""
+    """Return the first line of a log that names an error; "" without one.
+
+    A line of lacking memory comes before all others, one of a lost connection behind them.
+    """
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    for pattern in (_OUT_OF_MEMORY.search, _ERROR.match):
+    for pattern in (_OUT_OF_MEMORY.search, _CAUSE.match, _ERROR.match):
         for line in lines:
             if pattern(line):
                 return line.strip()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import progress
 from ..console.errors import UserError
-from ..console.files import write_wanted
+from ..console.files import check_wanted, write_wanted
 from ..console.version import __version__
 from . import facts as doctor_facts
 from . import trial as doctor_trial
@@ -32,6 +32,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(args: argparse.Namespace) -> int:
     """Examine and report; return 0 if nothing fails, else 1; 4 for a GPU trial some rows of which need more GPUs."""
+    check_wanted(args, "json")
     if args.gpu_trial:
         if args.no_run:
             raise UserError("--gpu-trial runs jobs, and --no-run none.\n  Leave out one of them.")

@@ -35,9 +35,12 @@ def torch_facts() -> dict[str, Any]:
 
 
 def megatron_facts() -> dict[str, Any]:
-    """Describe Megatron. "refusal": the reason for which enable() refuses this release, None if it is supported."""
+    """Describe Megatron. "refusal": the reason for which enable() refuses this release, None if it does not.
+
+    "seams": what the plugin relies on, by what needs it; each with what has changed there, None where it fits.
+    """
     from ..console.errors import UserError
-    from ..integration.activation import check_version
+    from ..integration import relied_on
 
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         return {}
@@ -47,11 +50,20 @@ def megatron_facts() -> dict[str, Any]:
     facts["training"] = importlib.util.find_spec("megatron.training") is not None
     facts["training_path"] = _place("megatron.training") if facts["training"] else None
     try:
-        check_version()
+        relied_on.check_release()
     except UserError as error:
         facts["refusal"] = _first_line(error)
+    facts["tested"] = relied_on.is_tested()
     if facts["training"]:
         importlib.import_module("megatron.training.training")
+    facts["seams"] = [
+        {
+            "needed_by": part.name, "place": seam.path, "why": seam.why, "misfit": misfit,
+            "remedy": relied_on.remedy(part, seam), "is_optional": bool(part.instead),
+        }
+        for part, seam, misfit in relied_on.answers()
+        if facts["training"] or part.is_core
+    ]  # fmt: skip
     return facts
 
 

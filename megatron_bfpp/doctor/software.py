@@ -106,12 +106,12 @@ def _nccl(facts: Facts) -> Line:
 
 
 def _megatron(found: Facts) -> Line:
-    install = "pip install --no-deps 'megatron-core>=0.17,<0.20', or a Megatron-LM checkout on PYTHONPATH"
+    install = "pip install --no-deps 'megatron-core>=0.17', or a Megatron-LM checkout on PYTHONPATH"
     if not found:
         return fail("megatron-core", "not installed", install)
     if "error" in found:
         return fail("megatron-core", found["error"], f"one that imports: {install}")
-    what = f"{found['version']}, from {found['path']}"
+    what = f"{found['version']}, from {found['path']}" + ("" if found["tested"] else ", not a tested release")
     if found["refusal"]:
         return fail("megatron-core", what, found["refusal"])
     if not found["training"]:

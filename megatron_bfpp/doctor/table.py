@@ -5,6 +5,7 @@ from functools import partial
 
 from .environment import environment_lines
 from .line import FAIL, WARN, Facts, Line
+from .seams import seam_lines
 from .software import software_lines
 
 WIDTH, MARGIN = 120, 33  # letters; CUDA_DEVICE_MAX_CONNECTIONS is the longest common name
@@ -12,7 +13,7 @@ WIDTH, MARGIN = 120, 33  # letters; CUDA_DEVICE_MAX_CONNECTIONS is the longest c
 
 def judged(facts: Facts) -> list[Line]:
     """Apply every rule to the facts that `facts.gather` returned."""
-    return [*software_lines(facts), *environment_lines(facts)]
+    return [*software_lines(facts), *environment_lines(facts), *seam_lines(facts)]
 
 
 def table(lines: list[Line]) -> str:
@@ -20,7 +21,7 @@ def table(lines: list[Line]) -> str:
     wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
     rows, indent = [], " " * (MARGIN + 6)
     for line in lines:
-        start = f"{line.status:<6}{line.name:<{MARGIN}}"
+        start = f"{line.status:<6}{line.name:<{MARGIN - 1}} "
         rows += wrap(line.found, initial_indent=start, subsequent_indent=indent) or [start.rstrip()]
         rows += wrap(line.advice, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ")
     return "\n".join(rows)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from ..compare.losses import match
 from ..compare.runs import Run, load
-from ..console.processes import stoppable
 from ..schedule.names import SCHEDULES
 from .jobs import DETERMINISTIC, PLAIN_LAYERS, TIMEOUT_S, Job, tiny
 
@@ -50,13 +49,12 @@ def run_trial(device: str, on_step: Callable[[str, int], None]) -> Trial:
     losses: list[float] = []
     keep = False
     try:
-        with stoppable():
-            for arm, flags in ARMS.items():
-                job = equality_job(arm, flags, RANKS, MICROBATCHES, device, folder)
-                with job.start() as ranks:
-                    codes = ranks.wait(TIMEOUT_S, on_wait=partial(_report, on_step, job))
-                if failed := job.failure(codes):
-                    raise ArmFailed(failed)
+        for arm, flags in ARMS.items():
+            job = equality_job(arm, flags, RANKS, MICROBATCHES, device, folder)
+            with job.start() as ranks:
+                codes = ranks.wait(TIMEOUT_S, on_wait=partial(_report, on_step, job))
+            if failed := job.failure(codes):
+                raise ArmFailed(failed)
         runs = load([str(folder / arm) for arm in ARMS])
         losses = [float(step.values.get("lm loss", math.nan)) for step in runs[1].steps]
         reason = verdict(*runs)

@@ -19,11 +19,15 @@ from ..runtime.activity import Activity
 from ..runtime.fully_sharded import FullySharded
 from ..schedule import Action, PipelineShape
 from ..timeline.recorder import Recorder
+from . import seams
+from .flags.settings import SCHEDULES, Settings, settings_of
 from .seams import changed
 
 ACTIVITY = Activity()  # of this process
 ON_END: list[Callable[[str], None]] = []  # called with the reason before the watchdog ends the process
-is_watched = False  # whether a watchdog runs, which sees the end of the optimizer
+explicit_schedule: str | None = None  # the one that enable() was called with last
+is_in_train_step = False  # whether Megatron's train_step runs, which tells of the end of the optimizer
+_training_steps = 0  # calls of the schedule with backwards, for trainers that count none
 
 
 def say(text: str) -> None:
@@ -64,6 +68,20 @@ def megatron_args() -> Any:
     return None if variables is None else variables._GLOBAL_ARGS
 
 
+def choose(schedule: str) -> None:
+    """Take the schedule of enable(), which counts more than a flag, until the next one or `seams.undo_all`."""
+    if schedule not in SCHEDULES:
+        raise UserError(f"pipeline_schedule={schedule!r} does not exist; use {' or '.join(SCHEDULES)}")
+    seams.undo(choose)
+    with seams.together(choose) as undo:
+        seams.put(undo, sys.modules[__name__], "explicit_schedule", schedule)
+
+
+def settings() -> Settings:
+    """Return the choice for this process: by enable(), else by the command line, the environment, the defaults."""
+    return settings_of(megatron_args(), explicit_schedule)
+
+
 def this_device() -> torch.device:
     """Return the current CUDA device, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -71,14 +89,20 @@ def this_device() -> torch.device:
 
 def begin_step(evaluation: bool, shape: PipelineShape, ranks: Sequence[int] = (), pp_rank: int | None = None) -> None:
     """Note that the schedule is called. ranks: global, by pp_rank; none where Megatron's loop sends the messages."""
-    args = megatron_args()
-    step = "" if args is None else f"step {args.curr_iteration + 1}"  # as the log counts
+    global _training_steps
+    _training_steps += not evaluation
+    # Megatron's training loop has the number that its log shows; no other trainer sets it.
+    iteration = getattr(megatron_args(), "curr_iteration", None)
+    step = f"step {_training_steps if iteration is None else iteration + 1}"
     ACTIVITY.begin_step(f"evaluation after {step}" if evaluation else step, shape, ranks, pp_rank)
 
 
 def after_schedule(evaluation: bool) -> None:
-    """Note that the schedule returns: the optimizer follows in a training step, if a watchdog sees its end."""
-    if evaluation or not is_watched:
+    """Note that the schedule returns: the optimizer follows in a training step, if somebody tells of its end.
+
+    A trainer other than Megatron's may do anything now, for as long as it likes: nothing is timed until its next step.
+    """
+    if evaluation or not is_in_train_step:
         ACTIVITY.end()
     else:
         ACTIVITY.begin("the optimizer")

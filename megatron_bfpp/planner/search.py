@@ -1,51 +1,27 @@
-"""Every way to divide a model over GPUs: what each would need and take, and why some are not possible."""
+"""What every way to divide a model over GPUs would need and take, and which are the fastest."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
+from math import inf
 
-from ..schedule.lower import DEFAULT_HOP
-from .hardware import GPU
 from .memory import PRECISIONS, Memory, memory
 from .model import GPT
 from .steps import REPLAY_LIMIT, Step, formula_step, replay_step
-from .strategy import BREADTH_FIRST, DEFERRED, RECOMPUTES, SCHEDULES, SHARDINGS, Strategy, count_microbatches
+from .strategy import SCHEDULES, Strategy
 from .time import durations
+from .ways import Request, recomputations, ways
 
-__all__ = ["Estimate", "Found", "Request", "estimate", "search"]
+__all__ = ["TOO_LARGE", "Estimate", "Found", "Request", "estimate", "search"]
 
 # How many strategies of each schedule, the fastest by the formula first, are replayed exactly: at least, and at most
 # until the fastest is among them.
-REPLAYED, MOST_REPLAYED = 4, 12
+REPLAYED, MOST_REPLAYED = 3, 12
+LONGEST = 50_000  # stages times micro-batches of all replays of one search, which take about 5 s
+TOO_LARGE = "memory: more than a GPU has"
 SEARCHING = 0.4  # part of the time of a search that passes before the replays
 
 Progress = Callable[[float], None]  # takes the part of a search that is done, 0 to 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question to the search. An empty tuple leaves that choice to it."""
-
-    gpt: GPT
-    gpu: GPU
-    num_gpus: int
-    global_batch: int
-    precision: str
-    reserve: float = 4e9  # bytes of a GPU for CUDA, NCCL and fragments of memory
-    hypothetical: bool = False  # also what Megatron refuses today
-    sequence_parallel: bool = True
-    overlap: bool = True  # of Megatron's schedules
-    connections: int | None = None  # hardware queues of a GPU; None for what Megatron demands
-    hop: float = DEFAULT_HOP  # of --breadth-first-hop
-    schedule: tuple[str, ...] = ()
-    pp: tuple[int, ...] = ()
-    tp: tuple[int, ...] = ()
-    chunks: tuple[int, ...] = ()
-    micro_batch: tuple[int, ...] = ()
-    group: tuple[int, ...] = ()
-    sharding: tuple[str, ...] = ()
-    recompute: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,30 +66,49 @@ def estimate(request: Request, strategy: Strategy, exact: bool) -> Estimate:
     )
 
 
-def _largest(request: Request, strategy: Strategy) -> Memory:
-    """Return the memory of the rank that needs most.
+def _largest(request: Request, strategy: Strategy, enough: float = inf) -> Memory:
+    """Return the memory of the rank that needs most, or of one that needs more than `enough`.
 
-    The first has the most live activations and the embedding, the last has the logits; all between have less. Where
-    weights' gradients wait, the first rank that owes as much as the last holds more live activations beside them.
+    The first has the most live activations and the embedding, the last has the logits; all between have less, and of
+    those with the same layers the first has most. Where weights' gradients wait, the first that owes as much as the
+    last holds more live activations beside them.
     """
     fixed = (request.gpt, strategy, PRECISIONS[request.precision], request.gpu.flash_attention)
-    ranks = {0, strategy.pp - 1}
-    if strategy.is_split:
-        ranks.add(strategy.most_lags.index(strategy.most_lags[-1]))
-    return max((memory(*fixed, rank) for rank in ranks), key=lambda of_rank: of_rank.total)
+    begin = strategy.most_lags.index(strategy.most_lags[-1]) if strategy.is_split else 0
+    ranks = {*_unlike(request.gpt, strategy, 0), *_unlike(request.gpt, strategy, begin)}
+    found: Memory | None = None
+    for rank in sorted(ranks):
+        of_rank = memory(*fixed, rank)
+        if found is None or of_rank.total > found.total:
+            found = of_rank
+        if found.total > enough:
+            break
+    assert found is not None, "a pipeline has a rank"
+    return found
 
 
-def _fitted(request: Request, strategy: Strategy) -> tuple[Strategy, Memory]:
+def _unlike(gpt: GPT, s: Strategy, begin: int) -> list[int]:
+    """Return the first rank of each kind of layers, from rank `begin` on."""
+
+    def found() -> list[int]:
+        _, kinds = gpt.alike(s.stages(gpt))
+        of_ranks = [tuple(kinds[rank :: s.pp]) for rank in range(begin, s.pp)]
+        return sorted(begin + of_ranks.index(each) for each in set(of_ranks))
+
+    return gpt.once(("unlike", s.stage_layers, s.mtp_stage, s.pp, s.chunks, begin), found)
+
+
+def _fitted(request: Request, strategy: Strategy, enough: float) -> tuple[Strategy, Memory]:
     """Return the strategy with its memory; one that is too large, with the largest dial with which it fits, if any."""
-    needed, usable = _largest(request, strategy), request.gpu.memory - request.reserve
+    needed, usable = _largest(request, strategy, enough), request.gpu.memory - request.reserve
     if needed.total <= usable or not strategy.is_split:
         return strategy, needed
     fits, over = replace(strategy, weight_lag=0), strategy.most_lags[-1]
-    if (least := _largest(request, fits)).total > usable:
+    if (least := _largest(request, fits, enough)).total > usable:
         return fits, least
     while over - (fits.weight_lag or 0) > 1:
         middle = replace(strategy, weight_lag=((fits.weight_lag or 0) + over) // 2)
-        if (each := _largest(request, middle)).total <= usable:
+        if (each := _largest(request, middle, usable)).total <= usable:
             fits, least = middle, each
         else:
             over = middle.weight_lag or 0
@@ -124,24 +119,48 @@ def search(request: Request, progress: Progress = lambda part: None) -> Found:
     """Estimate every strategy, and replay the fastest of each schedule."""
     rejected: Counter[str] = Counter()
     estimates: list[Estimate] = []
-    too_large: list[Memory] = []
-    divisions = list(_divisions(request))
-    for done, (pp, tp) in enumerate(divisions):
-        progress(SEARCHING * done / len(divisions))
-        for found in _strategies(request, pp, tp):
+    smallest: Memory | None = None
+    for part, way in ways(request):
+        progress(SEARCHING * part)
+        if isinstance(way, str):
+            rejected[way] += 1
+            continue
+        options: list[Strategy] = []
+        for found in recomputations(request, way):
             if isinstance(found, str):
                 rejected[found] += 1
-                continue
-            fitted, needed = _fitted(request, found)
-            if needed.total > request.gpu.memory - request.reserve:
-                too_large.append(needed)
             else:
-                estimates.append(estimate(request, fitted, exact=False))
-    if too_large:
-        rejected["memory: more than a GPU has"] = len(too_large)
-    smallest = min(too_large, key=lambda needed: needed.total, default=None)
+                options.append(found)
+        fits, too_large = _first_that_fits(request, options, smallest)
+        if too_large:
+            rejected[TOO_LARGE] += len(too_large)
+            smallest = min((smallest, *too_large) if smallest else too_large, key=lambda needed: needed.total)
+        if fits is not None:
+            estimates.append(estimate(request, fits, exact=False))
     considered = len(estimates) + rejected.total()
     return Found(_exactly(request, estimates, progress), rejected, considered, smallest)
+
+
+def _first_that_fits(
+    request: Request, options: list[Strategy], smallest: Memory | None
+) -> tuple[Strategy | None, list[Memory]]:
+    """Return the first of strategies that need less and less memory which fits, and the needs of those that do not.
+
+    smallest: the least need of those so far. Of what needs more it is enough to know that it does.
+    """
+    too_large: list[Memory] = []
+    usable = request.gpu.memory - request.reserve
+    enough = inf if smallest is None else max(usable, smallest.total)
+    for option in options[-1:]:
+        _, least = _fitted(request, option, enough)
+        if least.total > usable:
+            return None, [least] * len(options)
+    for option in options:
+        fitted, needed = _fitted(request, option, enough)
+        if needed.total <= usable:
+            return fitted, too_large
+        too_large.append(needed)
+    return None, too_large
 
 
 def _exactly(request: Request, estimates: list[Estimate], progress: Progress) -> list[Estimate]:
@@ -152,121 +171,20 @@ def _exactly(request: Request, estimates: list[Estimate], progress: Progress) ->
     for place, schedule in enumerate(SCHEDULES):
         rest = sorted((each for each in estimates if each.strategy.schedule == schedule), key=_rank, reverse=True)
         exact: list[Estimate] = []
-        while rest and len(exact) < MOST_REPLAYED:
+        left = LONGEST / len(SCHEDULES)
+        while rest and len(exact) < MOST_REPLAYED and (not exact or _length(rest[-1].strategy) <= left):
             if len(exact) >= REPLAYED and min(map(_rank, exact)) <= _rank(rest[-1]):
                 break
             progress(SEARCHING + (1 - SEARCHING) * (place + len(exact) / MOST_REPLAYED) / len(SCHEDULES))
+            left -= _length(rest[-1].strategy)
             exact.append(estimate(request, rest.pop().strategy, exact=True))
         found += exact + rest
     return sorted(found, key=_rank)
 
 
+def _length(strategy: Strategy) -> int:
+    return strategy.pp * strategy.chunks * strategy.num_microbatches
+
+
 def _rank(each: Estimate) -> tuple[float, float]:
     return round(each.step.step, 6), each.memory.total
-
-
-def _divisions(request: Request) -> Iterator[tuple[int, int]]:
-    for tp in request.tp or _divisors(request.num_gpus, request.gpu.gpus_per_node):
-        for pp in request.pp or _divisors(max(1, request.num_gpus // tp), request.gpt.num_layers):
-            yield pp, tp
-
-
-def _divisors(number: int, most: int) -> list[int]:
-    return [each for each in range(1, min(number, most) + 1) if number % each == 0]
-
-
-def _indivisible(request: Request, pp: int, tp: int) -> str | None:
-    gpt = request.gpt
-    if tp > request.gpu.gpus_per_node:
-        return "TP: more ranks than GPUs in a node"
-    if gpt.num_attention_heads % tp or gpt.groups % tp or gpt.ffn % tp:
-        return "TP: heads, query groups or the MLP's width do not divide"
-    if request.num_gpus % (pp * tp):
-        return "GPUs are no multiple of PP x TP"
-    if gpt.num_layers % pp:
-        return "layers are no multiple of PP"
-    if request.global_batch % (request.num_gpus // (pp * tp)):
-        return "global batch is no multiple of DP"
-    return None
-
-
-def _strategies(request: Request, pp: int, tp: int) -> Iterator[Strategy | str]:
-    """Yield the strategies of these sizes, or the reasons why there are none."""
-    reason = _indivisible(request, pp, tp)
-    if reason is not None:
-        yield reason
-        return
-    dp = request.num_gpus // (pp * tp)
-    for micro_batch in request.micro_batch or (1, 2, 4, 8, 16):
-        count = count_microbatches(request.global_batch, dp, micro_batch)
-        if count is None:
-            if request.micro_batch or dp * micro_batch <= request.global_batch:
-                yield "batch of a replica is no multiple of the micro-batch"
-            continue
-        for schedule in request.schedule or SCHEDULES:
-            if (schedule == "no-pipeline") != (pp == 1):
-                continue
-            for chunks, group in _chunks_and_groups(request, schedule, pp, count):
-                sizes = (pp, tp, dp, chunks, micro_batch, count, group)
-                base = Strategy(schedule, *sizes, sequence_parallel=request.sequence_parallel, hop=request.hop)
-                reason = _refused(request, base)
-                yield from _sharded(request, base) if reason is None else (reason,)
-
-
-def _chunks_and_groups(request: Request, schedule: str, pp: int, count: int) -> Iterator[tuple[int, int]]:
-    if schedule in ("no-pipeline", "1f1b"):
-        if not request.chunks or 1 in request.chunks:
-            yield 1, count
-        return
-    for chunks in request.chunks or _divisors(max(1, request.gpt.num_layers // pp), request.gpt.num_layers):
-        if chunks == 1:
-            continue
-        groups = request.group
-        if not groups:
-            fewer = [group for group in (pp, 2 * pp, 4 * pp) if group < count and count % group == 0]
-            groups = {"interleaved": (pp,), "interleaved-grouped": (count,)}.get(schedule, (*fewer, count))
-        yield from ((chunks, group) for group in groups)
-
-
-def _refused(request: Request, s: Strategy) -> str | None:
-    if request.gpt.num_layers % (s.pp * s.chunks):
-        return "layers are no multiple of PP x chunks"
-    if s.is_interleaved:
-        rest = s.num_microbatches % s.group
-        if s.num_microbatches < s.pp or not s.pp <= s.group <= s.num_microbatches or 0 < rest < s.pp:
-            return "Megatron's interleaved schedule refuses so few micro-batches"
-        if s.schedule == "interleaved-grouped" and s.group == s.pp and not request.group:
-            return "the same as interleaved: one group"
-    if s.schedule in BREADTH_FIRST and (s.group > s.num_microbatches or s.num_microbatches % s.group):
-        return "micro-batches are no multiple of the group"
-    return None
-
-
-def _sharded(request: Request, base: Strategy) -> Iterator[Strategy | str]:
-    """Yield a strategy with each sharding and recomputation, or the reason why it is not possible."""
-    for sharding, recompute in product(request.sharding or SHARDINGS, request.recompute or RECOMPUTES):
-        reason = _sharding_refused(request, base, sharding)
-        if recompute == "selective" and request.gpu.flash_attention:
-            reason = "selective recomputation: saves nothing with flash attention"
-        times = request.gpt.times(recompute) if base.schedule == DEFERRED else base.times
-        yield reason or replace(base, sharding=sharding, recompute=recompute, times=times)
-
-
-def _sharding_refused(request: Request, base: Strategy, sharding: str) -> str | None:
-    if sharding != "replicated" and base.dp == 1:
-        return "sharding: one data-parallel rank"
-    if sharding == "replicated" and request.precision == "fp8-params" and base.dp > 1:
-        return "fp8 parameters: only with the distributed optimizer"
-    if sharding in ("replicated", "zero1"):
-        return None
-    if base.schedule not in BREADTH_FIRST:
-        return f"{sharding}: only with the breadth-first schedule"
-    if base.group < base.num_microbatches:  # a chunk would be gathered and reduced for each group
-        return f"{sharding}: only with one group of all micro-batches"
-    if request.precision.startswith("fp8"):
-        return f"{sharding}: not in the model with fp8"
-    if not request.hypothetical and request.precision == "fp16":
-        return f"{sharding}: Megatron's FSDP2 has no fp16"
-    if not request.hypothetical and not request.gpt.untied:
-        return f"{sharding}: Megatron's FSDP2 needs untied embeddings"
-    return None

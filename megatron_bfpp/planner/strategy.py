@@ -10,6 +10,9 @@ from ..schedule.names import DEFERRED, ORDERS, order_of
 from ..schedule.names import SCHEDULES as NAMED
 from ..schedule.orders import weight_lags
 from ..schedule.plan import choose_weight_lags
+from .activations.rank import CORE
+from .model import GPT, Split
+from .model.stages import Stage, stages_of
 
 __all__ = [
     "BREADTH_FIRST",
@@ -41,6 +44,10 @@ _SHARDING_FLAGS = {  # zero1 is Megatron's distributed optimizer; zero2 and zero
     "zero3": _FSDP2,
 }
 SHARDINGS = tuple(_SHARDING_FLAGS)
+_SHARDING_FLAGS["megatron-fsdp"] = [
+    "--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params", "--overlap-grad-reduce",
+    "--overlap-param-gather", "--ckpt-format", "fsdp_dtensor",
+]  # fmt: skip
 _RECOMPUTE_FLAGS = {
     "none": [],
     "selective": ["--recompute-granularity", "selective"],
@@ -55,7 +62,7 @@ def count_microbatches(global_batch: int, dp: int, micro_batch: int) -> int | No
 
 @dataclass(frozen=True)
 class Strategy:
-    """Sizes as Megatron names them. The layers divide evenly over pp * chunks stages."""
+    """Sizes as Megatron names them."""
 
     schedule: str
     pp: int
@@ -71,10 +78,45 @@ class Strategy:
     hop: float = DEFAULT_HOP  # for which receives are placed: --breadth-first-hop
     weight_lag: int | None = None  # --breadth-first-weight-lag
     times: Times = EQUAL  # f, i and w, as the plugin estimates them to choose the lags
+    cp: int = 1
+    ep: int = 1
+    etp: int = 0  # ranks that share an expert; 0: tp, Megatron's default
+    cp_exchange: str = "p2p"  # or a2a or all_gather: --cp-comm-type
+    overlaps_experts: bool = False  # --overlap-moe-expert-parallel-comm
+    overlaps_shared: bool = False  # --moe-shared-expert-overlap
+    overlaps_tensor: bool = False  # --tp-comm-overlap
+    dispatcher: str = "alltoall"  # or flex or allgather: --moe-token-dispatcher-type
+    modules: tuple[str, ...] = CORE  # what selective recomputation makes again
+    gradient_bytes: int = 0  # of a parameter; 0: what its precision has
+    optimizer_bytes: int = 0  # of a parameter's state; 0: what its precision has
+    stage_layers: tuple[int, ...] = ()  # decoder layers of each stage in order; (): they divide evenly
+    mtp_stage: int = -1
+    placing: tuple[str, ...] = ()  # the flags that say so
 
     @property
     def num_gpus(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.cp * self.dp
+
+    @property
+    def split(self) -> Split:
+        """How the ranks share a layer."""
+        return Split(self.tp, self.cp, self.ep, self.etp or self.tp)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same parameters, those of experts aside; context parallelism has the same on each rank."""
+        return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks with the same parameters of experts."""
+        return self.tp * self.cp * self.dp // (self.split.ep * self.split.etp)
+
+    def stages(self, gpt: GPT) -> tuple[Stage, ...]:
+        """The stages of the pipeline in order; stage = chunk * pp + pp_rank."""
+        count = self.pp * self.chunks
+        layers = self.stage_layers or (gpt.num_layers // count,) * count
+        return stages_of(layers, gpt.mtp_layers and len(gpt.predictions), self.mtp_stage)
 
     @property
     def global_batch(self) -> int:
@@ -163,6 +205,11 @@ class Strategy:
         """The number of chunks whose parameters are gathered at one time; None where they are not sharded."""
         return {"zero2": self.chunks, "zero3": min(self.chunks, RESIDENT_CHUNKS)}.get(self.sharding)
 
+    @property
+    def is_sharded_by_layer(self) -> bool:
+        """True where each layer is gathered for every forward and backward: FSDP without this plugin's plan."""
+        return self.sharding == "megatron-fsdp" or (self.sharding == "zero3" and self.schedule not in BREADTH_FIRST)
+
     def connections(self, compute_capability: float) -> int:
         """Return CUDA_DEVICE_MAX_CONNECTIONS: 1 where Megatron demands it, else a hardware queue for each stream.
 
@@ -183,7 +230,16 @@ class Strategy:
         ]
         if self.is_split_along_sequence:
             words.append("--sequence-parallel")
-        if self.chunks > 1:
+        words += ["--context-parallel-size", self.cp] if self.cp > 1 else []
+        words += ["--expert-model-parallel-size", self.ep] if self.ep > 1 else []
+        words += ["--expert-tensor-parallel-size", self.etp] if self.etp not in (0, self.tp) else []
+        words += ["--cp-comm-type", self.cp_exchange] if self.cp > 1 and self.cp_exchange != "p2p" else []
+        words += ["--moe-token-dispatcher-type", self.dispatcher] if self.ep > 1 else []
+        words += ["--overlap-moe-expert-parallel-comm"] if self.overlaps_experts else []
+        words += ["--moe-shared-expert-overlap"] if self.overlaps_shared else []
+        words += ["--tp-comm-overlap"] if self.overlaps_tensor and self.tp > 1 else []
+        words += self.placing
+        if self.chunks > 1 and not self.placing:
             words += ["--num-virtual-stages-per-pipeline-rank", self.chunks]
         if self.is_interleaved:
             if self.schedule == "interleaved-grouped" or self.group != self.pp:
@@ -199,4 +255,7 @@ class Strategy:
         words += [word for word in sharding if self.schedule != "1f1b" or word != "--overlap-param-gather"]
         if self.sharding == "zero2":
             words += ["--breadth-first-resident-chunks", self.chunks]
-        return [str(word) for word in [*words, *_RECOMPUTE_FLAGS[self.recompute]]]
+        words += _RECOMPUTE_FLAGS[self.recompute]
+        if self.recompute == "selective" and self.modules != CORE:
+            words += ["--recompute-modules", *self.modules]
+        return [str(word) for word in words]

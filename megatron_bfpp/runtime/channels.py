@@ -13,7 +13,7 @@ Decisions for GPUs, where this project cannot test, and their reasons:
     the order of first use has hung Megatron (Megatron-LM PR 5240).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class ChannelGroups:
         }  # fmt: skip
         for each in channels:
             self._connect(each, device)
+
+    @property
+    def groups(self) -> Iterable[dist.ProcessGroup]:
+        """Return the process groups, of which each serves several routes."""
+        return self._groups.values()
 
     def routes(self, shape: PipelineShape) -> dict[tuple[int, Op], Route]:
         """Return the route of each kind of message of each stage of this rank, by (stage, op)."""

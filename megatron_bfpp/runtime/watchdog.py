@@ -118,8 +118,8 @@ class Watchdog:
         seconds = time.monotonic() - since
         if seconds > self._limit_s:
             status = activity.status(self._rank, self._host)
-            allowed = f"--bfpp-timeout-seconds {self._timeout_s:g} allows no more"
-            why = f"rank {self._rank} has been for {seconds:.0f} s in {status.doing}; {allowed}"
+            allowed = f"{self._timeout_s:g} s with all reports (--bfpp-timeout-seconds, BFPP_TIMEOUT_SECONDS)"
+            why = f"rank {self._rank} has been for {seconds:.0f} s in {status.doing}; it may take {allowed}"
             self._within(self._grace_s, lambda: self._raise_alarm(why))
             self._take_along(self._alarm or why, 1)
         elif seconds > self._limit_s / 2 and since != self._warned_of:

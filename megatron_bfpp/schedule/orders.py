@@ -115,7 +115,11 @@ def interleaved_1f1b(shape: PipelineShape, group: int | None = None) -> Schedule
         raise UserError(f"group is {size}; Megatron takes {shape.pp_size} (ranks) to {shape.num_microbatches} (M)")
     rest = shape.num_microbatches % size
     if 0 < rest < shape.pp_size:
-        raise UserError(f"the last group has {rest} microbatches; Megatron needs 0 or at least {shape.pp_size}")
+        raise UserError(
+            f"the last group has {rest} microbatches; Megatron needs 0 or at least {shape.pp_size}.\n"
+            f"  Use a multiple of {size} micro-batches instead of {shape.num_microbatches}, or breadth-first: it takes"
+            " any number."
+        )
     starts = range(0, shape.num_microbatches, size)
     groups = [range(start, min(start + size, shape.num_microbatches)) for start in starts]
     return [

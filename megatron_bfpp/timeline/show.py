@@ -129,6 +129,7 @@ def _of_file(args: argparse.Namespace, path: str) -> Shown:
     name = "standard input" if path == "-" else os.path.basename(path)
     order = [[action for action in rank if action.op in COMPUTE] for rank in given]
     is_plan = any(action.op not in COMPUTE for rank in given for action in rank)
+    _check_resident(args.resident_chunks, shape)
     try:
         plan = given if is_plan else lower(order, shape, args.resident_chunks, args.breadth_first_hop)
         check(plan, shape, forward_only=all(action.op is Op.F for rank in order for action in rank))
@@ -136,6 +137,12 @@ def _of_file(args: argparse.Namespace, path: str) -> Shown:
     except ScheduleError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot run: {reason}\n  bfpp check lists all that is wrong with a plan.") from None
+
+
+def _check_resident(resident: int | None, shape: PipelineShape) -> None:
+    if resident is not None and not 1 <= resident <= shape.num_chunks:
+        raise UserError(f"--resident-chunks is {resident}, but a rank has {shape.num_chunks} model chunks.\n"
+                        f"  Use 1 to {shape.num_chunks}.")  # fmt: skip
 
 
 def _of_names(args: argparse.Namespace) -> list[Shown]:
@@ -147,6 +154,7 @@ def _of_names(args: argparse.Namespace) -> list[Shown]:
     if 2 * shape.num_stages * shape.num_microbatches > MOST_ACTIONS:
         most = f"more than {MOST_ACTIONS} forwards and backwards"
         raise UserError(f"{title(shape)} are {most}.\n  Show a smaller pipeline.")
+    _check_resident(args.resident_chunks, shape)
     words = args.order or ["breadth-first"]
     if args.backward == "late":
         words = ["breadth-first-late" if word == "breadth-first" else word for word in words]

@@ -48,7 +48,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.file} holds no step.")
     step = max(steps) if args.step is None else args.step
     if step not in steps:
-        raise UserError(f"{args.file} has no step {step}.\n  Use --step {min(steps)} to {max(steps)}.")
+        known = " to ".join(str(each) for each in sorted({min(steps), max(steps)}))
+        raise UserError(f"{args.file} has no step {step}.\n  Use --step {known}.")
     with damage_reported():
         text, drawn = _text(document["otherData"], steps, step), picture(steps[step], step)
     print(text)

@@ -186,6 +186,26 @@ def test_1f1b_has_no_chunks_and_the_other_arms_have_the_same(stubs):
     assert "2" not in plain and {"--log-throughput", "--pipeline-schedule", "1f1b"} <= {*plain} & {*chunks}
 
 
+def test_a_hybrid_model_has_its_own_script_and_its_own_chunks(dry_run, tmp_path, capsys):
+    def config(pattern):
+        path = tmp_path / "hybrid.yaml"
+        path.write_text(QUICKSTART.read_text().replace("--num-layers:", f"--hybrid-layer-pattern: '{pattern}'\n  #"))
+        return path
+
+    cut = "*-|*-|*-|*-|*-|*-|*-|*-"
+    for words in dry_run(config(cut), 4).values():
+        assert "megatron_bfpp.pretrain_hybrid" in words and "--num-virtual-stages-per-pipeline-rank" not in words
+        assert words[words.index("--hybrid-layer-pattern") + 1].strip("'") == cut
+    for pattern, more, wrong in (
+        ("*-" * 8, (), "not with a pattern without |"),
+        (cut, ("--vp", "2"), "not with VP=2"),
+        (cut, ("--arms", "1f1b"), "1f1b has one chunk per rank"),
+    ):
+        words = ["ab", "--dry-run", "--launcher", "local", "--output-path", str(tmp_path), "--gpus-per-node", "4"]
+        assert main([*words, "--config", str(config(pattern)), *more]) == 2
+        assert wrong in capsys.readouterr().err
+
+
 def test_an_arm_without_chunks_is_compared_and_other_chunks_are_refused(tmp_path):
     chunks, name = "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"
     runs = [
@@ -297,6 +317,11 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(script, stubs):
         ({"ROUNDS": "0"}, "ROUNDS=0 must be a whole number"),
         ({"STEPS": "ten"}, "STEPS=ten must be a whole number"),
         ({"GBS": "7", "MBS": "2"}, "GBS=7 is no multiple of MBS 2"),
+        ({"GBS": "7"}, "ARMS: interleaved: the last group has 3 microbatches"),
+        (
+            {"GBS": "2", "ARMS": "breadth-first interleaved-grouped"},
+            "ARMS: interleaved-grouped: group is 2; Megatron takes 4 (ranks) to 2 (M)\n  GBS, or --global-batch-",
+        ),
         ({"PP": "1"}, "no pipeline ranks"),
         ({"PP": "3", "GPUS_PER_NODE": "4"}, "are no multiple of the 3"),
         ({"PP": "8", "GPUS_PER_NODE": "8"}, "VP is not set"),

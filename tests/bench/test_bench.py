@@ -98,6 +98,10 @@ def test_torchs_arms_are_predicted_from_torchs_plan():
         (["--reduction", "-1"], "--reduction: '-1' is not a number from 0"),
         (["--arm", "gpipe"], "--arm: invalid choice: 'gpipe' (choose from '1f1b', 'interleaved'"),
         (["--node-hop", "0.1"], "Add --node-size N."),
+        (["--shape", "400,4,8"], "PP 400 is 400 processes; bfpp bench runs at most 128."),
+        (["--shape", "100,2,100", "--reduction", "1"], "PP 100 x 2 replicas (--dp) is 200 processes"),
+        (["--shape", "4,4,6"], "the arm interleaved: the last group has 2 microbatches"),
+        (["--shape", "4,4,6", "--arm", "interleaved"], "Use a multiple of 4 micro-batches instead of 6"),
     ],
 )
 def test_bad_input_is_one_short_message(arguments, words, capsys):
@@ -143,8 +147,8 @@ def test_one_hardware_queue_is_in_the_name_of_the_network_and_in_the_prediction(
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--gpu", "h100-80"], "but --gpus is not"),
-        (["--gpus", "64"], "but --gpu is not"),
+        (["--gpu", "h100-80"], "but --gpus is not given"),
+        (["--gpus", "64"], "but --gpu is not given"),
         (["--gpu", "h100-80", "--gpus", "64", "--hop", "0.5"], "but --hop is set as well"),
         (["--gpu", "h100", "--gpus", "64"], "h100"),
         (["--gpu", "h100-80", "--gpus", "63"], "63"),

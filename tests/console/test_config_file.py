@@ -74,6 +74,18 @@ def test_a_base_is_completed_and_overruled(tmp_path: Path) -> None:
     assert cluster(path) == Cluster("h200", 64)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[moe_act layernorm]", ["moe_act", "layernorm"]), ("[moe_act]", ["moe_act"]), ("[2 2]", ["2", "2"]),
+        ("[a.b c_d]", ["a.b", "c_d"]), ("[0,1,1]", ["[0,1,1]"]), ("[1]", ["[1]"]), ("([0]*1+[1]*3)", ["([0]*1+[1]*3)"]),
+        ("[]", ["[]"]), ("[ ]", ["[ ]"]),
+    ],
+)  # fmt: skip
+def test_words_in_brackets_are_a_list_and_a_list_of_python_is_one_word(tmp_path: Path, text: str, words: list[str]):
+    assert load(write(tmp_path, f"MODEL_ARGS: {{--flag: '{text}'}}\n"))[1] == ["--flag", *words]
+
+
 def test_a_profile_of_a_cluster_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "base.yaml").write_text("cluster: {gpu: mine.yaml}\n")
@@ -126,14 +138,14 @@ def test_an_empty_map_gives_nothing(tmp_path: Path) -> None:
         ("base: [a.yaml]", "base is a list"),
         ("base: ''", "base is a text"),
         ('base: "a\\0b"', "null"),
-        ("cluster: 8", "cluster is a int"),
+        ("cluster: 8", "cluster is a number"),
         ("cluster: {gpu: [1]}", "cluster: gpu is a list"),
         ("cluster: {gpus: 0}", "cluster: gpus is 0; it must be a number of at least 1"),
         ("cluster: {gpus: true}", "cluster: gpus is True"),
         ("cluster: {nodes: 8}", "cluster: unknown key 'nodes'. Known are gpu and gpus"),
         ("ENV_VARS: {'NO SPACE': 1}", "NO SPACE"),
         ("- a\n- b\n", "holds a list"),
-        ("", "holds a missing value"),
+        ("", "is empty; it must hold a map"),
         ("MODEL_ARGS:\n  --a: 1\n --b: 2\n", "line 3"),
     ],
 )

@@ -30,6 +30,16 @@ def is_killed():
     yield
 
 
+def aborts():
+    os.abort()
+    yield
+
+
+def leaves():
+    os._exit(3)
+    yield
+
+
 def hangs():
     yield os.getpid()
     time.sleep(600)
@@ -59,7 +69,9 @@ def test_all_answers_of_all_processes_come_out_with_their_names():
     "target, message",
     [
         (refuses, "this is refused.\n  Use that."),
-        (is_killed, "the process of rank 1 ended with -9 before it had an answer.\n  -9 means that it was killed"),
+        (is_killed, "the process of rank 1 was ended by SIGKILL before it had an answer.\n  It is sent most often for"),
+        (aborts, "the process of rank 1 was ended by SIGABRT before it had an answer.\n  Its Python stack stands in"),
+        (leaves, "the process of rank 1 ended with 3 before it had an answer."),
     ],
 )
 def test_a_process_that_ends_without_its_answers_is_named_and_the_others_end(target, message):

@@ -88,6 +88,10 @@ def test_a_signal_ends_the_ranks_and_gives_the_shells_exit_code(tmp_path):
         (["ValueError: one", "3: OutOfMemoryError: CUDA out of memory"], "3: OutOfMemoryError: CUDA out of memory"),
         (["0: megatron_bfpp: error: --x", "torch.elastic.ChildFailedError: "], "0: megatron_bfpp: error: --x"),
         (["torch.distributed.elastic.multiprocessing.errors.ChildFailedError: "], ""),
+        (["[rank0]: RuntimeError: [pair.cc] Connection closed by peer [a]:1", "megatron_bfpp: rank 3 is refused: M"],
+         "megatron_bfpp: rank 3 is refused: M"),
+        (["[rank0]: RuntimeError: [pair.cc] Connection closed by peer [a]:1"],
+         "[rank0]: RuntimeError: [pair.cc] Connection closed by peer [a]:1"),
         (["loss 0.1", "no error here"], ""),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from megatron_bfpp.cli import main
 from megatron_bfpp.compare.runs import Run, Step
 from megatron_bfpp.doctor import facts as doctor_facts
 from megatron_bfpp.doctor import trial as doctor_trial
+from megatron_bfpp.doctor.line import Line
 from megatron_bfpp.doctor.table import judged, summary, table
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory": 80 * 2**30, "driver": "550.54.15"}
@@ -24,7 +25,7 @@ GPU_NODE = {
         "version": "2.9.0", "cuda": "12.8", "nccl": "2.27.3", "gloo": True, "devices": [SEEN] * 8,
         "architectures": ["sm_80", "sm_90", "compute_90"],
     },
-    "megatron": {"version": "0.19.2", "path": "/opt/megatron/core", "training": True, "refusal": None},
+    "megatron": {"version": "0.19.2", "path": "/opt/megatron/core", "training": True, "tested": True, "refusal": None},
     "te": {"version": "2.9"},
     "apex": {
         "version": "0.1", "path": "/opt/apex", "is_nvidia": True,
@@ -60,6 +61,11 @@ def test_nothing_is_wrong_with_a_good_gpu_node():
     assert "0.19.2, from /opt/megatron/core, with megatron.training" in text
 
 
+def test_a_long_name_keeps_a_space_before_what_was_found():
+    name = "seams of the entry point of hybrid models"
+    assert table([Line(name, "ok", "4 of 4 fit")]) == f"ok    {name} 4 of 4 fit"
+
+
 @pytest.mark.parametrize(
     "path, value, name, status, words",
     [
@@ -74,7 +80,8 @@ def test_nothing_is_wrong_with_a_good_gpu_node():
         ("torch.cuda", None, "CUDA", "fail", "a CUDA build of torch"),
         ("torch.nccl", None, "NCCL", "fail", "torch has none"),
         ("megatron", {}, "megatron-core", "fail", "megatron-core>=0.17"),
-        ("megatron.refusal", "megatron-core 0.20.0 is not supported", "megatron-core", "fail", "is not supported"),
+        ("megatron.refusal", "megatron-core 0.16.1 is not supported", "megatron-core", "fail", "is not supported"),
+        ("megatron.tested", False, "megatron-core", "ok", "not a tested release"),
         ("megatron.training", False, "megatron-core", "warn", "without megatron.training"),
         ("te", {}, "Transformer Engine", "warn", "--transformer-impl local"),
         ("te", {"error": "OSError: undefined symbol"}, "Transformer Engine", "warn", "undefined symbol"),

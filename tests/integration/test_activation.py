@@ -67,10 +67,10 @@ assert get_forward_backward_func(pp_size=4, vp_size=2) is ours.__wrapped__
 def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
     from megatron_bfpp.integration.seams import Seam, SeamError
 
-    with pytest.raises(SeamError, match=r"schedules\.get_fwd_bwd does not exist in this Megatron"):
-        Seam("megatron.core.pipeline_parallel.schedules", "get_fwd_bwd", ()).current()
+    with pytest.raises(SeamError, match=r"schedules\.get_fwd_bwd is gone; it is for a test"):
+        Seam("megatron.core.pipeline_parallel.schedules", "get_fwd_bwd", "it is for a test").current()
     with pytest.raises(SeamError, match="has no parameter beam"):
-        Seam("megatron.core.pipeline_parallel.schedules", "forward_step", ("model", "beam")).current()
+        Seam("megatron.core.pipeline_parallel.schedules", "forward_step", "", ("model", "beam")).current()
 
 
 def test_changes_that_belong_together_are_undone_together_also_when_one_of_them_fails():
@@ -111,17 +111,26 @@ def test_changes_that_belong_together_are_undone_together_also_when_one_of_them_
     assert "size" not in vars(Derived)
 
 
-def test_an_unknown_release_is_refused_in_one_sentence(monkeypatch):
+def test_an_old_release_is_refused_in_one_sentence_and_an_unknown_one_runs_and_says_so(monkeypatch):
     import megatron.core.package_info as info
 
     from megatron_bfpp.console.errors import UserError
-    from megatron_bfpp.integration.activation import check_version
+    from megatron_bfpp.integration import relied_on
 
-    check_version()
-    for version in ("0.16.1", "0.20.0", "1.0.0"):
+    relied_on.check_release()
+    relied_on.check(relied_on.PLACEMENT)
+    for version, is_tested in (("0.17.0", True), ("0.19.3", True), ("0.20.0rc0+d98e8a6", False), ("1.0.0", False)):
         monkeypatch.setattr(info, "__version__", version)
-        with pytest.raises(UserError, match=rf"megatron-core {version} is not supported: .* 0.17 to 0.19"):
-            check_version()
+        relied_on.check_release()
+        said = relied_on.strange_release()
+        assert len(said) == (not is_tested)
+        if not is_tested:
+            number = version.partition("+")[0]
+            assert said[0].startswith(f"megatron-core {number} is not one of the tested releases (0.17 to 0.19); all ")
+            assert said[0].endswith(" seams fit")
+    monkeypatch.setattr(info, "__version__", "0.16.1")
+    with pytest.raises(UserError, match=r"megatron-core 0\.16\.1 is not supported: .* 0\.17 and newer"):
+        relied_on.check_release()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +203,7 @@ def test_yaml_cfg_does_not_lose_the_flag_of_the_command_line(monkeypatch, capsys
     from megatron_bfpp.integration.validation import Validation
 
     left_alone = []
-    validation = Validation(None, "cpu", lambda: left_alone.append(True))
+    validation = Validation("cpu", lambda: left_alone.append(True))
     wrapped = partial(validation.of_yaml, lambda args, defaults=None: args)
     file = {
         "pipeline_model_parallel_size": 4, "mock_data": True, "num_layers": 8, "rank": 0, "data_parallel_size": 1,

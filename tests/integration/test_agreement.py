@@ -14,9 +14,8 @@ from megatron_bfpp.integration.reliability import agreement
 SAME = {"--seq-length": "32", "--data-path": "['/a/text']", "the version of torch": "2.14.1"}
 
 
-def results(monkeypatch, records: list[dict[str, str] | None]) -> list[str]:
+def results(records: list[dict[str, str] | None]) -> list[str]:
     """What `agree` returns or raises in each rank; a rank without a record does not take part."""
-    monkeypatch.setattr(agreement, "record", lambda args: args)
     store = HashStore()
 
     def rank(number: int) -> str:
@@ -30,22 +29,22 @@ def results(monkeypatch, records: list[dict[str, str] | None]) -> list[str]:
         return list(pool.map(rank, taking_part))
 
 
-def test_ranks_that_agree_have_one_hash(monkeypatch):
-    found = results(monkeypatch, [SAME] * 4)
+def test_ranks_that_agree_have_one_hash():
+    found = results([SAME] * 4)
     assert len(set(found)) == 1 and len(found[0]) == 12
-    assert set(results(monkeypatch, [{**SAME, "--seq-length": "64"}] * 2)) != set(found)
+    assert set(results([{**SAME, "--seq-length": "64"}] * 2)) != set(found)
 
 
-def test_a_difference_is_told_to_all_with_both_values(monkeypatch):
-    found = results(monkeypatch, [SAME, SAME, {**SAME, "--seq-length": "64"}])
+def test_a_difference_is_told_to_all_with_both_values():
+    found = results([SAME, SAME, {**SAME, "--seq-length": "64"}])
     assert len(set(found)) == 1
     assert "a rank differs from rank 0: --seq-length is 64 on rank 2 and 32 on rank 0" in found[0]
     assert len(found[0].splitlines()) == 2
 
 
-def test_many_differences_are_counted(monkeypatch):
+def test_many_differences_are_counted():
     odd = {name: f"{value}0" for name, value in SAME.items()} | {"--new": "1"}
-    found = results(monkeypatch, [SAME, odd, odd])
+    found = results([SAME, odd, odd])
     assert "2 of 3 ranks differ from rank 0: --seq-length is 320 on rank 1" in found[0] and "more" in found[0]
 
 
@@ -56,12 +55,12 @@ def test_a_flag_that_one_side_does_not_know_differs():
     ]
 
 
-def test_paths_may_differ(monkeypatch):
-    found = results(monkeypatch, [SAME, {**SAME, "--data-path": "['/b/text']"}])
+def test_paths_may_differ():
+    found = results([SAME, {**SAME, "--data-path": "['/b/text']"}])
     assert not any(each.startswith("refused") for each in found)
 
 
-def test_a_rank_that_does_not_take_part_is_named(monkeypatch):
-    found = results(monkeypatch, [SAME, SAME, None])
+def test_a_rank_that_does_not_take_part_is_named():
+    found = results([SAME, SAME, None])
     assert all("rank 2 has not compared its flags" in each or "rank 0 has not" in each for each in found)
     assert any("rank 2" in each for each in found)

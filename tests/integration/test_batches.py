@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_bfpp.console.errors import UserError
-from megatron_bfpp.integration.flags.batches import batch_sizes, microbatch_counts, predicted_bubble
+from megatron_bfpp.integration.flags.batches import batch_sizes, microbatch_counts
 from megatron_bfpp.schedule import PipelineShape, breadth_first, simulate
+from megatron_bfpp.schedule.model.chunks import predicted_bubble
 
 
 def test_the_predicted_bubble_is_the_simulators():

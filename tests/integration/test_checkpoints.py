@@ -15,9 +15,10 @@ DEFAULT = ("--pipeline-schedule", "1f1b")
 STEPS = ("--train-iters", "4", "--save-interval", "2")
 
 
-def placement(pp: int, chunks: int, dp: int = 1) -> tuple[str, ...]:
-    return ("--pipeline-model-parallel-size", str(pp), "--num-virtual-stages-per-pipeline-rank", str(chunks),
-            "--global-batch-size", str(4 * dp))  # fmt: skip
+def placement(pp: int, chunks: int | None, dp: int = 1) -> tuple[str, ...]:
+    """chunks: None for a job without them, under plain 1F1B."""
+    virtual = () if chunks is None else ("--num-virtual-stages-per-pipeline-rank", str(chunks))
+    return ("--pipeline-model-parallel-size", str(pp), *virtual, "--global-batch-size", str(4 * dp))
 
 
 @functools.cache
@@ -67,5 +68,15 @@ def test_fewer_pipeline_ranks_change_no_loss_without_clipping(pp, chunks, tmp_pa
     flags = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", "--clip-grad", "0")
     steps, saved = uninterrupted(4, *placement(4, 2), *flags, *DEFAULT)
     got = resumed(tmp_path, saved, 2, *placement(pp, chunks), *flags, *BREADTH_FIRST)
+    assert values("lm loss hex", got) == values("lm loss hex", steps[2:])
+    assert values("grad norm hex", got) == pytest.approx(values("grad norm hex", steps[2:]), rel=1e-6)
+
+
+@pytest.mark.parametrize("first, then", [((None, DEFAULT), (2, BREADTH_FIRST)), ((2, BREADTH_FIRST), (None, DEFAULT))])
+def test_a_job_without_chunks_takes_them_up_and_gives_them_up(first, then, tmp_path):
+    flags = (*ZERO_1, "--dist-ckpt-optim-fully-reshardable", "--clip-grad", "0")
+    (chunks, schedule), (other_chunks, other_schedule) = first, then
+    steps, saved = uninterrupted(2, *placement(2, chunks), *flags, *schedule)
+    got = resumed(tmp_path, saved, 2, *placement(2, other_chunks), *flags, *other_schedule)
     assert values("lm loss hex", got) == values("lm loss hex", steps[2:])
     assert values("grad norm hex", got) == pytest.approx(values("grad norm hex", steps[2:]), rel=1e-6)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import sys
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_bfpp.integration.cpu import mode as cpu
 from megatron_bfpp.integration.cpu.arguments import _CHANGES, _REFUSALS, cpu_arguments
 from megatron_bfpp.integration.cpu.modules import zigzag_positions
 from megatron_bfpp.integration.cpu.optimizer import CpuAdam
+from megatron_bfpp.integration.relied_on.cpu import INITIALIZE_BRIDGE
 
 
 @pytest.fixture
@@ -84,6 +86,16 @@ def test_the_reason_names_the_numbers(node):
         cpu.choose_device("auto")
 
 
+def test_the_reason_names_who_asked(node, monkeypatch):
+    node(0, None, driver=False)
+    assert cpu.choose_device("cpu") == ("cpu", "--device cpu was given")
+    monkeypatch.setenv("BFPP_DEVICE", "cpu")
+    assert cpu.choose_device("auto") == ("cpu", "BFPP_DEVICE=cpu was given")
+    monkeypatch.setenv("BFPP_DEVICE", "tpu")
+    with pytest.raises(UserError, match=r"BFPP_DEVICE=tpu does not exist\.\n  Use BFPP_DEVICE=auto, cuda or cpu\."):
+        cpu.choose_device("auto")
+
+
 def _everything(owners):
     return {(id(owner), name): value for owner in owners for name, value in vars(owner).items()}
 
@@ -111,6 +123,7 @@ def test_disable_undoes_every_attribute():
         torch.distributed,
     ]
     owners += [distrib_optimizer.DistributedOptimizer, torch.distributed.distributed_c10d]
+    owners += [torch.distributed.ProcessGroup]
     owners += [loader.DataLoader, loader._BaseDataLoaderIter, optimizer, clip_grads, distrib_optimizer, base, random]
     training = pytest.importorskip("megatron.training.training")
     owners += [training, sys.modules["megatron.training"], sys.modules["megatron.training.initialize"]]
@@ -320,3 +333,70 @@ def test_the_helpers_are_not_compiled_where_there_is_no_makefile(monkeypatch):
     cpu.seams.undo(cpu.HELPERS)
     utils.compile_helpers()
     assert called == ["make", "make"]
+
+
+def test_helpers_that_a_trainer_imported_by_name_are_not_compiled_either(monkeypatch):
+    from megatron.core.datasets import utils
+
+    called = []
+    trainer = types.ModuleType("a_trainer")
+    trainer.compile_helpers = lambda: called.append("make")
+    monkeypatch.setattr(utils, "compile_helpers", trainer.compile_helpers)
+    monkeypatch.setitem(sys.modules, "a_trainer", trainer)
+    monkeypatch.setattr(cpu.os.path, "exists", lambda path: False)
+    cpu.skip_compile_without_makefile()
+    trainer.compile_helpers()
+    assert called == []
+    cpu.seams.undo(cpu.HELPERS)
+
+
+def test_megatron_bridge_starts_without_cuda(monkeypatch, cpu_enabled):
+    bridge = types.ModuleType(INITIALIZE_BRIDGE.module)
+    bridge.initialize_megatron = lambda cfg, allow_no_cuda=False: allow_no_cuda
+    for name in ("megatron.bridge", "megatron.bridge.training"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, bridge.__name__, bridge)
+    cpu.apply_to_bridge()
+    assert bridge.initialize_megatron("config")
+    cpu.seams.undo(cpu.CPU)
+    assert not bridge.initialize_megatron("config")
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl", "gloo"])
+def test_who_names_nccl_gets_gloo(cpu_enabled, backend):
+    distributed = torch.distributed
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert distributed.get_backend() == "gloo"
+        assert distributed.get_backend(distributed.new_group([0], backend=backend)) == "gloo"
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_several_gathers_are_launched_one_by_one(monkeypatch, is_async):
+    distributed, groups = torch.distributed, torch.distributed.ProcessGroup
+    name = "all_gather_single" if hasattr(groups, "all_gather_single") else "_allgather_base"
+    real, launched = getattr(groups, name), []
+
+    def launching(group, output, *args):
+        launched.append(output)
+        return real(group, output, *args)
+
+    monkeypatch.setattr(groups, name, launching)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    cpu.enable_cpu()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        inputs = [torch.arange(4.0), torch.arange(3, dtype=torch.float64)]
+        outputs = [torch.zeros_like(each) for each in inputs]
+        with distributed._coalescing_manager(async_ops=is_async) as together:
+            for output, each in zip(outputs, inputs, strict=True):
+                gather(output, each, async_op=is_async)
+        if is_async:
+            together.wait()
+        assert all(map(torch.equal, outputs, inputs))
+        assert [id(each) for each in launched] == [id(each) for each in outputs]
+    finally:
+        distributed.destroy_process_group()
+        cpu.seams.undo(cpu.CPU)

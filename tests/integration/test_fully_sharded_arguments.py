@@ -11,8 +11,9 @@ from megatron.training import arguments
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags import fully_sharded
 from megatron_bfpp.integration.flags.settings import Settings
+from megatron_bfpp.integration.relied_on.training import NO_PIPELINE
 from megatron_bfpp.integration.seams import SeamError
-from megatron_bfpp.integration.step.fully_sharded_seams import _load_values, pipeline_ranks_allowed
+from megatron_bfpp.integration.step.fully_sharded_seams import _load_values
 
 
 def messages(function):
@@ -22,7 +23,7 @@ def messages(function):
 def test_one_assertion_of_megatron_is_lifted_for_one_call():
     validate = arguments.validate_args
     code, before = validate.__code__, messages(validate)
-    with pytest.raises(ZeroDivisionError), pipeline_ranks_allowed(validate):
+    with pytest.raises(ZeroDivisionError), NO_PIPELINE.removed_from(validate):
         assert before - messages(validate) == {"--use-torch-fsdp2 is not supported with pipeline parallelism"}
         assert messages(validate) < before
         assert validate.__code__.co_firstlineno == code.co_firstlineno
@@ -35,7 +36,7 @@ def test_a_megatron_with_other_assertions_is_named():
         if args.use_torch_fsdp2:
             assert args.pipeline_model_parallel_size <= 1
 
-    with pytest.raises(SeamError, match="validate_args has 0 assertions"), pipeline_ranks_allowed(validate_args):
+    with pytest.raises(SeamError, match="validate_args has 0 assertions"), NO_PIPELINE.removed_from(validate_args):
         pass
 
 

@@ -41,14 +41,3 @@ def make_channels_after_different_groups():
 def test_ranks_with_different_groups_before_make_their_channels(tmp_path):
     # Without a name of its own the group is waited for under another name on each rank, until the test's time is up.
     run_job(make_channels_after_different_groups, 4, tmp_path)
-
-
-def test_a_torch_that_names_groups_otherwise_is_refused_before_any_rank_waits(monkeypatch):
-    from torch.distributed import distributed_c10d
-
-    from megatron_bfpp.integration.seams import SeamError
-    from megatron_bfpp.integration.step.groups import local_group
-
-    monkeypatch.delattr(distributed_c10d, "_hash_ranks_to_str")
-    with pytest.raises(SeamError, match="names groups otherwise"):
-        local_group([0, 1], "TEST")

@@ -10,7 +10,7 @@ from gpt import ZERO_1, flags_of, losses, train
 from hostile import hostile, late_headers
 from jobs import run_job
 
-from megatron_bfpp.integration import activation
+from megatron_bfpp.integration import process
 from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.runtime import headers, p2p
 
@@ -67,7 +67,7 @@ def _headers() -> None:
             reference = step(default, model, data) if microbatches % ranks == 0 else None  # it refuses the others
             for order in orders:
                 settings = Settings("breadth-first", debug_p2p=is_debug, **order)
-                activation._settings = lambda _, settings=settings: settings
+                process.settings = lambda settings=settings: settings
                 for one_queue in (False, True) if order is orders[0] else (True,):
                     use_the_hostile_transport(one_queue)
                     found = step(ours, model, data)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bfpp.console.errors import UserError
-from megatron_bfpp.integration import validation
+from megatron_bfpp.integration import process, validation
 from megatron_bfpp.integration.flags.arguments import refuse_on_cuda
 from megatron_bfpp.integration.flags.settings import Settings, settings_of
 from megatron_bfpp.integration.reliability import watch
@@ -44,12 +44,13 @@ def test_they_are_refused_on_cuda_and_not_on_a_cpu(monkeypatch):
     def reached(*_):
         raise Reached
 
+    monkeypatch.setattr(process, "explicit_schedule", "breadth-first")
     for name in ("place", "_check_validated"):
         monkeypatch.setattr(validation, name, reached)
     for name in ("refuse", "cpu_arguments", "observe"):
         monkeypatch.setattr(validation, name, lambda *_: [])
     for device, error in (("cuda", UserError), ("cpu", Reached)):
-        chosen = validation.Validation("breadth-first", device, lambda: None)
+        chosen = validation.Validation(device, lambda: None)
         for validate in (chosen.of_args, chosen.of_yaml):
             with pytest.raises(error):
                 validate(lambda args: args, SimpleNamespace())
@@ -123,12 +124,20 @@ def test_a_flight_recorder_that_hangs_does_not_keep_the_process_from_its_end(mon
 
 
 def test_an_old_torch_is_refused_with_fsdp2_before_the_model(monkeypatch):
-    from megatron_bfpp.integration.flags import fully_sharded
+    from torch.distributed.fsdp._fully_shard import _fsdp_state
 
-    monkeypatch.setattr(fully_sharded, "_has_groups_of_parameters", lambda: False)
-    args = SimpleNamespace(use_torch_fsdp2=True)
-    with pytest.raises(UserError, match=r"this is 2\.\d+.*\n  Use torch 2\.12 or later, or leave out"):
-        fully_sharded.refuse(args, PLAN)
+    from megatron_bfpp.integration import relied_on
+
+    class FSDPState:  # as in 2.9
+        def __init__(self):
+            self._fsdp_param_group = None
+
+    monkeypatch.setattr(_fsdp_state, "FSDPState", FSDPState)
+    relied_on.forget()
+    with pytest.raises(
+        UserError, match=r"torch 2\.\d+.* Use a torch from 2\.12 to 2\.15, or leave out --use-torch-fsdp2"
+    ):
+        relied_on.check(relied_on.SHARDED)
 
 
 @pytest.mark.parametrize("backend, makes_one", [("nccl", True), ("fake", False)])
@@ -141,6 +150,7 @@ def test_headers_have_one_group_of_gloo_also_where_megatron_has_none(monkeypatch
     monkeypatch.setattr(
         groups, "local_group", lambda ranks, name, **more: made.append((ranks, more["backend"])) or made
     )
+    monkeypatch.setattr(groups, "_is_alive", lambda group: True)
     found = [groups.header_group(pp_group) for _ in range(2)]
     assert found == ([made, made] if makes_one else [None, None])
     assert made == [([1, 5], "gloo")] * makes_one

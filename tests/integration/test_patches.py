@@ -14,6 +14,7 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 
 ROOT = Path(__file__).parents[2]
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+MAIN = ROOT / "patches" / "main_d98e8a64.patch"  # of the development after the last release
 FILE = "megatron/training/arguments.py"  # all that the patches touch
 
 BREADTH_FIRST = ["--pipeline-schedule", "breadth-first"]
@@ -27,7 +28,7 @@ def installed() -> tuple[Path, Path]:
     """The patch of the installed release, and the folder that holds the package `megatron`."""
     import megatron.core.package_info as info
 
-    patch = [each for each in PATCHES if each.name.startswith(f"core_v{info.MAJOR}.{info.MINOR}.")]
+    patch = [each for each in PATCHES if each.name.startswith(f"core_v{info.MAJOR}.{info.MINOR}.")] or [MAIN]
     assert len(patch) == 1, f"{len(patch)} patches for megatron-core {info.__version__}"
     return patch[0], Path(info.__file__).parents[2]
 
@@ -49,16 +50,19 @@ def fork(tree) -> Path:
 
 
 def python(fork: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{fork}:{ROOT}", "OMP_NUM_THREADS": "1"} | variables
+    search = os.pathsep.join(map(str, (fork, ROOT, os.environ.get("PYTHONPATH", ""))))
+    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"} | variables
     command = (sys.executable, *command)
     return subprocess.run(command, cwd=fork, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_each_supported_release_has_one_patch_of_at_most_40_lines():
-    from megatron_bfpp.integration.activation import SUPPORTED
+    from megatron_bfpp.integration.relied_on import FIRST, LAST
 
-    minors = [re.fullmatch(r"core_v0\.(\d+)\.\d+\.patch", patch.name)[1] for patch in PATCHES]
-    assert minors == [str(minor) for minor in range(SUPPORTED[0][1], SUPPORTED[1][1] + 1)]
+    releases = [patch for patch in PATCHES if patch != MAIN]
+    assert len(releases) == len(PATCHES) - 1
+    minors = [re.fullmatch(r"core_v0\.(\d+)\.\d+\.patch", patch.name)[1] for patch in releases]
+    assert minors == [str(minor) for minor in range(FIRST[1], LAST[1] + 1)]
     for patch in PATCHES:
         changed = re.findall(r"^[+-](?!\+\+ |-- ).*$", patch.read_text(), re.MULTILINE)
         assert 0 < len(changed) <= 40, f"{patch.name} changes {len(changed)} lines"

@@ -17,9 +17,8 @@ from megatron.training import arguments
 
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.integration.flags import stages as placed
-from megatron_bfpp.integration.flags.layout import layers_of_stages
 from megatron_bfpp.integration.flags.settings import add_flags
-from megatron_bfpp.integration.validation import Validation
+from megatron_bfpp.schedule.model.layout import layers_of_stages
 
 MODEL = [
     "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32",
@@ -33,23 +32,8 @@ MODEL = [
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def validate(*flags, world_size=4):
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags])
-
-        def with_flags(parser):
-            add_flags(parser, default="1f1b")
-            return parser
-
-        args = arguments.parse_args(with_flags)
-        capsys.readouterr()
-        Validation(None, "cpu", lambda: None).of_args(arguments.validate_args, args)
-        lines = capsys.readouterr().out.split("megatron_bfpp 0.1.0: ")[1:]
-        return args, [line for line in lines if not line.startswith("on a CPU")]
-
-    return validate
+def command(validated):
+    return lambda *flags, world_size=4: validated([*MODEL, *flags], world_size)
 
 
 def pp(size, *more):
@@ -120,7 +104,8 @@ def test_mtp_layers_stand_with_the_loss_and_count(command, mtp_layers):
         (("--num-layers", "15", V, "4"), ("4 x 4 stages", f"{V} 3 or less", "--pipeline-model-parallel-size 3")),
         (("--num-layers", "8", V, "1"), (f"{V} is 1",)),
         (("--num-layers", "8", K, "0"), (f"{K} is 0",)),
-        (("--num-layers", "8", K, "2"), ("split into 1",)),
+        (("--num-layers", "8", K, "2"), (f"{K} 2 are 1", f"{V} 2 instead")),
+        (("--num-layers", "7", LOSS, K, "2"), (f"{K} 2 are 1",)),
         (("--num-layers", "7", K, "2"), ("are 1", f"{V} 2")),
         (("--num-layers", "9", K, "1"), ("stages of 1 to 1 layers", f"{K} 2")),
         (("--num-layers", "8", K, "1", V, "2"), (f"{V} and {K}", "Give one")),
@@ -134,6 +119,10 @@ def test_mtp_layers_stand_with_the_loss_and_count(command, mtp_layers):
         (("--num-layers", "62", EMBEDDING), ("62 layers", EMBEDDING, LAYOUT)),
         (("--num-layers", "30", EMBEDDING, LOSS, V, "3"), ("leave 8 per rank", f"{V} 3 does not divide", LAYOUT)),
         (("--num-layers", "10", FIRST, "4", K, "1"), (K, FIRST, V)),
+        (("--num-layers", "5", EMBEDDING), ("Use --num-layers 8 or more without", EMBEDDING, LAYOUT)),
+        (("--num-layers", "9", LOSS, V, "3"), ("Use --num-layers 12 or more without", LOSS, LAYOUT)),
+        (("--num-layers", "32", FIRST, "8", LOSS), (f"{FIRST} does not go with {LOSS}", "Leave out one", LAYOUT)),
+        (("--num-layers", "32", LAST, "8", EMBEDDING, V, "2"), (f"{LAST} does not go with {EMBEDDING}",)),
         (("--num-layers", "10", FIRST, "3"), ("10 layers", FIRST, LAYOUT)),
     ],
 )
@@ -149,12 +138,6 @@ def test_two_ranks_cannot_have_both_ends_fixed(command):
     # Megatron divides by the number of ranks in between.
     with pytest.raises(UserError, match=f"{FIRST} with {LAST}"):
         command(*pp(2, "--num-layers", "8", FIRST, "2", LAST, "6"))
-
-
-def test_hybrid_models_are_left_to_megatron(command):
-    args, lines = command(*pp(2, "--hybrid-layer-pattern", "M*|M-|M*|M-", "--position-embedding-type", "none"))
-    assert args.virtual_pipeline_model_parallel_size == 2 and args.pipeline_model_parallel_layout is None
-    assert any(line.startswith("placement of 8 layers: as --hybrid-layer-pattern says") for line in lines)
 
 
 # --- the check after validate_args

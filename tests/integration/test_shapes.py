@@ -4,7 +4,7 @@ import pytest
 from gpt import train, validation_losses
 from megatron.core import num_microbatches_calculator
 
-from megatron_bfpp.integration.flags.layout import layers_of_stages, layout_of
+from megatron_bfpp.schedule.model.layout import layers_of_stages, layout_of
 
 pytestmark = pytest.mark.slow
 

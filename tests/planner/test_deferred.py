@@ -13,7 +13,7 @@ from megatron_bfpp.planner.activations import Activations
 from megatron_bfpp.planner.flags import gpt_of, parse, strategy_of
 from megatron_bfpp.planner.hardware import load_gpu
 from megatron_bfpp.planner.memory import PRECISIONS, memory
-from megatron_bfpp.planner.model import GPT
+from megatron_bfpp.planner.model import GPT, Split
 from megatron_bfpp.planner.steps import formula_step, replay_step
 from megatron_bfpp.planner.strategy import DEFERRED, Strategy
 from megatron_bfpp.planner.time import durations
@@ -39,8 +39,10 @@ def test_the_formula_with_deferred_gradients_ranks_and_the_replay_decides():
 def test_a_w_is_one_product_of_each_linear_layer_and_the_rest_of_a_backward_its_i():
     gpu, strategy = load_gpu("a100-80"), Strategy(DEFERRED, 4, 8, 2, 4, 1, 8, 8)
     plain, full = (durations(BIG, replace(strategy, recompute=each), gpu, "bf16") for each in ("none", "full"))
-    linear = 4 * sum(gpu.gemm_s(gemm, "bf16") for gemm in BIG.layer_gemms(1, 8))  # of the 4 layers of a stage
-    head = gpu.gemm_s(BIG.head_gemm(1, 8), "bf16")
+    linear = 4 * sum(
+        gpu.gemm_s(gemm, "bf16") for gemm in BIG.layers[0].gemms(1024, Split(8))
+    )  # of the 4 layers of a stage
+    head = gpu.gemm_s(BIG.head_gemm(1, Split(8)), "bf16")
     assert plain.weights == full.weights == pytest.approx([linear] * 15 + [linear + head])
     assert durations(replace(BIG, untied=False), strategy, gpu, "bf16").weights[-1] == pytest.approx(linear)
     assert linear < plain.forward[0] < plain.backward[0] - linear  # attention, norms and tensor parallelism are in I

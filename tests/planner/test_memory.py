@@ -138,7 +138,7 @@ def test_fully_sharded_state_is_what_its_plan_holds(sharding, chunks):
     strategy = Strategy("breadth-first", 4, 2, 8, chunks, 1, 8, 8, sharding)
     found = memory(gpt, strategy, PRECISIONS["bf16"], True, 1)
     plan = lower(strategy.order(), strategy.shape, resident_chunks=strategy.resident_chunks)
-    of_chunk = 16 // chunks * gpt.layer_parameters(2)
+    of_chunk = 16 // chunks * gpt.layers[0].parameters(2)
     each = ParameterBytes(gathered=2, summed=4, shard=14, reduced=4)
     peak = peak_parameter_bytes(plan[1], strategy.shape, [of_chunk] * chunks, 8, each)
     # At the peak, not all chunks are reduced yet.
@@ -147,7 +147,7 @@ def test_fully_sharded_state_is_what_its_plan_holds(sharding, chunks):
 
 def test_replicated_and_zero1_state():
     gpt = GPT(64, 8192, 64, 1024, 50257, untied=True)
-    layers_of_rank = 16 * gpt.layer_parameters(2)
+    layers_of_rank = 16 * gpt.layers[0].parameters(2)
     for sharding, expected in (("replicated", 18 * layers_of_rank), ("zero1", (6 + 12 / 8) * layers_of_rank)):
         found = memory(gpt, Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8, sharding), PRECISIONS["bf16"], True, 1)
         assert found.parameters + found.gradients + found.optimizer == expected
@@ -155,7 +155,7 @@ def test_replicated_and_zero1_state():
 
 def test_fp8_saves_the_inputs_of_products_in_a_byte_and_keeps_weights_twice():
     gpt = GPT(64, 8192, 64, 1024, 50257, untied=True, hidden_dropout=0, attention_dropout=0)
-    strategy, layers = Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8), 16 * gpt.layer_parameters(2)
+    strategy, layers = Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8), 16 * gpt.layers[0].parameters(2)
     bf16, fp8, params = (memory(gpt, strategy, PRECISIONS[each], True, 1) for each in ("bf16", "fp8", "fp8-params"))
     assert (bf16.parameters, fp8.parameters, params.parameters) == (2 * layers, 4 * layers, 2 * layers)
     assert (fp8.gradients, fp8.optimizer) == (bf16.gradients, bf16.optimizer)

@@ -1,15 +1,18 @@
 """The search over strategies: what fits, in what order, and why the rest was rejected."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from megatron_bfpp.planner.hardware import load_gpu
-from megatron_bfpp.planner.model import GPT
+from megatron_bfpp.planner.model import GPT, Experts
+from megatron_bfpp.planner.model.layouts import balanced, placings
 from megatron_bfpp.planner.noise_scale import trade_off
 from megatron_bfpp.planner.search import Request, estimate, search
 from megatron_bfpp.planner.strategy import BREADTH_FIRST, DEFERRED
-from megatron_bfpp.planner.table import without_slower_twins
+from megatron_bfpp.planner.table import ranking, without_slower_twins
+from megatron_bfpp.schedule.model.layout import layout_of
 
 GPT_52B = GPT(64, 8192, 64, 1024, 51200, untied=True)
 REQUEST = Request(GPT_52B, load_gpu("v100-32"), 64, 64, "fp16")
@@ -26,7 +29,12 @@ def test_all_that_is_considered_fits_or_has_a_reason_and_the_fastest_comes_first
         strategy = each.strategy
         assert each.memory.total <= REQUEST.gpu.memory - REQUEST.reserve
         assert strategy.num_gpus == 64 and strategy.global_batch == 64
-        assert 64 % (strategy.pp * strategy.chunks) == 0
+        stages = strategy.pp * strategy.chunks
+        if 64 % stages:
+            assert (
+                strategy.schedule.startswith("breadth-first") or "--pipeline-model-parallel-layout" in strategy.placing
+            )
+        assert len(strategy.stages(GPT_52B)) == stages and sum(each.layers for each in strategy.stages(GPT_52B)) == 64
 
 
 @pytest.mark.slow
@@ -53,7 +61,6 @@ def test_only_what_is_asked_for():
     [
         ({"num_gpus": 63}, "global batch is no multiple of DP"),
         ({"pp": (3,)}, "GPUs are no multiple of PP x TP"),
-        ({"num_gpus": 96, "pp": (3,), "global_batch": 96}, "layers are no multiple of PP"),
         ({"tp": (16,)}, "TP: more ranks than GPUs in a node"),
         ({"gpt": replace(GPT_52B, num_query_groups=2), "tp": (8,)}, "TP: heads, query groups"),
         ({"pp": (32,), "tp": (2,), "global_batch": 8}, "Megatron's interleaved schedule refuses so few micro-batches"),
@@ -63,6 +70,78 @@ def test_only_what_is_asked_for():
 def test_rejections_say_why(changes, reason):
     found = search(replace(REQUEST, **changes))
     assert any(text.startswith(reason) for text in found.rejected), found.rejected
+
+
+def test_layers_that_do_not_divide_are_placed_by_a_layout():
+    request = replace(REQUEST, gpu=load_gpu("h200"), num_gpus=24, global_batch=24, precision="bf16", pp=(3,), tp=(8,),
+                      micro_batch=(1,), schedule=("1f1b", "interleaved"), chunks=(1, 2),
+                      sharding=("replicated",))  # fmt: skip
+    found = search(request).estimates
+    assert {each.strategy.schedule for each in found} == {"1f1b", "interleaved"}
+    for each in found:
+        layers, flags = each.strategy.stage_layers, each.strategy.flags()
+        assert sum(layers) == 64 and len(layers) == 3 * each.strategy.chunks and layers[0] <= min(layers[1:-1])
+        layout = flags[flags.index("--pipeline-model-parallel-layout") + 1]
+        assert layout.startswith("Et*") and layout.endswith(f"t*{layers[-1]}L")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "text"),
+    [
+        ((61, 32, 3.4), (1, *[2] * 30, 0), "Et|(t*2|)*30mL"),
+        ((8, 4, 0.4), (2, 2, 2, 2), "Et*2|(t*2|)*2t*2mL"),
+        ((64, 3, 0.5), (21, 21, 22), "Et*21|t*21|t*22mL"),
+        ((2, 4, 2.0), None, None),
+    ],
+)
+def test_a_layout_spares_the_stage_with_the_loss(sizes, layers, text):
+    assert balanced(*sizes) == layers
+    assert text is None or layout_of(layers, 1) == text
+
+
+SPARSE = replace(GPT_52B, num_layers=16, hidden_size=2048, num_attention_heads=16, num_query_groups=4, swiglu=True,
+                 experts=Experts(2048, 64, 4, 1024, is_gated=True, bias=False))  # fmt: skip
+
+
+def test_experts_are_divided_in_every_way_that_fits_and_context_parallelism_is_for_long_sequences():
+    request = Request(SPARSE, load_gpu("h100-80"), 32, 64, "bf16", pp=(2,), tp=(1, 2), micro_batch=(1,),
+                      schedule=("interleaved",), chunks=(2,), sharding=("zero1",))  # fmt: skip
+    found = search(request)
+    sizes = {(each.strategy.tp, each.strategy.ep, each.strategy.etp) for each in found.estimates}
+    assert {(1, 8, 1), (1, 16, 1), (2, 8, 1), (2, 8, 2)} <= sizes
+    assert {each.strategy.cp for each in found.estimates} == {1}
+    assert any(reason.startswith("experts: ranks") for reason in found.rejected)
+    long = search(replace(request, gpt=replace(SPARSE, seq_length=8192), tp=(1,), ep=(8,), etp=(1,)))
+    assert {each.strategy.cp for each in long.estimates} == {1, 2}
+    assert all(each.strategy.num_gpus == 32 for each in long.estimates)
+    title, *rows = ranking(long.estimates).splitlines()
+    assert "  EP  ETP" not in title and title.split()[:5] == ["schedule", "PP", "TP", "CP", "EP"]
+    assert len(rows) == len({*rows}), "two rows of the table cannot be told apart"
+    assert "CP" not in ranking(found.estimates).splitlines()[0].split() and "ETP" in ranking(found.estimates)
+
+
+@pytest.mark.parametrize(("layers", "words"), [(32, 51200), (32, 128256), (30, 128256), (61, 51200), (64, 512000)])
+def test_no_placement_is_considered_twice(layers, words):
+    gpt = replace(GPT_52B, num_layers=layers, vocab_size=words)
+    for pp, chunks in product((2, 4, 8), (2, 3, 4, 8)):
+        stages = pp * chunks
+        found = [each.layers or (layers // stages,) * stages for each in placings(gpt, pp, chunks, True)]
+        assert len(found) == len({*found}) and all(sum(each) == layers for each in found)
+
+
+def test_the_late_backward_is_considered_where_it_is_asked_for_alone():
+    request = replace(REQUEST, pp=(8,), tp=(8,), micro_batch=(1,), chunks=(2,), sharding=("replicated",))
+    assert "breadth-first-late" not in {each.strategy.schedule for each in search(request).estimates}
+    asked = search(replace(request, schedule=("breadth-first-late",))).estimates
+    assert {each.strategy.schedule for each in asked} == {"breadth-first-late"}
+
+
+def test_of_recomputations_the_least_that_fits_is_estimated():
+    request = replace(REQUEST, gpu=load_gpu("h200"), precision="bf16", pp=(8,), tp=(8,), micro_batch=(1,), chunks=(2,),
+                      schedule=("breadth-first",), sharding=("replicated",))  # fmt: skip
+    assert {each.strategy.recompute for each in search(request).estimates} == {"none"}
+    asked = search(replace(request, recompute=("full",))).estimates
+    assert {each.strategy.recompute for each in asked} == {"full"}
 
 
 def test_fewer_micro_batches_than_ranks_run_breadth_first_only():

@@ -5,28 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from profiles import PROFILE
 
 from megatron_bfpp.console.errors import UserError
 from megatron_bfpp.planner.hardware import Link, known_gpus, load_gpu
-from megatron_bfpp.planner.model import GPT, Gemm
+from megatron_bfpp.planner.model import GPT, Gemm, Split
 from megatron_bfpp.planner.search import Request, estimate
 from megatron_bfpp.planner.steps import formula_step, replay_step
 from megatron_bfpp.planner.strategy import DEFERRED, SCHEDULES, Strategy
 from megatron_bfpp.planner.time import Durations, durations
 
 BIG = GPT(64, 8192, 64, 1024, 51200, untied=True)
-PROFILE = """
-name: mine
-precision: bf16
-peak_tflops: {bf16: 100}
-memory_gb: 40
-memory_bandwidth_gb_s: 1000
-gpus_per_node: 4
-node_link: {gb_s: 100, latency_us: 2}
-network_link: {gb_s: 10, latency_us: 20}
-flash_attention: true
-achievable: {matmul: 0.5, half_size: 100, memory: 0.5, link: 0.5}
-"""
 
 
 def cases(schedule: str, count: int) -> list[tuple[Strategy, Durations]]:
@@ -116,7 +105,7 @@ def test_the_last_stage_is_longer_by_the_logits_and_a_backward_by_what_is_recomp
     gpu, strategy = load_gpu("a100-80"), Strategy("breadth-first", 4, 8, 2, 4, 1, 8, 8)
     plain, full = (durations(BIG, replace(strategy, recompute=each), gpu, "bf16") for each in ("none", "full"))
     assert len(plain.forward) == 16 and len(set(plain.forward)) == 2
-    assert plain.forward[-1] > plain.forward[0] + gpu.gemm_s(BIG.head_gemm(1, 8), "bf16")
+    assert plain.forward[-1] > plain.forward[0] + gpu.gemm_s(BIG.head_gemm(1, Split(8)), "bf16")
     assert full.backward[0] == pytest.approx(plain.backward[0] + plain.forward[0])
     assert full.forward == plain.forward
 
@@ -251,8 +240,10 @@ def test_without_overlap_megatron_pays_for_every_message_and_breadth_first_does_
 def test_fp8_is_for_the_products_of_the_layers_alone():
     gpu, strategy = load_gpu("h100-80"), Strategy("breadth-first", 4, 2, 8, 4, 1, 8, 8)
     bf16, fp8, params = (durations(BIG, strategy, gpu, each) for each in ("bf16", "fp8", "fp8-params"))
-    linear = 4 * sum(gpu.gemm_s(gemm, "bf16") for gemm in BIG.layer_gemms(1, 2))  # of the 4 layers of a stage
-    saved = linear * (1 - 989 / 1979)
+    linear = 4 * sum(
+        gpu.gemm_s(gemm, "bf16") for gemm in BIG.layers[0].gemms(1024, Split(2))
+    )  # of the 4 layers of a stage
+    saved = linear * (1 - gpu.matmul * 989 / (gpu.matmul_fp8 * 1979))
     assert bf16.forward[0] - fp8.forward[0] == pytest.approx(saved)
     assert bf16.backward[0] - fp8.backward[0] == pytest.approx(2 * saved)
     assert bf16.forward[-1] - bf16.forward[0] == pytest.approx(fp8.forward[-1] - fp8.forward[0])  # the logits

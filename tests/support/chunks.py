@@ -77,11 +77,20 @@ def start(num_chunks: int) -> None:
     )
 
 
-def chunks(num_chunks: int, kind: Callable[..., Chunk] = Chunk, hidden_size: int = 8, **config: Any) -> list[Chunk]:
-    """This rank's chunks, under one TransformerConfig with the fields `config`."""
+def chunks(
+    num_chunks: int,
+    kind: Callable[..., Chunk] = Chunk,
+    hidden_size: int = 8,
+    pp: tuple[int, int] | None = None,
+    **config: Any,
+) -> list[Chunk]:
+    """This rank's chunks, under one TransformerConfig with the fields `config`.
+
+    pp: pp_rank and pipeline ranks; all ranks are one pipeline without it.
+    """
     from megatron.core.transformer import TransformerConfig
 
-    size, rank = dist.get_world_size(), dist.get_rank()
+    rank, size = pp or (dist.get_rank(), dist.get_world_size())
     made = TransformerConfig(
         **{
             "num_layers": size * num_chunks,

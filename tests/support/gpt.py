@@ -54,12 +54,13 @@ def refused(folder: Path, ranks: int, *flags: str) -> tuple[list[int | None], li
 
 def pretrain(log: str, flags: list[str], prepare=None) -> None:
     """Train in this rank: the target of run_job. log: the file for the bits of each step."""
-    from megatron_bfpp import pretrain_gpt
+    from megatron_bfpp import pretrain_gpt, pretrain_hybrid
     from megatron_bfpp.run import launch
 
     more = (prepare() or []) if prepare is not None else []
     os.environ["BFPP_STEP_LOG"] = log
-    launch(["--device", "cpu", *flags, *more], pretrain_gpt.main)
+    entry = pretrain_hybrid if "--hybrid-layer-pattern" in flags else pretrain_gpt
+    launch(["--device", "cpu", *flags, *more], entry.main)
 
 
 @functools.cache

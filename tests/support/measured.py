@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpt
 import jobs
+import kernels
 import torch
 
 MARK = "MEASURED "
@@ -20,10 +21,51 @@ def measure(folder: Path, ranks: int, *flags: str) -> list[dict]:
     return [json.loads(found[0].removeprefix(MARK)) for found in lines]
 
 
+def saved(folder: Path, *flags: str) -> int:
+    """Start a training job of one rank, and return the bytes that the forward of a micro-batch saves, as the flags
+    recompute.
+    """
+    arguments = [*gpt.MODEL, "--global-batch-size", "4", "--no-create-attention-mask-in-dataloader", *flags]
+    (output,) = jobs.run_job(gpt.pretrain, 1, folder, str(folder / "steps.jsonl"), arguments, _save_instead)
+    (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
+    return json.loads(line.removeprefix(MARK))
+
+
+def _save_instead() -> None:
+    kernels.stand_in()
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.training import training
+
+    init = DotProductAttention.__init__
+
+    def build(self, *args, **kwargs):
+        # Of latent attention, whose heads are as wide here for keys as for values: --kv-channels.
+        init(self, *args, **{name: value for name, value in kwargs.items() if name not in ("k_channels", "v_channels")})
+
+    DotProductAttention.__init__ = build
+    training.train = lambda *given, **more: _save(*given, **more)  # as a wrapper: its seam cannot look behind it
+
+
+def _save(forward_step, model, optimizer, scheduler, iterator, *args, **kwargs) -> None:
+    known, kept = _bytes(model[0].parameters()), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = forward_step(iterator[0] if type(iterator) is list else iterator, model[0])
+        output.float().sum()
+    found = _bytes(kept)  # at the end: recomputation frees what it has saved
+    print("\n" + MARK + json.dumps(sum(size for place, size in found.items() if place not in known)), flush=True)
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _measure_instead() -> None:
     from megatron.training import training
 
-    training.train = _train
+    training.train = lambda *given, **more: _train(*given, **more)  # likewise
 
 
 def _train(forward_step, model, optimizer, scheduler, iterator, *args, **kwargs) -> None:

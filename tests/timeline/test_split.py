@@ -86,12 +86,13 @@ def test_a_late_backward_can_be_split_too(capsys):
         ([*DEFERRED, "--weight-lag", "-1"], "--weight-lag: '-1' is not a whole number of at least 0"),
         (["show", *SIZES, "--weight-lag", "1"], "--weight-lag is of a split backward.\n  Leave it out, or add --order"),
         (["show", "/nowhere/order.csv", "--weight-lag", "1"], "--weight-lag is of an --order, and a file has its own"),
+        (["show", *SIZES, "--resident-chunks", "9"], "--resident-chunks is 9, but a rank has"),
         (["show", *SIZES, "--weights-time", "1"], "--weights-time is a part of a split backward, and no order"),
         ([*DEFERRED, "--weights-time", "0"], "--weights-time: '0' is not a number from 0.01 to 100"),
         ([*DEFERRED, "--weights-time", "2"], "--weights-time 2 leaves less than 0.01 of --backward-time 2 for the"),
     ],
 )
-def test_what_has_no_split_backward_takes_none_of_its_flags(arguments, words, capsys):
+def test_a_flag_that_fits_neither_order_nor_shape_is_refused(arguments, words, capsys):
     try:
         code = main(arguments)
     except SystemExit as error:

@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_sentence(content, words, t
 
 def test_a_step_that_is_not_there(tmp_path, capsys):
     assert main(["trace", written(tmp_path, document()), "--step", "3"]) == 2
-    assert "has no step 3" in capsys.readouterr().err
+    assert "has no step 3.\n  Use --step 20.\n" in capsys.readouterr().err
     assert main(["trace", str(tmp_path / "nothing.json")]) == 2
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from ...console import progress
 from ...console.files import write_wanted
-from ...console.processes import stoppable
 from ...console.version import __version__
 from .. import facts as doctor_facts
 from ..line import gpus, section
@@ -49,12 +48,11 @@ def run(args: argparse.Namespace) -> int:
     place = Place(len(gpus(facts)), bool(section(facts, "te").get("version")), facts, folder)
     print(f"megatron_bfpp {__version__}: GPU trial on {_where(place)}", flush=True)
     try:
-        with stoppable():
-            for number, row in enumerate(ROWS):
-                place.on_wait = partial(_show, number, row.title, time.monotonic())
-                lines.append(_judged(number, row, place, lines))
-                progress.clear()
-                print(shown(lines[-1]), flush=True)
+        for number, row in enumerate(ROWS):
+            place.on_wait = partial(_show, number, row.title, time.monotonic())
+            lines.append(_judged(number, row, place, lines))
+            progress.clear()
+            print(shown(lines[-1]), flush=True)
         print(summary(lines, folder))
     finally:  # also of a trial that SLURM ends: the rows so far
         progress.clear()

@@ -207,7 +207,8 @@ def _before_schedules(change: Callable[[dict[str, Any]], None]) -> None:
 
     for name in ("with", "without"):
         whole = f"forward_backward_pipelining_{name}_interleaving"
-        seams.apply(seams.Seam("megatron.core.pipeline_parallel.schedules", whole, ("num_microbatches",)), changing)
+        place = "megatron.core.pipeline_parallel.schedules", whole
+        seams.apply(seams.Seam(*place, "the trial changes its calls", ("num_microbatches",)), changing)
 
 
 OBSERVERS = {each.__name__: each for each in (walk, observe, silent, variable, arms)}

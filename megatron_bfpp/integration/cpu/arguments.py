@@ -49,6 +49,10 @@ _REFUSALS: tuple[tuple[str, str, str], ...] = tuple(
     )
 )
 
+# Modules of Megatron whose specs of a hybrid stack are Transformer Engine's; the kinds of layers that have others.
+_HYBRID_SPECS = ("megatron.core.models.hybrid.hybrid_layer_specs", "megatron.core.models.mamba.mamba_layer_specs")
+_HYBRID_LAYERS = "*-EMG"
+
 
 def cpu_arguments(args: argparse.Namespace) -> list[str]:
     """Change parsed arguments, before Megatron validates them, so that they run on a CPU; one line per change.
@@ -71,21 +75,56 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
         if getattr(args, name, value) != value:
             setattr(args, name, value)
             lines.append(f"{flag}: {reason}")
-    return lines
+    return lines + _hybrid_spec(args)
+
+
+def _hybrid_spec(args: argparse.Namespace) -> list[str]:
+    """Name the spec of local layers for a hybrid model, unless the user has one of their own."""
+    given = [getattr(args, name, None) for name in ("hybrid_layer_pattern", "hybrid_override_pattern")]
+    pattern = next((each for each in given if each is not None), None)
+    if pattern is None or (args.spec is not None and args.spec[0] not in _HYBRID_SPECS):
+        return []
+    others = sorted(set(pattern) - set(_HYBRID_LAYERS + "|/"))
+    if others:
+        has = f"layers {', '.join(_HYBRID_LAYERS)} alone, or give --spec with layers of your own"
+        _refuse(f"layer {others[0]} of --hybrid-layer-pattern {pattern}", f"use {has}")
+    args.spec = ["megatron_bfpp.integration.cpu.hybrid", "LAYERS"]
+    return [f"--spec {' '.join(args.spec)}: Transformer Engine needs CUDA, and so do the kernels of Mamba layers"]
+
+
+# Of a dry run: argument, its value without the feature, flag. Parameters do not depend on them.
+_FOR_GPUS: tuple[tuple[str, Any, str], ...] = (
+    ("cuda_graph_impl", "none", "--cuda-graph-impl"),
+    ("window_size", None, "--window-size"),
+    ("profile", False, "--profile"),
+    ("apply_layernorm_1p", False, "--apply-layernorm-1p"),
+    ("layernorm_zero_centered_gamma", False, "--apply-layernorm-1p"),  # its name since 0.19
+    ("memory_efficient_layer_norm", False, "--memory-efficient-layer-norm"),
+    ("defer_embedding_wgrad_compute", False, "--defer-embedding-wgrad-compute"),
+)
 
 
 def switch_off(args: argparse.Namespace) -> list[str]:
     """Switch off in validated arguments what `cpu_arguments` refuses, for a dry run; return one line per flag."""
     lines = []
+    modules = getattr(args, "recompute_modules", None) or []
+    if "moe_act" in modules and getattr(args, "moe_grouped_gemm", False):  # without which Megatron refuses it
+        args.recompute_modules = [module for module in modules if module != "moe_act"]
+        lines.append("moe_act of --recompute-modules")
     for name, flag, _ in _REFUSALS:
         value = getattr(args, name, None)
         if value:
             setattr(args, name, type(value)() if isinstance(value, bool | int) else None)
             lines.append(f"{flag} {'' if value is True else value}".rstrip())
-    for name, off in (("cuda_graph_impl", "none"), ("window_size", None), ("profile", False)):
+    if getattr(args, "cuda_graph_impl", None) not in (None, "none") and hasattr(args, "inference_cuda_graph_scope"):
+        args.inference_cuda_graph_scope = None  # Megatron's default for the implementation, which goes too
+    for name, off, flag in _FOR_GPUS:
         if getattr(args, name, off) not in (None, off):
             setattr(args, name, off)
-            lines.append("--" + name.replace("_", "-"))
+            lines.append(flag)
+    if getattr(args, "transformer_impl", None) == "inference_optimized":
+        args.transformer_impl, args.inference_fuse_tp_communication = "local", False
+        lines.append("--transformer-impl inference_optimized")
     return lines
 
 

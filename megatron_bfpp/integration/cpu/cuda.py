@@ -76,6 +76,13 @@ def cuda_patches(device_count: int) -> Iterator[tuple[Any, str, Any]]:
 def communication_patches() -> Iterator[tuple[Any, str, Any]]:
     """Yield (module, name, value) of what gloo does not do as NCCL."""
     barrier, isend = torch.distributed.barrier, torch.distributed.isend
+    start, new_group = torch.distributed.init_process_group, torch.distributed.new_group
+
+    def start_with_gloo(backend: Any = None, *args: Any, **kwargs: Any) -> None:
+        start(_gloo(backend), *args, **kwargs)
+
+    def new_group_of_gloo(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kw: Any) -> Any:
+        return new_group(ranks, timeout, _gloo(backend), *args, **kw)
 
     def isend_keeping_the_data(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return isend(tensor.detach(), *args, **kwargs)
@@ -86,3 +93,33 @@ def communication_patches() -> Iterator[tuple[Any, str, Any]]:
     # A detached tensor keeps the storage. P2POp compares with the name of the second module.
     for module in (torch.distributed, torch.distributed.distributed_c10d):
         yield module, "isend", isend_keeping_the_data
+        yield module, "init_process_group", start_with_gloo  # trainers and Megatron's own tests name NCCL
+        yield module, "new_group", new_group_of_gloo
+    # gloo's all-gather of several tensors corrupts memory while another of its group is under way (torch 2.9 to 2.15).
+    groups: Any = torch.distributed.ProcessGroup
+    gather = groups.all_gather_single if hasattr(groups, "all_gather_single") else groups._allgather_base
+
+    def gather_one_by_one(group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], *more: Any) -> _Works:
+        return _Works([gather(group, *pair, *more) for pair in zip(outputs, inputs, strict=True)])
+
+    for name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"):  # since torch 2.14; before
+        if hasattr(groups, name):
+            yield groups, name, gather_one_by_one
+
+
+class _Works(torch.distributed.Work):
+    """Several operations that end together."""
+
+    def __init__(self, works: list[Any]):
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: Any = None) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+
+def _gloo(backend: Any) -> Any:
+    """Return gloo for NCCL, alone or as that of CUDA's tensors ("cpu:gloo,cuda:nccl")."""
+    return "gloo" if isinstance(backend, str) and "nccl" in backend.lower() else backend

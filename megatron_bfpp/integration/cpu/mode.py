@@ -13,12 +13,16 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import torch
 
 from ...console.errors import UserError
 from .. import seams
+from ..relied_on.cpu import INITIALIZE, INITIALIZE_BRIDGE
+from ..relied_on.step import COMPILE
 from .cuda import communication_patches, cuda_patches
 from .modules import module_patches
 from .optimizer import optimizer_patches
@@ -28,7 +32,6 @@ __all__ = ["CPU", "choose_device", "enable_cpu", "is_cpu_enabled", "skip_compile
 
 CPU = "the CPU mode"
 HELPERS = "the data-set helpers"
-INITIALIZE = seams.Seam("megatron.training.initialize", "initialize_megatron", ("allow_no_cuda",))
 
 
 def _local_world_size() -> int:
@@ -38,13 +41,17 @@ def _local_world_size() -> int:
 def choose_device(requested: str) -> tuple[str, str]:
     """Return "cuda" or "cpu", and a phrase saying why.
 
-    "auto" is cuda where every rank of this node has its own GPU, and the CPU where there is no NVIDIA driver. UserError
-    anywhere else: a rank that quietly joins with gloo leaves all others waiting for it.
+    "auto" is what the environment variable BFPP_DEVICE says. Without it, it is cuda where every rank of this node has
+    its own GPU, and the CPU where there is no NVIDIA driver. UserError anywhere else: a rank that quietly joins with
+    gloo leaves all others waiting for it.
     """
+    said = f"--device {requested}"
+    if requested == "auto" and (found := os.environ.get("BFPP_DEVICE")):
+        requested, said = found, f"BFPP_DEVICE={found}"
     if requested not in ("auto", "cuda", "cpu"):
-        raise UserError(f"--device {requested} does not exist.\n  Use --device auto, cuda or cpu.")
+        raise UserError(f"{said} does not exist.\n  Use {said.removesuffix(requested)}auto, cuda or cpu.")
     if requested == "cpu":
-        return "cpu", "--device cpu was given"
+        return "cpu", f"{said} was given"
     if requested == "auto" and is_cpu_enabled():  # the device count is one of the things that enable_cpu replaced
         return "cpu", "it was chosen before"
     ranks, devices = _local_world_size(), torch.cuda.device_count()
@@ -54,13 +61,15 @@ def choose_device(requested: str) -> tuple[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if devices == 1 and visible and "," not in visible:  # one per rank, as SLURM's --gpus-per-task gives them
         return "cuda", f"{numbers}, which sees only CUDA_VISIBLE_DEVICES={visible}"
-    if requested == "auto" and not devices and not _has_driver():
-        return "cpu", "there is no NVIDIA driver on this node"
+    if requested == "auto" and not devices:
+        if not _has_driver():
+            return "cpu", "there is no NVIDIA driver on this node"
+        if visible == "" and not {"RANK", "LOCAL_WORLD_SIZE"} & set(os.environ):
+            # A worker of Ray that asked for no GPU, such as one that reads the command line for those that train.
+            return "cuda", "the GPUs of this node are hidden from this process, which is no rank"
     shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
     change = f"Start at most {devices} ranks per node (torchrun --nproc-per-node)" if devices else "Look at nvidia-smi"
-    raise UserError(
-        f"--device {requested} needs a GPU per rank, but there are {numbers}{shown}.\n  {change}, or use --device cpu."
-    )
+    raise UserError(f"{said} needs a GPU per rank, but there are {numbers}{shown}.\n  {change}, or use --device cpu.")
 
 
 def _has_driver() -> bool:
@@ -91,12 +100,24 @@ def enable_cpu() -> None:
         logger = logging.getLogger("megatron.core.tensor_parallel.random")
         logger.addFilter(_is_not_about_the_generator)
         undo.callback(logger.removeFilter, _is_not_about_the_generator)
-        if importlib.util.find_spec("megatron.training") is not None:  # Megatron-Core is enough
-            # It asserts torch.cuda.is_available() otherwise.
-            seams.apply(INITIALIZE, lambda original, *args, **more: original(*args, **{**more, "allow_no_cuda": True}))
-            undo.callback(seams.undo, INITIALIZE)
+        for seam in (INITIALIZE, INITIALIZE_BRIDGE):
+            undo.callback(seams.undo, seam)
         atexit.register(_close_process_groups)
         undo.callback(atexit.unregister, _close_process_groups)
+
+
+def apply_to_training() -> None:
+    """Let megatron.training start without CUDA, which it asserts otherwise. For the CPU mode; it imports it."""
+    seams.apply(INITIALIZE, _without_cuda)
+
+
+def apply_to_bridge() -> None:
+    """Let Megatron-Bridge start without CUDA, likewise."""
+    seams.apply(INITIALIZE_BRIDGE, _without_cuda)
+
+
+def _without_cuda(initialize: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    return initialize(*args, **{**more, "allow_no_cuda": True})
 
 
 def _close_process_groups() -> None:
@@ -139,5 +160,6 @@ def skip_compile_without_makefile() -> None:
             if is_compiled and int(os.environ.get("RANK", "0")) == 0:
                 line = "no pybind11 to compile the checkout's data-set helpers; using the wheel's"
                 print(f"megatron_bfpp: {line}", flush=True)
-        if is_compiled:  # training/initialize.py imports the name when it calls it
-            seams.put(undo, utils, "compile_helpers", lambda: None)
+        if is_compiled:  # training/initialize.py imports the name when it calls it, Megatron-Bridge at its top
+            seams.apply(COMPILE, lambda compile_helpers: None)
+            undo.callback(seams.undo, COMPILE)

@@ -17,12 +17,17 @@ __all__ = ["module_patches"]
 def module_patches() -> Iterator[tuple[Any, str, Any]]:
     """Yield (owner, name, value) of every name that makes norms, attention and experts work on CPU tensors."""
     from megatron.core.distributed import torch_fully_sharded_data_parallel as fsdp2
+    from megatron.core.extensions import transformer_engine
     from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer import multi_token_prediction
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    yield WrappedTorchNorm, "__new__", staticmethod(_marking_sequence_parallel(WrappedTorchNorm.__new__))
+    norm = _marking_sequence_parallel(WrappedTorchNorm.__new__)
+    yield WrappedTorchNorm, "__new__", staticmethod(norm)
+    if not transformer_engine.HAVE_TE:  # a hybrid model names it for its last norm, in every implementation
+        yield transformer_engine.TENorm, "__new__", staticmethod(norm)
     yield DotProductAttention, "__init__", _without_context_parallelism(DotProductAttention.__init__)
     yield DotProductAttention, "forward", _over_the_whole_sequence(DotProductAttention.forward)
     # The wrapper for FSDP2 names CUDA.
@@ -32,6 +37,9 @@ def module_patches() -> Iterator[tuple[Any, str, Any]]:
         SimpleNamespace(from_group=lambda group, _, **more: DeviceMesh.from_group(group, "cpu", **more)),
     )
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy
+    name = "is_inference_column_parallel_linear"
+    if hasattr(multi_token_prediction, name):  # 0.20: asks for the type of a class that only Transformer Engine makes
+        yield multi_token_prediction, name, lambda module: False
     name = "reduce_from_tensor_model_parallel_region"
     yield layers, name, _unless_alone(getattr(layers, name))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from ...console.errors import UserError
 from ...schedule import PipelineShape
+from ...schedule.model.chunks import predicted_bubble
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -58,17 +59,6 @@ def shape_of(args: Any, num_microbatches: int) -> PipelineShape | None:
         return None
     chunks = args.virtual_pipeline_model_parallel_size or 1
     return PipelineShape(args.pipeline_model_parallel_size, chunks, num_microbatches)
-
-
-def predicted_bubble(shape: PipelineShape) -> float:
-    """Return the bubble of equal stages without a network, a fraction of the step.
-
-    `simulate` gives the same. In closed form, because the choice of chunks tries up to seven shapes, for the largest of
-    which the simulator takes seconds.
-    """
-    most = max(shape.num_microbatches, shape.pp_size)
-    step = (shape.num_chunks - 1) * most + shape.num_microbatches + shape.pp_size - 1
-    return 1 - shape.num_chunks * shape.num_microbatches / step
 
 
 def few_microbatches(args: Any) -> list[str]:

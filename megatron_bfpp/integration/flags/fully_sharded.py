@@ -3,8 +3,6 @@
 import inspect
 from typing import Any
 
-import torch
-
 from ...console.errors import UserError
 from .settings import Settings, is_sharded
 
@@ -37,11 +35,6 @@ def refuse(args: Any, settings: Settings) -> None:
                 f"  Leave out {_RESIDENT}, or add {_FLAG}."
             )
         return
-    if not _has_groups_of_parameters():
-        raise UserError(
-            f"{_FLAG} needs a torch whose FSDP2 has several groups of parameters per module, but this is "
-            f"{torch.__version__}.\n  Use torch 2.12 or later, or leave out {_FLAG}."
-        )
     if settings.engine == "megatron":
         raise UserError(
             f"{_FLAG} does not work with --breadth-first-engine megatron: its loop gathers and reduces once per "
@@ -58,13 +51,6 @@ def refuse(args: Any, settings: Settings) -> None:
             f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the "
             "halves of the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
         )
-
-
-def _has_groups_of_parameters() -> bool:
-    """Return whether FSDP2 keeps its parameters as runtime/fully_sharded.py reads them (pytorch PR 173509)."""
-    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-
-    return "_fsdp_param_groups" in FSDPState.__init__.__code__.co_names
 
 
 def _splits_gated_layers() -> bool:

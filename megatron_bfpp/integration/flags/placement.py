@@ -1,91 +1,31 @@
-"""Choose the model chunks of each rank before Megatron reads the command line; lay out layers that do not divide.
+"""Place the layers before Megatron reads the command line: by the plugin's rules, checked by Megatron's parsers.
 
-Megatron's virtual pipeline stages are the paper's looping placement (stage = chunk * pp_size + pp_rank). Where the
-layers can be shared out evenly, only the number of chunks is to choose. Where they cannot, and the user has not said
-otherwise, the stages get a layout in Megatron's own notation, with the embedding and the loss counted as a layer each.
+The rules stand in schedule/model/: the planner places the layers of a job by the same ones.
 """
 
 from typing import Any
 
 from ...console.errors import UserError
-from ...schedule import PipelineShape
-from .batches import microbatch_counts, predicted_bubble
-from .layout import layers_of_stages, layout_of, other_layers
-
-BUBBLE_GOAL = 0.05  # few chunks mean few messages, many a small bubble: the first choice with less than this is taken
-MOST_CHUNKS = 8
-
-CHUNKS, LAYERS, LAYOUT = FLAGS = (
-    "--num-virtual-stages-per-pipeline-rank",
-    "--num-layers-per-virtual-pipeline-stage",
-    "--pipeline-model-parallel-layout",
-)
-# Flags with which the user says how many layers the first and the last rank get. Megatron wants the rest to divide.
-SHARES = (
-    "--decoder-first-pipeline-num-layers",
-    "--decoder-last-pipeline-num-layers",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-)
-NEEDS_2 = "--pipeline-schedule breadth-first needs at least 2 model chunks per rank"
+from ...schedule.model.chunks import LAYOUT
+from ...schedule.model.layout import layout_of
+from ...schedule.model.pattern import is_hybrid, place_pattern
+from ...schedule.model.placement import place_layers
+from .batches import microbatch_counts
+from .hybrid import check_experts, check_pattern
 
 
 def place(args: Any) -> list[str]:
     """Set what the command line leaves open and return a line about it; UserError if the layers cannot be placed."""
+    microbatches, own_layout = microbatch_counts(args)[-1], getattr(args, "pipeline_model_parallel_layout", None)
     if is_hybrid(args):
-        return []
-    flag, value = _named(args)
-    if flag == LAYOUT:
-        _check_layout(value, args.pipeline_model_parallel_size)
-        return []
-    num_layers = _num_layers(args)
-    if num_layers is None:
-        if flag is None:
-            wrong = "the number of layers is not on the command line: it cannot be divided into chunks"
-            raise UserError(f"{wrong}.\n  Add {CHUNKS} 2 or more.")
-        return []
-    per_rank = _layers_per_rank(args, num_layers)
-    if flag is None:
-        choices = _even_choices(per_rank)
-        if choices:
-            chunks, why = _choose(args, choices)
-            args.num_virtual_stages_per_pipeline_rank = chunks
-            return [f"chose {CHUNKS} {chunks}: {why}"]
-    elif per_rank and all(count % value == 0 for count in per_rank):
-        return []
-    shares = _given(args, SHARES)
-    if shares:
-        pp_size = args.pipeline_model_parallel_size
-        raise UserError(_does_not_divide(num_layers, pp_size, per_rank, flag, value, " and ".join(shares)))
-    return _lay_out(args, num_layers, flag, value)
-
-
-def is_hybrid(args: Any) -> bool:
-    """Return whether the model mixes kinds of layers, which its own pattern then places."""
-    return any(getattr(args, name, None) is not None for name in ("hybrid_layer_pattern", "hybrid_override_pattern"))
-
-
-def _named(args: Any) -> tuple[str | None, Any]:
-    """Return the one flag that splits the layers into chunks, and its value; None where the user gives none."""
-    named, shares, ends = _given(args, FLAGS), _given(args, SHARES), _given(args, SHARES[:2])
-    if len(named) > 1:
-        both = f"{' and '.join(named)} both say how the layers are split into chunks"
-        raise UserError(f"{both}.\n  Give one of them: {', '.join(FLAGS)}.")
-    if named == [LAYOUT] and shares:
-        raise UserError(f"{LAYOUT} and {shares[0]} both say which layers go where.\n  Leave out {shares[0]}.")
-    if len(ends) == 2 and args.pipeline_model_parallel_size == 2:
-        between = "leaves no rank in between: Megatron cannot place chunks so on 2 pipeline ranks"
-        raise UserError(f"{' with '.join(ends)} {between}.\n  Leave out one of them: the other rank gets the rest.")
-    if not named:
-        return None, None
-    flag, value = named[0], getattr(args, _name(named[0]))
-    if flag == CHUNKS and value < 2:
-        instead = "Use 2 or more, or leave the flag out: the plugin chooses"
-        raise UserError(f"{NEEDS_2}, but {CHUNKS} is {value}.\n  {instead}.")
-    if flag == LAYERS and (value < 1 or ends):
-        wrong = f"is {value}" if value < 1 else f"does not go with {ends[0]}"
-        raise UserError(f"{LAYERS} {wrong}.\n  Use {CHUNKS} 2 or more instead, or leave both out: the plugin chooses.")
-    return flag, value
+        check_pattern(args)
+        cut = place_pattern(args, microbatches)
+        check_experts(args)
+        return cut
+    lines = place_layers(args, microbatches)
+    if own_layout is not None:
+        _check_layout(own_layout, args.pipeline_model_parallel_size)
+    return lines
 
 
 def _check_layout(layout: Any, pp_size: int) -> None:
@@ -99,120 +39,3 @@ def _check_layout(layout: Any, pp_size: int) -> None:
             f"{LAYOUT} {layout}: {' '.join(str(error).split())}.\n"
             f"  Give a multiple of {pp_size} stages, for example {layout_of([2] * 2 * pp_size)}, or leave it out."
         ) from None
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-def _given(args: Any, flags: tuple[str, ...]) -> list[str]:
-    values = {flag: getattr(args, _name(flag), None) for flag in flags}
-    return [flag for flag, value in values.items() if value is not None and value is not False]
-
-
-def _num_layers(args: Any) -> int | None:
-    """Return the number of layers; None where Megatron has yet to read it from a description of every layer."""
-    files = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
-    if any(getattr(args, name, None) is not None for name in files):
-        return None
-    return args.num_layers if args.num_layers is not None else getattr(args, "encoder_num_layers", None)
-
-
-def _layers_per_rank(args: Any, num_layers: int) -> list[int]:
-    """Return the layers of each kind of pipeline rank, with what Megatron counts as a layer; [] if uneven."""
-    first, last = (getattr(args, _name(flag), None) for flag in SHARES[:2])
-    total = num_layers + len(_given(args, SHARES[2:]))
-    middle_ranks = args.pipeline_model_parallel_size - (first is not None) - (last is not None)
-    middle = total - (first or 0) - (last or 0)
-    if middle < middle_ranks or (middle % middle_ranks if middle_ranks else middle):
-        return []
-    return [each for each in (first, last) if each is not None] + [middle // middle_ranks] * bool(middle_ranks)
-
-
-def _even_choices(per_rank: list[int]) -> list[int]:
-    most = min([MOST_CHUNKS, *per_rank]) if per_rank else 0
-    return [chunks for chunks in range(2, most + 1) if all(count % chunks == 0 for count in per_rank)]
-
-
-def _choose(args: Any, choices: list[int]) -> tuple[int, str]:
-    """Return the chunks per rank, and why."""
-    microbatches = microbatch_counts(args)[-1]
-    for chunks in choices:
-        bubble = predicted_bubble(PipelineShape(args.pipeline_model_parallel_size, chunks, microbatches))
-        if bubble < BUBBLE_GOAL:
-            break
-    goal = "the fewest with a predicted bubble below" if bubble < BUBBLE_GOAL else "the most that divide; goal:"
-    return chunks, f"{goal} {BUBBLE_GOAL:.0%} of the step ({bubble:.1%} with {microbatches} micro-batches)"
-
-
-def _lay_out(args: Any, num_layers: int, flag: str | None, value: Any) -> list[str]:
-    """Set a layout in place of the flag that cannot be met evenly, and return a line about it."""
-    pp_size, mtp_layers = args.pipeline_model_parallel_size, getattr(args, "mtp_num_layers", None) or 0
-    fewest = value if flag == CHUNKS else 2
-    if flag == LAYERS and num_layers <= pp_size * value:
-        found = f"{num_layers} layers on {pp_size} pipeline ranks with {LAYERS} {value} are 1"
-        raise UserError(f"{NEEDS_2}, but {found}.\n  Use a smaller number, or {CHUNKS} 2, or leave both out.")
-    if num_layers < pp_size * fewest:
-        raise UserError(_too_few(num_layers, pp_size, fewest))
-    if flag == CHUNKS:
-        chunks = value
-    elif flag == LAYERS:
-        chunks = _chunks_of_at_most(value, num_layers, pp_size, mtp_layers)
-    else:
-        chunks = _choose_uneven(args, num_layers, mtp_layers)
-    layers = layers_of_stages(num_layers, pp_size, chunks, mtp_layers)
-    args.num_virtual_stages_per_pipeline_rank = args.num_layers_per_virtual_pipeline_stage = None
-    args.pipeline_model_parallel_layout = layout_of(layers, mtp_layers)
-    instead = f" in place of {flag} {value}" if flag else ""
-    how = f"{pp_size} x {chunks} stages with embedding and loss counted as a layer each"
-    made = f"{LAYOUT} '{args.pipeline_model_parallel_layout}'{instead}"
-    return [f"set {made}: {num_layers} layers do not divide evenly; {how}"]
-
-
-def _chunks_of_at_most(most: int, num_layers: int, pp_size: int, mtp_layers: int) -> int:
-    """Return the fewest chunks per rank whose stages hold at most so many decoder layers."""
-    for chunks in range(max(2, -(-num_layers // (pp_size * most))), num_layers // pp_size + 1):
-        if max(layers_of_stages(num_layers, pp_size, chunks, mtp_layers)) <= most:
-            return chunks
-    raise UserError(
-        f"{num_layers} layers on {pp_size} pipeline ranks cannot be split into stages of 1 to {most} layers.\n"
-        f"  Use {LAYERS} {most + 1}, or {CHUNKS} 2, or leave both out: the plugin chooses."
-    )
-
-
-def _choose_uneven(args: Any, num_layers: int, mtp_layers: int) -> int:
-    """Choose chunks as _choose does, counting the time that ranks wait for the longest stage of a chunk."""
-    pp_size, microbatches, idle = args.pipeline_model_parallel_size, microbatch_counts(args)[-1], {}
-    for chunks in range(2, min(MOST_CHUNKS, num_layers // pp_size) + 1):
-        layers = layers_of_stages(num_layers, pp_size, chunks, mtp_layers)
-        loads = [count + other for count, other in zip(layers, other_layers(len(layers), mtp_layers))]
-        longest = sum(max(loads[chunk * pp_size : (chunk + 1) * pp_size]) for chunk in range(chunks))
-        busy = 1 - predicted_bubble(PipelineShape(pp_size, chunks, microbatches))
-        idle[chunks] = 1 - busy * sum(loads) / (pp_size * longest)
-        if idle[chunks] < BUBBLE_GOAL:
-            return chunks
-    return min(idle, key=lambda chunks: idle[chunks])
-
-
-def _too_few(num_layers: int, pp_size: int, chunks: int) -> str:
-    ways = [f"--num-layers {pp_size * chunks} or more"]
-    if num_layers // chunks >= 2:
-        ways.append(f"--pipeline-model-parallel-size {num_layers // chunks} or less")
-    if chunks > 2 and num_layers >= 2 * pp_size:
-        ways.append(f"{CHUNKS} {num_layers // pp_size} or less")
-    stages = f"{pp_size} x {chunks} stages ({pp_size} pipeline ranks, {chunks} chunks each)"
-    wrong = f"--pipeline-schedule breadth-first needs a layer in each of {stages}, but --num-layers is {num_layers}"
-    return f"{wrong}.\n  Use {', or '.join(ways)}."
-
-
-def _does_not_divide(
-    num_layers: int, pp_size: int, per_rank: list[int], flag: str | None, value: Any, shares: str
-) -> str:
-    if not per_rank:
-        what = f"{num_layers} layers cannot be shared out evenly to {pp_size} pipeline ranks"
-    else:
-        left = " or ".join(map(str, sorted(set(per_rank))))
-        which = f"{flag} {value} does not divide" if flag else f"no number of chunks from 2 to {MOST_CHUNKS} divides"
-        what = f"{num_layers} layers on {pp_size} pipeline ranks leave {left} per rank, which {which}"
-    instead = f"Leave out {shares}: the plugin then makes a layout,\n  or say which layers go where with {LAYOUT}"
-    return f"{what}, with {shares}.\n  {instead}."

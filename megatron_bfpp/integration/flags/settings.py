@@ -15,6 +15,8 @@ from ...schedule.names import word_of
 from ...schedule.plan import LEAST_GAIN, Plan, lags_for, plan_of
 
 SCHEDULES = ("1f1b", "breadth-first")
+VARIABLE = "BFPP_PIPELINE_SCHEDULE"  # of the environment, where nothing else names the schedule
+TIMEOUT_VARIABLE = "BFPP_TIMEOUT_SECONDS"  # as --bfpp-timeout-seconds
 BACKWARDS = ("eager", "late")
 ENGINES = ("plan", "megatron")
 WEIGHT_GRADIENTS = ("with-backward", "deferred", "auto")
@@ -159,11 +161,22 @@ def add_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
         group.add_argument(flag, help=text, **options)
 
 
-def settings_of(args: Any) -> Settings:
-    """Return the choice on a parsed command line, or in a YAML file that holds some of the names."""
+def schedule_in_environment() -> str | None:
+    """Return the schedule that the environment names, None if it names none; UserError for one that does not exist."""
+    value = os.environ.get(VARIABLE) or None
+    if value is not None and value not in SCHEDULES:
+        raise UserError(f"{VARIABLE}={value} does not exist.\n  Use {VARIABLE}={' or '.join(SCHEDULES)}.")
+    return value
+
+
+def settings_of(args: Any, schedule: str | None = None) -> Settings:
+    """Return the choice on a parsed command line, or in whatever holds some of the names; None holds none.
+
+    schedule: counts more than the command line. The environment counts where neither names a schedule.
+    """
     weight_gradients = getattr(args, "breadth_first_weight_gradients", None) or "with-backward"
     return Settings(
-        schedule=getattr(args, "pipeline_schedule", None) or "1f1b",
+        schedule=schedule or getattr(args, "pipeline_schedule", None) or schedule_in_environment() or "1f1b",
         backward=getattr(args, "breadth_first_backward", None) or "eager",
         group_size=getattr(args, "breadth_first_group_size", None),
         engine=getattr(args, "breadth_first_engine", None) or "plan",
@@ -226,14 +239,25 @@ def timeout_minutes(args: Any) -> float:
 
 
 def timeout_of(args: Any) -> float:
-    """Return the seconds that an action of a step may take; 0 for no watchdog. UserError for what cannot be one."""
-    given = getattr(args, "bfpp_timeout_seconds", None)
+    """Return the seconds that an action of a step may take; 0 for no watchdog. UserError for what cannot be one.
+
+    args: None without Megatron's command line. There is a watchdog then where the environment names its time.
+    """
+    given, name = getattr(args, "bfpp_timeout_seconds", None), "--bfpp-timeout-seconds"
     if given is None:
+        given, name = os.environ.get(TIMEOUT_VARIABLE) or None, TIMEOUT_VARIABLE
+    if given is None:
+        if args is None:
+            return 0.0
         limits = [60.0 * timeout_minutes(args), getattr(args, "distributed_timeout_seconds_after_init", None)]
         return PART_OF_MEGATRONS * min(limit for limit in limits if limit)
-    if not 0 <= given < float("inf") or 0 < given < 1:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf") or 0 < seconds < 1:
         raise UserError(
-            f"--bfpp-timeout-seconds is {given:g}; it is the time that an action of a step may take.\n"
+            f"{name} is {given}; it is the time that an action of a step may take, in seconds.\n"
             "  Use 1 or more, well above the longest step; or 0 for no watchdog."
         )
-    return float(given)
+    return seconds

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from ...console.errors import UserError
-from .. import process, seams
+from .. import process, relied_on, seams
 from ..flags.settings import run_dir_of, trace_steps_of
+from ..relied_on.training import TRACED_STEP, TRAINING_LOG
 from . import step_log
 
 TRACE_FILE = "bfpp-trace.json"  # without a folder of the run
@@ -27,6 +28,7 @@ def observe(args: Any) -> list[str]:
     charts = getattr(args, "tensorboard_dir", None) or getattr(args, "wandb_project", None)
     if not (counts or charts or steps):
         return []
+    relied_on.check(relied_on.LOGS, *([relied_on.TRACES] if steps is not None else []))
     from . import run_files, tracing  # they import Megatron
 
     run = None
@@ -39,12 +41,12 @@ def observe(args: Any) -> list[str]:
             seams.apply(seam, partial(run.around, begins, finishes))
     if counts:
         step_log.TRAFFIC.install()
-    seams.apply(step_log.SEAM, step_log.StepLog(path, run).around)
+    seams.apply(TRAINING_LOG, step_log.StepLog(path, run).around)
     if steps is None:
         return []
     trace = TRACE_FILE if folder is None else os.path.join(folder, "trace.json")
     picture = None if folder is None else os.path.join(folder, "timeline.svg")
-    seams.apply(tracing.TRAIN_STEP, tracing.Tracing(steps, trace, picture).around)
+    seams.apply(TRACED_STEP, tracing.Tracing(steps, trace, picture).around)
     return [f"tracing steps {steps[0]} to {steps[1]} on the pipeline ranks of the first replica, into {trace}"]
 
 

@@ -26,15 +26,15 @@ from ...console.version import __version__
 from ..flags.batches import microbatches_now, shape_of
 from ..flags.settings import is_sharded, settings_of, word_of_job
 from ..process import megatron_args, say, versions, write_or_warn
-from ..seams import Seam
+from ..relied_on.training import DATA_ITERATORS, SETUP, TRAIN
 from . import metrics
 
 FORMAT = "megatron_bfpp run 1"
 # The functions of Megatron that Run.around runs, and whether the files begin before and finish after them.
 SEAMS = (
-    (Seam("megatron.training.training", "setup_model_and_optimizer", ("model_type",)), True, False),
-    (Seam("megatron.training.training", "build_train_valid_test_data_iterators", ()), False, False),
-    (Seam("megatron.training.training", "train", ("forward_step_func", "model", "config")), True, True),
+    (SETUP, True, False),
+    (DATA_ITERATORS, False, False),
+    (TRAIN, True, True),
 )
 # The variables of the environment that run.json keeps.
 _NAMES = {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}

@@ -20,14 +20,10 @@ import torch.distributed as dist
 
 from ...console.files import append_line
 from ..process import megatron_args, say
-from ..seams import Seam
 from .traffic import Traffic
 
 if TYPE_CHECKING:
     from .run_files import Run
-
-SEAM = Seam("megatron.training.training", "training_log", ("loss_dict", "iteration", "grad_norm"))
-
 
 # Parts of the names that Megatron gives its process groups, and their dimension; the first that fits.
 _DIMENSIONS = (

@@ -34,12 +34,8 @@ from .. import process
 from ..flags.batches import microbatches_now
 from ..flags.settings import settings_of, word_of_job
 from ..process import noted, say, this_device, write_or_warn
-from ..seams import Seam, changed
+from ..seams import changed
 from ..step.groups import local_group
-
-TRAIN_STEP = Seam(
-    "megatron.training.training", "train_step", ("forward_step_func", "model", "config", "forward_backward_func")
-)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from ...console.errors import UserError
 from ...console.version import __version__
 from ..flags.batches import microbatch_counts, shape_of
-from ..flags.settings import is_sharded, settings_of
+from ..flags.settings import Settings, is_sharded
 from ..flags.stages import check_placement
 from ..process import versions
 
@@ -32,12 +33,12 @@ _OF_A_RANK = {"rank", "local_rank"}
 MOST_SHOWN = 3  # differences in one message
 
 
-def agree(store: Any, args: Any, rank: int, world_size: int, timeout_s: float) -> str:
+def agree(store: Any, mine: dict[str, str], rank: int, world_size: int, timeout_s: float) -> str:
     """Return a hash of what all ranks agree on. Collective; UserError on every rank if they differ.
 
-    args: Megatron's, validated. timeout_s: how long a rank may be late.
+    mine: what `record` returns. timeout_s: how long a rank may be late.
     """
-    mine, deadline = record(args), timedelta(seconds=timeout_s)
+    deadline = timedelta(seconds=timeout_s)
     if rank == 0:
         store.set("record", json.dumps(mine))
         store.set("verdict", _verdict(store, world_size, deadline))
@@ -50,14 +51,18 @@ def agree(store: Any, args: Any, rank: int, world_size: int, timeout_s: float) -
     return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def record(args: Any) -> dict[str, str]:
-    """Return what must be equal on all ranks, by the name under which a user knows it."""
-    found = {
-        f"--{name.replace('_', '-')}": str(value) if not isinstance(value, set) else str(sorted(value, key=str))
-        for name, value in vars(args).items()
-        if name not in _OF_A_RANK and " at 0x" not in str(value)
-    }
-    found |= _plan(args) | {"the version of megatron_bfpp": f"{__version__} (source {_source()})"}
+def record(args: Any, settings: Settings, **known: object) -> dict[str, str]:
+    """Return what must be equal on all ranks, by the name under which a user knows it.
+
+    args: Megatron's, or None. Where the plugin has not validated them, the trainer is not Megatron's: its arguments may
+    differ between ranks, and say nothing of the placement; the settings are compared in their place.
+    known: more, such as the sizes of the pipeline.
+    """
+    if getattr(args, "bfpp_has_validated", False):
+        found = _flags(args) | _plan(args, settings)
+    else:
+        found = {f"the choice of {name}": str(value) for name, value in (asdict(settings) | known).items()}
+    found |= {"the version of megatron_bfpp": f"{__version__} (source {_source()})"}
     found |= {f"the version of {name}": value or "not there" for name, value in versions().items()}
     names = {*_NAMES, *(name for name in os.environ if name.startswith(_PREFIXES))}
     return found | {f"the variable {name}": os.environ.get(name, "not set") for name in sorted(names)}
@@ -71,6 +76,14 @@ def differences(first: dict[str, str], mine: dict[str, str], rank: int) -> Itera
             yield f"{name} is {_short(here)} on rank {rank} and {_short(there)} on rank 0"
 
 
+def _flags(args: Any) -> dict[str, str]:
+    return {
+        f"--{name.replace('_', '-')}": str(value) if not isinstance(value, set) else str(sorted(value, key=str))
+        for name, value in vars(args).items()
+        if name not in _OF_A_RANK and " at 0x" not in str(value)
+    }
+
+
 @cache
 def _source() -> str:
     """Return a hash of this package's code: an editable checkout changes without its version."""
@@ -81,9 +94,8 @@ def _source() -> str:
     return code.hexdigest()[:12]
 
 
-def _plan(args: Any) -> dict[str, str]:
+def _plan(args: Any, settings: Settings) -> dict[str, str]:
     """Return placement and plan of the first step. The plan is checked here, before the model; step 1 uses it."""
-    settings = settings_of(args)
     if settings.schedule == "1f1b":
         return {}
     found = {"the placement": check_placement(args)}

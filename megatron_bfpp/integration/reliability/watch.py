@@ -6,6 +6,7 @@ at whose end nothing is pending. Under 1f1b the ranks compare and Megatron is le
 
 import atexit
 import faulthandler
+import inspect
 import itertools
 import os
 import sys
@@ -19,19 +20,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from ...console.errors import UserError
 from ...runtime.p2p import PeerLostError
 from ...runtime.watchdog import Watchdog
+from ...schedule.model.chunks import NEEDS_2
 from .. import process, seams
-from ..flags.settings import settings_of, timeout_minutes, timeout_of
-from ..seams import Seam
-from .agreement import agree
+from ..flags.settings import timeout_minutes, timeout_of
+from .agreement import agree, record
 
-INITIALIZE = Seam("megatron.core.parallel_state", "initialize_model_parallel", ("pipeline_model_parallel_size",))
-# Its first call in a rank that saves starts a process of 0.5 GB.
-RESULTS_QUEUE = Seam(
-    "megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", ("mp_mode",)
-)
-TRAIN_STEP = Seam("megatron.training.training", "train_step", ("forward_step_func",))
 MOST_DUMP_S = 5.0  # that a rank may take to write its flight recorder
 MOST_EXIT_S = 30  # the time that a process with an uncaught error has for its end
 
@@ -41,16 +37,19 @@ _meetings = itertools.count()
 
 def meeting(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run initialize_model_parallel: all ranks have met, and no group of some of them exists yet."""
-    options = process.megatron_args()
-    if options is not None and dist.is_initialized() and dist.get_backend() != "fake":
-        _meet(options)
+    if dist.is_initialized() and dist.get_backend() != "fake":
+        given = inspect.signature(initialize).bind(*args, **kwargs)
+        given.apply_defaults()
+        pp_size, chunks = (given.arguments[f"{name}pipeline_model_parallel_size"] for name in ("", "virtual_"))
+        _meet(process.megatron_args(), pp_size, chunks)
     return initialize(*args, **kwargs)
 
 
 def stepping(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run train_step: between steps nothing is timed, so that a checkpoint may take what it takes."""
     try:
-        answer = train_step(*args, **kwargs)
+        with seams.changed(process, is_in_train_step=True):
+            answer = train_step(*args, **kwargs)
     except Exception:
         process.ACTIVITY.fail()
         raise
@@ -58,14 +57,20 @@ def stepping(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return answer
 
 
-def _meet(args: Any) -> None:
-    """Compare all ranks, and start the watchdog of this one. Collective over all ranks."""
+def _meet(args: Any, pp_size: int, chunks: int | None) -> None:
+    """Compare all ranks, and start the watchdog of this one. Collective over all ranks; UserError on all of them.
+
+    args: Megatron's arguments, of any trainer; None without.
+    """
+    settings = process.settings()
     # A name for each time that these processes meet: a store outlives the process groups that it made.
     store = distributed_c10d.PrefixStore(f"bfpp/{next(_meetings)}", distributed_c10d._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
-    digest = agree(store, args, rank, size, 60.0 * timeout_minutes(args))
+    known = record(args, settings, pipeline_ranks=pp_size, model_chunks=chunks)
+    digest = agree(store, known, rank, size, 60.0 * timeout_minutes(args))
+    if settings.schedule != "1f1b" and pp_size > 1 and (chunks or 1) < 2:
+        _refuse_or_warn(f"there are {chunks or 1} on each of {pp_size} pipeline ranks", rank)
     timeout_s = timeout_of(args)
-    settings = settings_of(args)
     is_on = settings.schedule != "1f1b" and timeout_s > 0 and not getattr(args, "inprocess_restart", False)
     if rank == 0:
         watched = f", an action of a step may take {timeout_s:g} s" if is_on else ""
@@ -78,8 +83,19 @@ def _meet(args: Any) -> None:
             undo.callback(watchdog.stop)
             atexit.register(watchdog.stop)
             undo.callback(atexit.unregister, watchdog.stop)
-            seams.put(undo, process, "is_watched", True)
             seams.put(undo, sys, "excepthook", _ending(sys.excepthook, watchdog))
+
+
+def _refuse_or_warn(few: str, rank: int) -> None:
+    """Refuse pipelines without model chunks, for which Megatron has 1F1B alone.
+
+    enable("breadth-first") stands in for Megatron's interleaved schedule and leaves others alone: it warns.
+    """
+    change = "Set virtual_pipeline_model_parallel_size to 2 or more in the trainer's configuration."
+    if process.explicit_schedule is None:
+        raise UserError(f"{NEEDS_2}, but {few}.\n  {change}")
+    if rank == 0:
+        process.say(f"WARNING: breadth-first needs at least 2 model chunks per rank, but {few}: 1F1B runs. {change}")
 
 
 def _tell_observers(reason: str) -> None:

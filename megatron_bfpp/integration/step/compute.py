@@ -49,7 +49,7 @@ class MegatronCompute:
             call.data_iterator[chunk], call.model[chunk], input_tensor=received,
             checkpoint_activations_microbatch=self._checkpoints_all_layers(),
             is_first_microbatch=schedules.check_first_val_step(
-                call.first_val_step, call.forward_only, microbatch == 0
+                first_val_step=call.first_val_step, forward_only=call.forward_only, cond=microbatch == 0
             ),
             current_microbatch=microbatch, vp_stage=chunk, is_last_stage=chunk == self._last_chunk,
         )  # fmt: skip
@@ -61,7 +61,9 @@ class MegatronCompute:
         self, received: torch.Tensor | None, output: torch.Tensor, grad: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Return the gradient of `received`."""
-        input_grad: torch.Tensor | None = schedules.backward_step(received, output, grad, self._config)
+        input_grad: torch.Tensor | None = schedules.backward_step(
+            input_tensor=received, output_tensor=output, output_tensor_grad=grad, config=self._config
+        )
         return input_grad
 
     def input_gradient(
@@ -82,7 +84,9 @@ class MegatronCompute:
 
     def release(self, output: torch.Tensor) -> None:
         """Free the data of a sent output; its graph stays."""
-        schedules.deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
+        schedules.deallocate_output_tensor(
+            out=output, deallocate_pipeline_outputs=self._config.deallocate_pipeline_outputs
+        )
 
     def _checkpoints_all_layers(self) -> bool | None:
         """Apply Megatron's window of partial checkpointing (arXiv 2205.05198, appendix C); None without it."""

@@ -30,7 +30,7 @@ from ..seams import changed
 from . import cuda_graphs, fully_sharded, replicas, weight_gradients
 from .call import StepCall, check_config
 from .compute import MegatronCompute
-from .groups import channel_groups, header_group, process_groups
+from .groups import channel_groups, forget, header_group, process_groups, reset_offloading
 
 _announced: set[tuple[str, str]] = set()  # engine and plan of the lines that this process has in its log
 
@@ -62,23 +62,32 @@ def run(settings: Settings, **arguments: Any) -> list[Any]:
     finalize = None if call.forward_only else config.finalize_model_grads_func
     is_last_rank = pp_rank == shape.pp_size - 1
     if finalize is not None:
-        embedding = schedules.clear_embedding_activation_buffer(config, call.model, is_last_rank)
+        embedding = schedules.clear_embedding_activation_buffer(
+            config=config, model=call.model, is_last_stage=is_last_rank
+        )
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-    compute = _execute(call, config, plan, groups, pp_rank, Messages(
+    messages = Messages(
         channels, shape, call.tensor_shape(config, groups), config.pipeline_dtype, device,
         header_group(pp_group) if settings.debug_p2p or variable_shapes else None, variable_shapes, process.ACTIVITY,
         None if process.RECORDING.recorder is None else process.RECORDING.recorder.waiting,
-    ))  # fmt: skip
+    )  # fmt: skip
+    try:
+        compute = _execute(call, config, plan, groups, pp_rank, messages)
+    except BaseException:
+        forget(pp_group)
+        raise
 
     process.ACTIVITY.begin("the end of the gradients")
     if finalize is not None:
-        schedules.finish_embedding_wgrad_compute(config, embedding, is_last_rank, groups.tp)
+        schedules.finish_embedding_wgrad_compute(
+            config=config, embedding_module=embedding, is_last_stage=is_last_rank, tp_group=groups.tp
+        )
         tokens = compute.total_num_tokens if config.calculate_per_token_loss else None
         finalize(call.model, tokens, pg_collection=groups, force_all_reduce=call.force_all_reduce)
     if getattr(config, "fine_grained_activation_offloading", False):
-        schedules.off_interface.reset()
+        reset_offloading(groups)
     if config.timers is not None:
         config.timers("forward-backward").stop()
     cuda_graphs.create(call, config)
@@ -188,12 +197,15 @@ def _owed(
             f"backward of the input, whole: {', '.join(whole[:4])}{' ...' if len(whole) > 4 else ''}",
             flush=True,
         )
-    tokens = call.seq_length * call.micro_batch_size // groups.cp.size()
-    size = max(weight_gradients.owed_bytes(chunk, get_model_config(chunk), tokens) for chunk in call.model)
+    kept = ""
+    if not get_model_config(call.model[0]).variable_seq_lengths:  # else the sizes of the call mean nothing
+        tokens = call.seq_length * call.micro_batch_size // groups.cp.size()
+        size = max(weight_gradients.owed_bytes(chunk, get_model_config(chunk), tokens) for chunk in call.model)
+        kept = f" ({size / 2**20:.3g} MiB each)"
     fewest, most = min(plan.peak_owed_weight_gradients), max(plan.peak_owed_weight_gradients)
     return (
-        f", weights' gradients of {fewest} to {most} micro-batches wait on a rank ({size / 2**20:.3g} MiB each), which "
-        f"gains {gain:.1%} in simulation"
+        f", weights' gradients of {fewest} to {most} micro-batches wait on a rank{kept}, which gains {gain:.1%} in "
+        "simulation"
     )
 
 

@@ -1,71 +1,14 @@
-"""Changes the three places of Megatron that block --use-torch-fsdp2 with pipeline ranks, or resuming with it."""
+"""Changes the two places of Megatron that block saving and resuming with --use-torch-fsdp2."""
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
 
 from .. import seams
-from ..seams import Seam, SeamError
-
-PARAMETER_IDS = Seam("megatron.core.dist_checkpointing.optimizer", "get_optim_param_to_id_map", ("optim_params_iter",))
-LOAD_CHECKPOINT = Seam(
-    "megatron.training.checkpointing", "load_checkpoint", ("ddp_model", "optimizer", "skip_load_to_model_and_opt")
-)
-
-
-# The assertion
-
-
-@contextmanager
-def pipeline_ranks_allowed(validate: Callable[..., Any]) -> Iterator[None]:
-    """Run Megatron's validate_args without its assertion that FSDP2 has no pipeline ranks; every other check stays.
-
-    The assertion is removed from the function's code during the call. Hiding the flag or the number of ranks instead
-    would mislead other checks that depend on both.
-    """
-    function = inspect.unwrap(validate)
-    with seams.changed(function, __code__=_without_assertion(function)):
-        yield
-
-
-def _without_assertion(function: Any) -> CodeType:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    removed = _Remove()
-    removed.visit(tree)
-    if removed.count != 1:
-        name = f"{function.__module__}.{function.__qualname__}"
-        what = "assertions that --use-torch-fsdp2 has no pipeline ranks"
-        raise SeamError(f"{name} has {removed.count} {what}; it should have 1")
-    ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)  # tracebacks stay right
-    module = compile(tree, inspect.getfile(function), "exec", dont_inherit=True)
-    codes = (constant for constant in module.co_consts if isinstance(constant, CodeType))
-    return next(code for code in codes if code.co_name == function.__name__)
-
-
-class _Remove(ast.NodeTransformer):
-    """`assert args.pipeline_model_parallel_size == 1` right below `if args.use_torch_fsdp2:` becomes `pass`."""
-
-    count = 0
-
-    def visit_If(self, node: ast.If) -> ast.AST:
-        self.generic_visit(node)
-        if ast.unparse(node.test) == "args.use_torch_fsdp2":
-            for index, statement in enumerate(node.body):
-                test = ast.unparse(statement.test) if isinstance(statement, ast.Assert) else ""
-                if test == "args.pipeline_model_parallel_size == 1":
-                    node.body[index] = ast.copy_location(ast.Pass(), statement)
-                    self.count += 1
-        return node
-
-
-# Checkpoints
+from ..relied_on.training import LOAD_CHECKPOINT, PARAMETER_IDS
 
 
 def apply_to_checkpoints() -> None:

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from ...runtime.channels import ChannelGroups
 from ..process import megatron_args
-from ..seams import SeamError, changed
+from ..seams import changed
 
 MAX_CTAS = 4  # of NCCL, for a message; 4 of an H100's 132 SMs
 
@@ -34,11 +34,10 @@ def local_group(ranks: list[int], group_desc: str, **options: Any) -> torch.dist
     names for ever. Here the name follows from the description, the ranks and their number, which all of them agree on.
     """
     key = group_desc, tuple(ranks)
-    if not hasattr(distributed_c10d, "_hash_ranks_to_str"):
-        raise SeamError(f"torch {torch.__version__} names groups otherwise than those before it; use an older one")
     _made[key] += 1
     name = hashlib.sha1(f"{key} {_made[key]}".encode(), usedforsecurity=False).hexdigest()
-    with changed(distributed_c10d, _hash_ranks_to_str=lambda _: name):
+    torchs_own = changed(torch.distributed, new_group=distributed_c10d.new_group)
+    with torchs_own, changed(distributed_c10d, _hash_ranks_to_str=lambda _: name):
         # create_group adds to Megatron's list, whose timeouts --distributed-timeout-seconds-after-init changes.
         group: torch.distributed.ProcessGroup = parallel_state.create_group(
             ranks, use_local_synchronization=True, group_desc=group_desc, **options
@@ -68,11 +67,34 @@ def process_groups(
     return groups.pp, groups
 
 
+def _is_alive(group: torch.distributed.ProcessGroup) -> bool:
+    """Return whether nobody has destroyed a group: trainers destroy the world between steps, to free its memory."""
+    return group in distributed_c10d._world.pg_map
+
+
+def reset_offloading(groups: ProcessGroupCollection) -> None:
+    """Tell Megatron's manager of offloaded activations that a step ends, within a step's groups where it knows them."""
+    if hasattr(schedules, "_reset_activation_offload"):  # after 0.19
+        schedules._reset_activation_offload(pg_collection=groups)
+    else:
+        schedules.off_interface.reset()
+
+
 def channel_groups(pp_group: torch.distributed.ProcessGroup, device: torch.device) -> ChannelGroups:
-    if pp_group not in _channels:
+    """Return the groups for a pipeline's messages; collective over it where there are none, or none any more."""
+    if pp_group not in _channels or not all(map(_is_alive, _channels[pp_group].groups)):
         options = _nccl_options() if torch.distributed.get_backend(pp_group) == "nccl" else None
         _channels[pp_group] = ChannelGroups(pp_group, device, local_group, _timeout(), options)
     return _channels[pp_group]
+
+
+def forget(pp_group: torch.distributed.ProcessGroup) -> None:
+    """Have the next step of a pipeline make its groups anew: of an interrupted one, messages are still under way.
+
+    The groups are not destroyed: their other ends may be gone, and that would wait for them.
+    """
+    _channels.pop(pp_group, None)
+    _headers.pop(pp_group, None)
 
 
 def reduction_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
@@ -86,7 +108,7 @@ def header_group(pp_group: torch.distributed.ProcessGroup) -> torch.distributed.
     """
     if torch.distributed.get_backend(pp_group) == "fake":
         return None
-    if pp_group not in _headers:
+    if pp_group not in _headers or not _is_alive(_headers[pp_group]):
         ranks = torch.distributed.get_process_group_ranks(pp_group)
         _headers[pp_group] = local_group(ranks, "BFPP_HEADERS", backend="gloo", timeout=_timeout())
     return _headers[pp_group]
@@ -110,6 +132,6 @@ def _nccl_options() -> Any:
 
 
 def _timeout() -> timedelta | None:
-    """Return --distributed-timeout-minutes; None without a command line."""
-    args = megatron_args()
-    return None if args is None else timedelta(minutes=args.distributed_timeout_minutes)
+    """Return --distributed-timeout-minutes; None, for torch's own, where there is no command line with it."""
+    minutes = getattr(megatron_args(), "distributed_timeout_minutes", None)
+    return None if minutes is None else timedelta(minutes=minutes)

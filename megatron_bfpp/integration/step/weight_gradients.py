@@ -91,6 +91,7 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return what the function's own backward does, with a placeholder for a gradient that is owed."""
     inputs, weight = ctx.saved_tensors
+    grad_output = grad_output.to(inputs.dtype)  # Megatron after 0.19 has layers with outputs of another type
     if ctx.gradient_accumulation_fusion:
         weight.main_grad = ctx.main_grad
     input_grad, reduction = _reduced(ctx, grad_output.matmul(weight), inputs)

@@ -1,6 +1,9 @@
 """The layout of layers that cannot be shared out evenly, in Megatron's notation (--pipeline-model-parallel-layout)."""
 
+from collections.abc import Sequence
 from itertools import groupby
+
+MOST_RUNS = 20  # runs of stages with the same number of layers that a line names before it stops
 
 
 def layers_of_stages(num_layers: int, pp_size: int, num_chunks: int, mtp_layers: int = 0) -> list[int]:
@@ -32,13 +35,20 @@ def other_layers(num_stages: int, mtp_layers: int) -> list[int]:
     return [1] + [0] * (num_stages - 2) + [1 + mtp_layers]
 
 
-def layout_of(layers: list[int], mtp_layers: int = 0) -> str:
+def layout_of(layers: Sequence[int], mtp_layers: int = 0) -> str:
     """Return the layout that gives every stage its layers, written short: Et*3|(t*4|)*14t*3L."""
     first, *middle, last = (_times("t", count) for count in layers)
     runs = [(stage, len(list(same))) for stage, same in groupby(middle)]
     stages = "".join(f"{stage}|" if count == 1 else f"({stage}|)*{count}" for stage, count in runs)
-    return f"E{first}|{stages}{last}{_times('m', mtp_layers) if mtp_layers else ''}L"
+    return f"E{first}|{stages}{last}{_times('m', mtp_layers)}L"
 
 
 def _times(layer: str, count: int) -> str:
-    return layer if count == 1 else f"{layer}*{count}"
+    return layer * count if count < 2 else f"{layer}*{count}"
+
+
+def runs_of(counts: Sequence[int], most: int = MOST_RUNS) -> str:
+    """Return numbers in a row, written short: 3 4*14 3."""
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    text = " ".join(f"{count}*{times}" if times > 1 else str(count) for count, times in runs[:most])
+    return text + " ..." * (len(runs) > most)

@@ -8,7 +8,7 @@ pytest.importorskip("megatron.core")
 
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_bfpp.integration.flags.layout import layers_of_stages, layout_of, other_layers
+from megatron_bfpp.schedule.model.layout import layers_of_stages, layout_of, other_layers
 
 
 @st.composite

@@ -9,16 +9,21 @@ forward f and backward b of a stage, and c = hop + transfer:
     1F1B, where each P-th micro-batch waits for the way to the last rank and back       c (2 M (P-1) / P - 2)
     data parallelism: the first gather, the last reduction, and what exceeds a group of a chunk of the others
 It holds for M a multiple of G, and agrees with the replay within 3% where c < f and M > 2 (tested). Beyond that it is
-too low. With deferred weights' gradients the busiest rank waits for less (`_idle`).
+too low. Of stages that differ f and b are the median. With deferred weights' gradients the busiest rank waits for less
+(`_idle`). Where stages before the last differ, the first two lines are the longest path through all stages
+(flow.py): the longest stage of a chunk holds up the others.
 """
 
 from dataclasses import dataclass
+from math import inf
+from statistics import median_low
 
-from ..schedule.costs import Costs, Waits, at
-from ..schedule.names import predict
-from ..schedule.replay import replay
-from .strategy import Strategy
-from .time import Durations
+from ...schedule.costs import Costs, Waits, at
+from ...schedule.names import predict
+from ...schedule.replay import replay
+from ..strategy import Strategy
+from ..time import Durations
+from .flow import LEAD, computing_time
 
 __all__ = ["REPLAY_LIMIT", "Step", "formula_step", "replay_step"]
 
@@ -67,13 +72,15 @@ def _step(strategy: Strategy, times: Durations, step: float, free: float, is_exa
 
 def formula_step(strategy: Strategy, times: Durations) -> Step:
     """Estimate the step without its plan."""
-    free = _computing(strategy, times, [0.0] * strategy.pp)
+    free = _computing(strategy, times, [0.0] * strategy.pp, lead=inf)
     step = _computing(strategy, times, times.messages(strategy.pp)) + _waits_for_sends(strategy, times)
     return _step(strategy, times, step + _data_parallel(strategy, times) + times.optimizer, free, strategy.pp == 1)
 
 
-def _computing(strategy: Strategy, times: Durations, messages: list[float]) -> float:
-    pp, chunks, count, group = strategy.pp, strategy.chunks, strategy.num_microbatches, strategy.group
+def _computing(strategy: Strategy, times: Durations, messages: list[float], lead: float = LEAD) -> float:
+    if strategy.pp > 1 and (len(set(strategy.stage_layers)) > 1 or len(set(times.forward[:-1])) > 1):
+        return _uneven(strategy, times, messages, lead)
+    pp, chunks, count = strategy.pp, strategy.chunks, strategy.num_microbatches
     both = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
     before = after = 0.0
     last = both[(chunks - 1) * pp :]
@@ -87,13 +94,39 @@ def _computing(strategy: Strategy, times: Durations, messages: list[float]) -> f
         return busiest
     if strategy.is_split:
         return max(count * sum(both[rank::pp]) for rank in range(pp)) + _idle(strategy, times, messages)
-    f, b, ring, way = times.forward[0], times.backward[0], sum(messages), sum(messages[:-1])
-    loops = (chunks - 1) * (max(0.0, pp * f + ring - group * f) + max(0.0, pp * b + ring - group * b))
-    total = busiest + 2 * way + loops
-    if strategy.schedule == "1f1b":  # pp micro-batches are on their way at one time
-        round_trip = (sum(both) + 2 * way) / pp
-        total += max(0.0, count * (round_trip - max(both)) - 2 * way / (pp - 1))
-    return total
+    total = busiest + 2 * sum(messages[:-1]) + _loops(strategy, times, messages)
+    return total + _round_trips(strategy, times, messages)
+
+
+def _uneven(strategy: Strategy, times: Durations, messages: list[float], lead: float) -> float:
+    """Return the time of stages of which some are longer: the longest path, and what it does not follow."""
+    pp, loops = strategy.pp, _loops(strategy, times, messages)
+    total = computing_time(strategy, times.forward, times.backward, messages, lead)
+    total += loops if strategy.group < strategy.num_microbatches else 0.0
+    if not strategy.is_split:
+        return total + _round_trips(strategy, times, messages)
+    # Deferring saves what it would save on stages that are alike; each rank has to compute all that is its own.
+    both = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
+    fill = (pp - 1) * (median_low(times.forward) + median_low(times.backward)) + 2 * sum(messages[:-1]) + loops
+    busiest = max(strategy.num_microbatches * sum(both[rank::pp]) for rank in range(pp))
+    return max(busiest, total + _idle(strategy, times, messages) - fill)
+
+
+def _loops(strategy: Strategy, times: Durations, messages: list[float]) -> float:
+    """Return how long chunks wait for the one before, whose first micro-batch has to go around all ranks."""
+    pp, group, ring = strategy.pp, strategy.group, sum(messages)
+    firsts = (median_low(times.forward), median_low(times.backward))
+    return (strategy.chunks - 1) * sum(max(0.0, pp * each + ring - group * each) for each in firsts)
+
+
+def _round_trips(strategy: Strategy, times: Durations, messages: list[float]) -> float:
+    """Return what 1F1B adds, of which pp micro-batches are on their way at one time."""
+    if strategy.schedule != "1f1b":
+        return 0.0
+    pp, way = strategy.pp, sum(messages[:-1])
+    both = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
+    round_trip = (sum(both) + 2 * way) / pp
+    return max(0.0, strategy.num_microbatches * (round_trip - max(both)) - 2 * way / (pp - 1))
 
 
 def _idle(strategy: Strategy, times: Durations, messages: list[float]) -> float:
@@ -103,8 +136,8 @@ def _idle(strategy: Strategy, times: Durations, messages: list[float]) -> float:
     most M-1 of a chunk; the way to the last rank stays, and what comes late where M < P. Tested against the replay.
     """
     others, count, way = strategy.pp - 1, strategy.num_microbatches, sum(messages[:-1])
-    f, w = times.forward[0], at(times.weights or 0.0, 0)
-    i = times.backward[0] - w
+    f, w = median_low(times.forward), at(times.weights or 0.0, 0)
+    i = median_low(times.backward) - w
     there, back = others * f + way, others * i + way
     owed = min(count - 1, max(strategy.most_lags))
     idle = max(there, back - (count - strategy.pp) * f, there + back - owed * w)
@@ -118,7 +151,7 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
         return 0.0
     pp, count, group = strategy.pp, strategy.num_microbatches, strategy.group
     t = max(at(times.transfer, edge) for edge in range(pp))
-    f, b = times.forward[0], times.backward[0]
+    f, b = median_low(times.forward), median_low(times.backward)
     loop = pp * f + sum(times.messages(pp))
     per_chunk = (count - group) * t + max(group * (f + t), loop) - max(group * f, loop)
     if count == group == pp:
@@ -131,7 +164,7 @@ def _waits_for_sends(strategy: Strategy, times: Durations) -> float:
 def _data_parallel(strategy: Strategy, times: Durations) -> float:
     more, ring = strategy.chunks - 1, sum(times.messages(strategy.pp))
     # A chunk lasts as long as its group, or as the way of its first micro-batch around the ranks.
-    firsts = (times.forward[0], times.backward[0])
+    firsts = (median_low(times.forward), median_low(times.backward))
     forward, backward = (max(strategy.group * each, strategy.pp * each + ring) for each in firsts)
     # The first gather overlaps its own forward, except for one bucket.
     first = max(times.gather / times.buckets, times.gather - times.forward[0] * (1 - 1 / times.buckets))

@@ -1,0 +1,5 @@
+"""Bytes that a forward leaves for its backward."""
+
+from .rank import Activations
+
+__all__ = ["Activations"]
