@@ -1,10 +1,17 @@
-"""A trainer whose ranks are actors of Ray: it knows nothing of the plugin. Run as a script; prints what its ranks saw.
+"""A trainer whose ranks are actors of Ray: it knows nothing of the plugin. Run as a script; writes what its ranks saw.
 
-python -m megatron_bfpp.run tests/support/ray_ranks.py RANKS
+python -m megatron_bfpp.run tests/support/ray_ranks.py RANKS FILE
+
+The ranks return what they print, and the driver writes FILE (JSON): Ray prints the lines of its workers from a thread
+of the driver, which may break a line of the driver's own in two and loses what comes after its shutdown.
 """
 
+import contextlib
+import io
+import json
 import os
 import sys
+from pathlib import Path
 
 import ray
 
@@ -47,20 +54,22 @@ class Rank:
             return forward_step(data, chunk)
 
         model = chunks(2, pp=(parallel_state.get_pipeline_model_parallel_rank(), 2))
-        found = [
-            step(schedule, model, batch(4), forward_step_func=noting)
-            for schedule in (chosen, getattr(chosen, "__wrapped__", chosen))
-        ]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            found = [
+                step(schedule, model, batch(4), forward_step_func=noting)
+                for schedule in (chosen, getattr(chosen, "__wrapped__", chosen))
+            ]
         (first, second), gradients = found, [run.gradients for run in found]
         return {
             "order": order[:8],
             "gradients": len(first.gradients),
             "same": all(map(torch.equal, *gradients)) and str(first.reported) == str(second.reported),
             "reports": len(first.reported),
+            "printed": printed.getvalue(),
         }
 
 
-def main(ranks: int) -> None:
+def main(ranks: int, path: str) -> None:
     import socket
 
     ray.init(num_cpus=ranks + 1, include_dashboard=False, log_to_driver=True)
@@ -71,13 +80,13 @@ def main(ranks: int) -> None:
     options = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     actors = [ray.remote(Rank).options(**options).remote() for _ in range(ranks)]
     other = ray.remote(Other).remote()
-    print("other", ray.get(other.imported.remote()), ray.get(other.can_enable.remote()), flush=True)
+    seen = {"other": [ray.get(other.imported.remote()), ray.get(other.can_enable.remote())]}
     ray.get([actor.begin.remote(rank, ranks, port) for rank, actor in enumerate(actors)])
-    for rank, seen in enumerate(ray.get([actor.step.remote() for actor in actors])):
-        print("rank", rank, seen, flush=True)
-    print("driver", [name for name in ("torch", "megatron.core") if name in sys.modules], flush=True)
+    seen["ranks"] = ray.get([actor.step.remote() for actor in actors])
+    seen["driver"] = [name for name in ("torch", "megatron.core") if name in sys.modules]
+    Path(path).write_text(json.dumps(seen), encoding="utf-8")
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])
