@@ -21,14 +21,14 @@ SHOW = ["show", "--pp", "4", "--chunks", "2", "--microbatches", "4"]
 )
 def test_output_that_cannot_be_printed_is_no_fault_of_the_program(redirection, code, said):
     command = f"{shlex.join([sys.executable, '-m', 'megatron_bfpp.cli', *SHOW])} {redirection}"
-    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert done.stderr.startswith(said) and len(done.stderr.splitlines()) <= 3
 
 
 def test_a_file_may_be_the_standard_output_that_a_pipe_reads():
     command = [sys.executable, "-m", "megatron_bfpp.cli", *SHOW, "--csv", "/dev/stdout"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "") and "\n0F0," in "\n" + done.stdout
 
 

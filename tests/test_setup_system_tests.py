@@ -40,7 +40,7 @@ def machine(tmp_path):
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env={"PATH": str(folder)},
         )
         return done.returncode, done.stdout + done.stderr

@@ -260,7 +260,7 @@ def test_a_stopped_script_stops_its_run_and_goes_on_later(stubs):
             assert script.poll() is None
             subprocess.run(["sleep", "0.1"], check=True)
         script.terminate()
-        assert script.wait(timeout=30) == 143
+        assert script.wait(timeout=120) == 143
     assert not (stubs.parent / "out" / "breadth-first.1" / "end.json").exists()
     assert run("ab_local.sh", stubs, **settings).returncode == 0
     assert [arm for arm, *_ in calls(stubs)] == ["1f1b", "breadth-first", "breadth-first"]

@@ -14,6 +14,7 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 import gpt
 import jobs
 
+from megatron_bfpp.check import command
 from megatron_bfpp.check.answers import Chunk, Job, PlanLine, Question, Rank
 from megatron_bfpp.check.job import _world_size, pp_ranks_of
 from megatron_bfpp.check.placed import placed
@@ -226,18 +227,17 @@ def test_a_refused_job_is_one_sentence_and_exit_code_2(tmp_path, capsys, flags):
         ("check --config WRONG --gpus 2", "unknown key 'MODEL'"),
     ],
 )
-def test_bad_input_is_refused_before_megatron_is_started(tmp_path, capsys, words, expected):
+def test_bad_input_is_refused_before_megatron_is_started(tmp_path, capsys, monkeypatch, words, expected):
+    monkeypatch.setattr(command, "Forks", lambda *given, **named: pytest.fail("Megatron is started"))
     (tmp_path / "FILE").write_text("MODEL_ARGS: {--pipeline-model-parallel-size: 2}")
     (tmp_path / "WRONG").write_text("MODEL: {--num-layers: 2}")
     words = [str(tmp_path / word) if word in ("FILE", "WRONG") else word for word in words.split()]
-    began = time.monotonic()
     try:
         code = main(words)
     except SystemExit as stop:  # of argparse
         code = stop.code
     assert code == 2
     assert expected in capsys.readouterr().err
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def torchrun(folder: Path, *flags: str):
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         yield job, log
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while marked(mark) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not marked(mark), "processes are left behind"

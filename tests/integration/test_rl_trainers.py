@@ -18,7 +18,7 @@ from trainers.tiny import Job
 pytestmark = pytest.mark.slow
 
 ALL = bool(os.environ.get("BFPP_ALL_CASES"))
-TIMEOUT_S, PAUSE_S = 5, 7  # of the watchdog; between steps
+TIMEOUT_S, PAUSE_S = 8, 10  # of the watchdog; between steps
 MICROBATCHES = {2: ((4, 2), (6,), (2,)), 4: ((8, 4), (12,), (4,))}  # by pipeline ranks, of the steps of each rollout
 # trainer, variant, ranks, pipeline ranks. BFPP_ALL_CASES=1 runs each variant with each of the shapes.
 SOME_CASES = [

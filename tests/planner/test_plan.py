@@ -106,7 +106,7 @@ def test_a_model_of_flags(capsys):
 def test_52b_on_4096_gpus_is_searched_in_time():
     started = time.monotonic()
     command = [sys.executable, "-m", "megatron_bfpp.cli", "plan", CONFIG, "--gpu", "v100-32", "--gpus", "4096"]
-    done = subprocess.run([*command, "--global-batch", "2048"], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--global-batch", "2048"], check=True, capture_output=True, text=True, timeout=300)
     # Neither a bar in a file, nor torch: 2 to 4 s on two idle cores.
     assert done.stderr == "" and time.monotonic() - started < 30
     assert "breadth-first" in done.stdout

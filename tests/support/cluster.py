@@ -88,7 +88,7 @@ class Cluster:
     def run(self, *words: str, **settings: str) -> str:
         """Return the output of one of SLURM's commands. AssertionError with that output if it fails."""
         environment = self.environment | settings
-        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=environment)
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -139,7 +139,7 @@ class Cluster:
 
     def _is_idle(self) -> bool:
         done = subprocess.run(
-            ["sinfo", "--noheader", "--format=%D %t"], check=False, capture_output=True, text=True, timeout=60,
+            ["sinfo", "--noheader", "--format=%D %t"], check=False, capture_output=True, text=True, timeout=300,
             env=self.environment,
         )  # fmt: skip
         return done.stdout.strip() == "2 idle"
@@ -154,7 +154,7 @@ class Cluster:
             while self.processes() and time.monotonic() < deadline:
                 time.sleep(0.1)
         for daemon in self._daemons:
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=120)
         left = self.processes()
         assert not left, f"processes of the cluster are left: {left}"
 

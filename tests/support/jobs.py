@@ -86,8 +86,8 @@ def run_ranks(target, ranks: int, folder: Path, *args, seen: Seen | None = None)
 
 
 def _left_by(leaders: dict[int, int]) -> dict[int, list[str]]:
-    """Return the processes of the groups of ended ranks that are still there 10 s later."""
-    deadline = time.monotonic() + 10
+    """Return the processes of the groups of ended ranks that are still there 30 s later."""
+    deadline = time.monotonic() + 30
     while True:
         left: dict[int, list[str]] = {}
         for entry in Path("/proc").glob("[0-9]*"):

@@ -97,7 +97,7 @@ def test_on_cuda_events_are_recorded_without_a_wait_within_the_step_and_used_aga
         (interval,) = recorder.take()
         assert waits == ["device"] and error >= 0
         assert interval.end - interval.start == 1_000_000  # one tick, a millisecond
-        assert abs(interval.start - before) < 1_000_000_000
+        assert abs(interval.start - before) < 60_000_000_000
     assert len(made) == 3
 
 
