@@ -5,7 +5,7 @@
 # scripts/setup_system_tests.sh may: SLURM and a browser.
 #
 #   bash scripts/test.sh                  all quick tests, then the slow ones that tests/support/tour.py names
-#   bash scripts/test.sh --all            everything, some of it with an older torch and with Ray too
+#   bash scripts/test.sh --all            everything, two tests at a time, some with an older torch and with Ray too
 #   bash scripts/test.sh -m "not slow"    no processes of ranks, several tests at a time: two minutes
 #   bash scripts/test.sh tests/ab -x      the tests that are named, slow or not
 set -euo pipefail
@@ -49,6 +49,8 @@ if [[ -n "${all}" ]]; then
         safetensors==0.8.0 tokenizers==0.22.2 tqdm==4.70.1 transformers==5.12.1
 fi
 export OMP_NUM_THREADS=1 # many processes on few cores
+# Slow tests wait as much as they compute; most start 2 to 8 ranks themselves, so that two at a time fill 2 cores.
+[[ -z "${all}" ]] || words=(--numprocesses auto --maxprocesses 2 --dist loadfile "${words[@]}")
 if [[ -n "${all}" || -z "${tour}" ]]; then
     exec "${venv}/bin/python" -m pytest "${words[@]}"
 fi
