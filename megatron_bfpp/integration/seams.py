@@ -266,7 +266,11 @@ def undo_all() -> None:
 
 
 def _rebind(name: str, old: object, new: object) -> None:
+    """Put `new` in the place of `old` in every module; of a "Class.method", in the class that modules hold."""
+    kind, _, name = name.rpartition(".")
     for module in list(sys.modules.values()):
         # vars, not getattr: lazy modules import what they are asked for.
-        if getattr(module, "__dict__", {}).get(name) is old:
-            setattr(module, name, new)
+        found = getattr(module, "__dict__", {})
+        holder = found.get(kind) if kind else module
+        if getattr(holder, "__dict__", {}).get(name) is old:
+            setattr(holder, name, new)

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..console.errors import UserError
 from ..schedule.model.pattern import is_hybrid
 from . import process, relied_on
 from .cpu.arguments import cpu_arguments
@@ -104,11 +103,6 @@ class Validation:
 
     def _refuse(self, args: Any, settings: Settings) -> None:
         refuse(args, settings)
-        if is_hybrid(args) and is_sharded(args):  # gradient norms were off by 1e-4 with Mamba layers
-            raise UserError(
-                "--use-torch-fsdp2 does not work with --hybrid-layer-pattern: its gradients are not the replicas'.\n"
-                "  Use --use-distributed-optimizer."
-            )
         if self.device == "cuda":
             refuse_on_cuda(args, settings)
 
@@ -129,7 +123,7 @@ def parts_of(settings: Settings, args: Any = None) -> list[relied_on.Part]:
 def _check_validated(args: Any, settings: Settings) -> list[str]:
     """Check the arguments that Megatron has completed, before a model is built; return lines to print."""
     if is_sharded(args):
-        fully_sharded_seams.apply_to_checkpoints()
+        fully_sharded_seams.apply()
     lines = [check_placement(args), *few_microbatches(args)]
     fully_sharded.check_resident_chunks(args, settings)
     if getattr(args, "microbatch_group_size_per_vp_stage", None) is not None:

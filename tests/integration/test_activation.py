@@ -73,6 +73,27 @@ def test_a_seam_that_megatron_does_not_have_is_refused_by_name():
         Seam("megatron.core.pipeline_parallel.schedules", "forward_step", "", ("model", "beam")).current()
 
 
+def test_a_method_is_changed_in_its_class_until_that_is_undone(monkeypatch):
+    import sys
+    from types import ModuleType
+
+    from megatron_bfpp.integration import seams
+
+    class Chunk:
+        def size(self):
+            return 1
+
+    made = ModuleType("made_for_a_test")
+    made.Chunk, own = Chunk, Chunk.size
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    seam = seams.Seam(made.__name__, "Chunk.size", "it is for a test")
+    for _ in range(2):
+        seams.apply(seam, lambda original, self: original(self) + 1)
+        assert Chunk().size() == 2
+    seams.undo(seam)
+    assert Chunk.size is own
+
+
 def test_changes_that_belong_together_are_undone_together_also_when_one_of_them_fails():
     from types import SimpleNamespace
 

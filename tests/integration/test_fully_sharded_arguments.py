@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or later")
 
@@ -13,7 +14,7 @@ from megatron_bfpp.integration.flags import fully_sharded
 from megatron_bfpp.integration.flags.settings import Settings
 from megatron_bfpp.integration.relied_on.training import NO_PIPELINE
 from megatron_bfpp.integration.seams import SeamError
-from megatron_bfpp.integration.step.fully_sharded_seams import _load_values
+from megatron_bfpp.integration.step.fully_sharded_seams import _load_values, with_every_layer
 
 
 def messages(function):
@@ -41,6 +42,7 @@ def test_a_megatron_with_other_assertions_is_named():
 
 
 FSDP2 = {"use_torch_fsdp2": True, "pipeline_model_parallel_size": 2}
+SAVED = {**FSDP2, "save": "saved"}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,10 @@ FSDP2 = {"use_torch_fsdp2": True, "pipeline_model_parallel_size": 2}
     [
         (FSDP2, {"engine": "megatron"}, ("--use-torch-fsdp2", "--breadth-first-engine plan")),
         ({**FSDP2, "ckpt_format": "torch_dcp"}, {}, ("--ckpt-format torch_dcp", "--ckpt-format torch_dist")),
+        ({**SAVED, "num_experts": 2}, {}, ("cannot save or load experts", "leave out --save and --load")),
+        ({**SAVED, "num_experts": 2, "hybrid_layer_pattern": "*-|M-"}, {}, ("cannot save or load Mamba layers",)),
+        ({**SAVED, "hybrid_layer_pattern": "*-|GE"}, {}, ("cannot save or load gated delta nets",)),
+        ({**SAVED, "experimental_attention_variant": "gated_delta_net"}, {}, ("load gated delta nets",)),
         ({}, {"resident_chunks": 2}, ("--breadth-first-resident-chunks is 2", "add --use-torch-fsdp2")),
     ],
 )
@@ -101,3 +107,47 @@ def test_a_resumed_optimizer_gets_its_values_and_keeps_its_tensors():
         _load_values(pair, state)
         assert inner.param_groups[0]["lr"] == 0.5 and inner.param_groups[0]["params"] == [weight]
         assert inner.state[weight]["step"] == 7 and inner.state[weight]["exp_avg"] is moments
+
+
+def test_an_object_that_holds_parameters_has_those_that_take_their_place():
+    class Holder:
+        def __init__(self, weight, size):
+            self.weight_of_layer, self.size = weight, size
+
+    class Layer(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.held, self.alone = Holder(self.weight, 2), Holder(torch.nn.Parameter(torch.ones(1)), 1)
+
+    def shard(self, module):
+        for each in (chunk[0], chunk[1]):
+            each.weight = torch.nn.Parameter(torch.zeros(2, 1))
+
+    chunk = torch.nn.Sequential(Layer(), Layer())
+    alone = chunk[0].alone.weight_of_layer
+    with_every_layer(shard, None, module=chunk)
+    for layer in chunk:
+        assert layer.held.weight_of_layer is layer.weight and layer.held.size == 2
+        assert isinstance(layer.held, Holder) and type(layer.held) is not Holder
+    assert chunk[0].alone.weight_of_layer is alone and type(chunk[0].alone) is Holder
+
+
+def test_layers_that_megatrons_wrapper_does_not_know_are_sharded_one_by_one():
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    class Known(TransformerLayer):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    class Stack(torch.nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(layers)
+
+    inner = Stack(torch.nn.Linear(2, 2), Known())
+    chunk = Stack(torch.nn.Linear(2, 2), inner, Known())
+    with_every_layer(lambda self, module: None, None, chunk)
+    assert chunk._fsdp_modules == inner._fsdp_modules == [torch.nn.Linear]
+    other = Stack(Known())
+    with_every_layer(lambda self, module: None, None, other)
+    assert not hasattr(other, "_fsdp_modules")

@@ -4,8 +4,10 @@ import os
 from itertools import cycle
 
 import pytest
-from gpt import ZERO_1, assert_same, refused
+from gpt import ZERO_1, assert_same, train
 from hybrid import KINDS, flags_of
+
+from megatron_bfpp.integration import relied_on
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +40,28 @@ def test_split_backwards_keep_the_bits(kind):
     assert_same(2, flags_of(kind, 13, 2, 2, 1, 4) + ("--use-distributed-optimizer",) * (kind == "all"), *SPLIT)
 
 
-def test_sharded_parameters_are_refused(tmp_path):
-    flags = (*flags_of("mamba", 9, 2, 2, 1, 4), "--pipeline-schedule", "breadth-first", "--use-torch-fsdp2")
-    codes, outputs = refused(tmp_path, 2, *flags)
-    assert codes == [2, 2] and "--use-torch-fsdp2 does not work with --hybrid-layer-pattern" in outputs[0]
+SHARDED = ("--use-torch-fsdp2",)
+NO_SHARDED = pytest.mark.skipif(
+    any(seam.misfit() for seam in relied_on.SHARDED.seams if seam.module.startswith("torch")),
+    reason="this torch's FSDP2 is refused, before 2.12",
+)
+
+
+def sharded_flags(kind: str) -> tuple[str, ...]:
+    """2 x 2 chunks on 4 ranks; Megatron shards no parameters of experts that are divided."""
+    more = ("--expert-model-parallel-size", "1") if "E" in KINDS[kind][0] else ()
+    first = ("--pipeline-schedule", "breadth-first", "--untie-embeddings-and-output-weights", "--clip-grad", "0")
+    return (*flags_of(kind, 9, 2, 2, 2, 4), *more, *first)
+
+
+@NO_SHARDED
+@pytest.mark.parametrize("kind", list(KINDS) if IS_ALL else ["mamba"])
+def test_sharded_parameters_have_the_losses_and_norms_of_replicated_ones(kind, tmp_path):
+    steps = []
+    for name, more in (("replicated", ()), ("sharded", SHARDED)):
+        (tmp_path / name).mkdir()
+        steps.append(train(tmp_path / name, 4, *sharded_flags(kind), *more))
+    assert len(steps[0]) == len(steps[1]) > 1
+    for reference, found in zip(*steps, strict=True):
+        for value in ("lm loss hex", "grad norm hex"):
+            assert float.fromhex(found[value]) == pytest.approx(float.fromhex(reference[value]), rel=1e-6)

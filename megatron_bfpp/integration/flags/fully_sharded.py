@@ -1,6 +1,7 @@
 """Refuse combinations of flags with --use-torch-fsdp2 and pipeline ranks."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from ...console.errors import UserError
@@ -45,12 +46,29 @@ def refuse(args: Any, settings: Settings) -> None:
             "--ckpt-format torch_dcp does not work with pipeline ranks: it names layers by their place in a chunk, so "
             f"that chunks would overwrite each other.\n  Use --ckpt-format torch_dist, also with {_FLAG}."
         )
-    keeps = getattr(args, "save", None) or getattr(args, "load", None)
-    if keeps and getattr(args, "swiglu", False) and not _splits_gated_layers():
+    if not (getattr(args, "save", None) or getattr(args, "load", None)):
+        return
+    for layers in _not_in_checkpoints(args):
+        raise UserError(
+            f"{_FLAG} cannot save or load {layers}: Megatron's checkpoints do not take parts of their tensors.\n"
+            "  Use --use-distributed-optimizer, or leave out --save and --load."
+        )
+    if getattr(args, "swiglu", False) and not _splits_gated_layers():
         raise UserError(
             f"{_FLAG} cannot save or load --swiglu with this Megatron: before megatron-core 0.19 it mixes up the "
             "halves of the gated layers.\n  Use megatron-core 0.19 or later, or leave out --save and --load."
         )
+
+
+def _not_in_checkpoints(args: Any) -> Iterator[str]:
+    """Yield the kinds of layers whose sharded_state_dict fails, at the first save, where a replica holds a part."""
+    pattern = getattr(args, "hybrid_layer_pattern", None) or ""
+    if getattr(args, "num_experts", None) and ("E" in pattern or not pattern):
+        yield "experts"
+    if "M" in pattern:
+        yield "Mamba layers"
+    if "G" in pattern or getattr(args, "experimental_attention_variant", None) == "gated_delta_net":
+        yield "gated delta nets"
 
 
 def _splits_gated_layers() -> bool:

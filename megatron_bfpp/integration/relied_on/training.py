@@ -40,6 +40,10 @@ LOAD_CHECKPOINT = wrapped(
     _CHECKPOINTING, "load_checkpoint", "ddp_model optimizer skip_load_to_model_and_opt",
     "it restores a sharded optimizer",
 )  # fmt: skip
+SHARDING_WRAPPER = wrapped(
+    "megatron.core.distributed.torch_fully_sharded_data_parallel", "TorchFullyShardedDataParallel.__init__", "module",
+    "it shards a chunk, layer by layer", reads=("_fsdp_modules",),
+)  # fmt: skip
 NO_PIPELINE = Assertion(
     _ARGUMENTS, "validate_args", "it refuses FSDP2 with pipeline ranks, in one assertion that breadth-first leaves out",
     condition="args.use_torch_fsdp2", test="args.pipeline_model_parallel_size == 1",
@@ -96,6 +100,8 @@ SHARDED = Part(
     "FSDP2", "leave out --use-torch-fsdp2",
     (
         NO_PIPELINE,
+        SHARDING_WRAPPER,
+        there("megatron.core.transformer.transformer_layer", "TransformerLayer", "it is sharded by itself"),
         PARAMETER_IDS,
         LOAD_CHECKPOINT,
         there(

@@ -1,6 +1,7 @@
-"""Changes the two places of Megatron that block saving and resuming with --use-torch-fsdp2."""
+"""Changes the places of Megatron that are in the way of --use-torch-fsdp2: two of checkpoints, and its wrapper."""
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -8,13 +9,69 @@ from typing import Any
 import torch
 
 from .. import seams
-from ..relied_on.training import LOAD_CHECKPOINT, PARAMETER_IDS
+from ..relied_on.training import LOAD_CHECKPOINT, PARAMETER_IDS, SHARDING_WRAPPER
 
 
-def apply_to_checkpoints() -> None:
-    """Let sharded optimizers be saved and resumed, until `seams.undo_all`."""
+def apply() -> None:
+    """Let every layer be sharded, and sharded optimizers be saved and resumed, until `seams.undo_all`."""
     seams.apply(PARAMETER_IDS, by_local_tensor)
     seams.apply(LOAD_CHECKPOINT, with_steps)
+    seams.apply(SHARDING_WRAPPER, with_every_layer)
+
+
+def with_every_layer(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Run the constructor of the wrapper that shards a chunk, which was made for GPTModel alone.
+
+    It shards transformer layers one by one and leaves others, such as Mamba's, to the chunk as a whole, unless their
+    stack names them. And it puts new parameters in the place of a module's own. An object that is no module and was
+    given the old ones, as MambaContextParallel is, would compute with those, and their gradients would be lost.
+    """
+    chunk = inspect.signature(original).bind(self, *args, **kwargs).arguments["module"]
+    for stack in chunk.modules():
+        kinds = {type(layer) for layer in _layers(stack) if _is_whole(layer)}
+        if kinds:
+            stack._fsdp_modules = [*getattr(stack, "_fsdp_modules", ()), *kinds]
+    held = list(_held_parameters(chunk))
+    original(self, *args, **kwargs)
+    for holder, names in held:
+        kind = type(holder)
+        current = {name: property(partial(_parameter, *place)) for name, place in names.items()}
+        holder.__class__ = type(kind.__name__, (kind,), current)
+
+
+def _layers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    layers = getattr(module, "layers", None)
+    return layers if isinstance(layers, torch.nn.ModuleList) else ()
+
+
+def _is_whole(layer: torch.nn.Module) -> bool:
+    """Return whether no part of a layer is sharded by itself: neither a transformer layer nor another stack's."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    return not any(isinstance(part, TransformerLayer) or any(_layers(part)) for part in layer.modules())
+
+
+def _held_parameters(chunk: torch.nn.Module) -> Iterator[tuple[Any, dict[str, tuple[torch.nn.Module, str]]]]:
+    """Yield the objects, attributes of modules but no modules, that hold parameters: (module, name) by attribute."""
+    places = {
+        parameter: (module, name)
+        for module in chunk.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for module in chunk.modules():
+        for holder in vars(module).values():
+            held = {} if isinstance(holder, torch.Tensor) else getattr(holder, "__dict__", {})
+            names = {
+                name: places[value]
+                for name, value in held.items()
+                if isinstance(value, torch.nn.Parameter) and value in places
+            }
+            if names:
+                yield holder, names
+
+
+def _parameter(module: torch.nn.Module, name: str, holder: object) -> torch.nn.Parameter | None:
+    return module._parameters[name]
 
 
 def by_local_tensor(
