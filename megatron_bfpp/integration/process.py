@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,14 +47,18 @@ def write_or_warn(path: str, text: str, flag: str) -> None:
 @cache
 def versions() -> dict[str, str | None]:
     """Return the versions of what runs here, by package; None for what is not there."""
-    from megatron.core.package_info import __version__ as megatron_core  # a checkout need not be installed
+    from megatron.core.package_info import __version__ as release  # a checkout need not be installed
 
+    # Megatron adds the commit of whatever repository is around its folder: its own only where it is a checkout.
+    place = str(sys.modules["megatron.core.package_info"].__file__)
+    is_installed = bool({"site-packages", "dist-packages"} & {*Path(place).parts})
+    megatron_core = str(release).partition("+")[0] if is_installed else str(release)
     try:
         engine = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         engine = None
     return {
-        "megatron-core": str(megatron_core),
+        "megatron-core": megatron_core,
         "torch": torch.__version__,
         "transformer-engine": engine,
         "python": sys.version.split()[0],

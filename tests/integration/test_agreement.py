@@ -9,6 +9,7 @@ pytest.importorskip("megatron.training", reason="needs megatron-core 0.17 or lat
 from torch.distributed import HashStore
 
 from megatron_bfpp.console.errors import UserError
+from megatron_bfpp.integration import process
 from megatron_bfpp.integration.reliability import agreement
 
 SAME = {"--seq-length": "32", "--data-path": "['/a/text']", "the version of torch": "2.14.1"}
@@ -64,3 +65,16 @@ def test_a_rank_that_does_not_take_part_is_named():
     found = results([SAME, SAME, None])
     assert all("rank 2 has not compared its flags" in each or "rank 0 has not" in each for each in found)
     assert any("rank 2" in each for each in found)
+
+
+@pytest.mark.parametrize(
+    "folder, version", [("/a/checkout/megatron/core", "0.20.0+608ae2a"), ("/b/site-packages/megatron/core", "0.20.0")]
+)
+def test_the_commit_of_a_checkout_counts_and_not_that_of_a_repository_around_an_environment(
+    folder, version, monkeypatch
+):
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "__version__", "0.20.0+608ae2a")
+    monkeypatch.setattr(package_info, "__file__", f"{folder}/package_info.py")
+    assert process.versions.__wrapped__()["megatron-core"] == version
