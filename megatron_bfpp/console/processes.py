@@ -3,6 +3,7 @@ this process. Standard library only."""
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ __all__ = ["Forked", "Ranks", "Stopped", "first_error", "free_port", "marked", "
            "stoppable"]  # fmt: skip
 
 _PAUSE_S = 0.1
+_PORTS = 12_000  # below those of outgoing connections
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError")
 # Behind the labels of torchrun ("[rank3]: ") and srun ("3: "). torchrun's summary, a ChildFailedError, names no error.
 _ERROR = re.compile(
@@ -207,6 +209,19 @@ def package_on_path() -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback that nothing uses now."""
+    """Return a TCP port of the loopback that nothing uses now.
+
+    It is one below those that Linux gives to outgoing connections, of which a job makes hundreds: one of these could
+    otherwise take it before it is used.
+    """
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 0
+    below = range(max(first - _PORTS, 10_000), first)
+    # Other than those that a forked process would draw, whose random numbers are the same.
+    for port in random.SystemRandom().sample(below, min(len(below), 20)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

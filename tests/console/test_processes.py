@@ -2,14 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_bfpp.console.processes import Ranks, first_error, marked, package_on_path
+from megatron_bfpp.console import processes
+from megatron_bfpp.console.processes import Ranks, first_error, free_port, marked, package_on_path
 
 # A rank that ignores SIGTERM where it is asked to, and has started a process of its own.
 RANK = """
@@ -109,3 +112,14 @@ def test_processes_are_found_by_their_environment():
             assert list(found) == [process.pid] and f"\0{mark}\0" in found[process.pid]
         finally:
             process.kill()
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_takes_nor_one_in_use(monkeypatch):
+    outgoing = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if outgoing.exists():  # Linux; from 10,000 or less on, no others are left
+        first = int(outgoing.read_text().split()[0])
+        assert 10_000 <= free_port() < first or first <= 10_000
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        used = taken.getsockname()[1]
+        monkeypatch.setattr(processes.random, "SystemRandom", lambda: SimpleNamespace(sample=lambda *given: [used]))
+        assert free_port() not in (0, used)

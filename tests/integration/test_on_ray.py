@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bfpp.console.processes import free_port
+
 BESIDE = sorted(Path(sys.prefix).glob("beside-ray-*[0-9]"))[-1:]
 pytestmark = [
     pytest.mark.slow,
@@ -20,8 +22,9 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 def run(ranks: int, path: Path, **variables: str) -> dict:
     search = os.pathsep.join(map(str, [*BESIDE, SUPPORT.parents[1], SUPPORT, os.environ.get("PYTHONPATH", "")]))
+    words = str(ranks), str(free_port()), str(path)
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_bfpp.run", str(SUPPORT / "ray_ranks.py"), str(ranks), str(path)],
+        [sys.executable, "-m", "megatron_bfpp.run", str(SUPPORT / "ray_ranks.py"), *words],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "BFPP_DEVICE": "cpu", "PYTHONPATH": search, "RAY_USAGE_STATS_ENABLED": "0", **variables},
     )  # fmt: skip

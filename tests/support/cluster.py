@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from megatron_bfpp.console.processes import marked
+from megatron_bfpp.console.processes import free_port, marked
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
 CONFIGURATION = """
@@ -166,11 +165,10 @@ class Cluster:
 
 def free_ports(count: int) -> list[int]:
     """Return ports that nothing uses, in the ascending order that SLURM needs."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return sorted(each.getsockname()[1] for each in sockets)
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return sorted(ports)
 
 
 def _own_environment() -> dict[str, str]:

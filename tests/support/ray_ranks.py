@@ -1,6 +1,6 @@
 """A trainer whose ranks are actors of Ray: it knows nothing of the plugin. Run as a script; writes what its ranks saw.
 
-python -m megatron_bfpp.run tests/support/ray_ranks.py RANKS FILE
+python -m megatron_bfpp.run tests/support/ray_ranks.py RANKS PORT FILE
 
 The ranks return what they print, and the driver writes FILE (JSON): Ray prints the lines of its workers from a thread
 of the driver, which may break a line of the driver's own in two and loses what comes after its shutdown.
@@ -69,13 +69,8 @@ class Rank:
         }
 
 
-def main(ranks: int, path: str) -> None:
-    import socket
-
+def main(ranks: int, port: int, path: str) -> None:
     ray.init(num_cpus=ranks + 1, include_dashboard=False, log_to_driver=True)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
     # A runtime_env of the actor's own, which Ray merges with that of the job.
     options = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     actors = [ray.remote(Rank).options(**options).remote() for _ in range(ranks)]
@@ -89,4 +84,4 @@ def main(ranks: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
