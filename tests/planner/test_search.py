@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from megatron_bfpp.planner.hardware import load_gpu
-from megatron_bfpp.planner.model import GPT, Experts
+from megatron_bfpp.planner.model import GPT, Experts, Mamba
 from megatron_bfpp.planner.model.layouts import balanced, placings
 from megatron_bfpp.planner.noise_scale import trade_off
 from megatron_bfpp.planner.search import Request, estimate, search
@@ -15,6 +15,7 @@ from megatron_bfpp.planner.table import ranking, without_slower_twins
 from megatron_bfpp.schedule.model.layout import layout_of
 
 GPT_52B = GPT(64, 8192, 64, 1024, 51200, untied=True)
+HYBRID = replace(GPT_52B, pattern="M-*-" * 16, mamba=Mamba(8192, heads=128))
 REQUEST = Request(GPT_52B, load_gpu("v100-32"), 64, 64, "fp16")
 
 
@@ -65,8 +66,10 @@ def test_only_what_is_asked_for():
         ({"gpt": replace(GPT_52B, num_query_groups=2), "tp": (8,)}, "TP: heads, query groups"),
         ({"pp": (32,), "tp": (2,), "global_batch": 8}, "Megatron's interleaved schedule refuses so few micro-batches"),
         ({"pp": (1,)}, "memory: more than a GPU has"),
+        ({"gpt": HYBRID, "precision": "bf16", "pp": (4,), "sharding": ("zero3",), "schedule": ("breadth-first",)},
+         "zero3: Megatron's checkpoints cannot hold it with Mamba layers"),
     ],
-)
+)  # fmt: skip
 def test_rejections_say_why(changes, reason):
     found = search(replace(REQUEST, **changes))
     assert any(text.startswith(reason) for text in found.rejected), found.rejected
