@@ -189,13 +189,13 @@ def table(compared: Sequence[Compared]) -> str:
         "| job | half | TP | PP | VP | EP | CP | MBS | batch | tokens | precision | measured s | estimate s | error |",
         "|" + "---|" * 14,
     ]
-    for row, found in compared:
-        s, request = found.strategy, row.cases[0].request
-        error = Compared(row, found).error
+    for each in compared:
+        (row, found), request = each, each.row.cases[0].request
+        s = found.strategy
         lines.append(
             f"| {row.gpu}: {row.name}{'*' if row.is_assumed else ''} | {_half(row)} | {s.tp} | {s.pp} | {s.chunks} |"
             f" {s.ep} | {s.cp} | {s.micro_batch} | {s.global_batch} | {request.gpt.seq_length} | {request.precision} |"
-            f" {row.measured_s:.2f} | {found.step.step:.2f} | {100 * error:+.0f}% |"
+            f" {row.measured_s:.2f} | {found.step.step:.2f} | {100 * each.error:+.0f}% |"
         )
     return "\n".join(lines)
 

@@ -259,6 +259,8 @@ def _sharding_refused(request: Request, base: Strategy, sharding: str) -> str | 
         return f"{sharding}: Megatron's FSDP2 has no fp16"
     if not request.hypothetical and not request.gpt.untied:
         return f"{sharding}: Megatron's FSDP2 needs untied embeddings"
-    if not request.hypothetical and ({"M", "G"} & {*request.gpt.pattern} or any(request.gpt.delta_layers)):
+    if not request.hypothetical and (
+        {"M", "G"} & {*request.gpt.pattern, *request.gpt.mtp_pattern} or any(request.gpt.delta_layers)
+    ):
         return f"{sharding}: Megatron's checkpoints cannot hold it with Mamba layers or gated delta nets"
     return None

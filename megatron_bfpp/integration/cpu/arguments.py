@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from ...console.errors import UserError
+from ...schedule.model.pattern import letters_of
 
 __all__ = ["cpu_arguments", "switch_off"]
 
@@ -80,14 +81,13 @@ def cpu_arguments(args: argparse.Namespace) -> list[str]:
 
 def _hybrid_spec(args: argparse.Namespace) -> list[str]:
     """Name the spec of local layers for a hybrid model, unless the user has one of their own."""
-    given = [getattr(args, name, None) for name in ("hybrid_layer_pattern", "hybrid_override_pattern")]
-    pattern = next((each for each in given if each is not None), None)
-    if pattern is None or (args.spec is not None and args.spec[0] not in _HYBRID_SPECS):
+    letters = letters_of(args)
+    if not letters or (args.spec is not None and args.spec[0] not in _HYBRID_SPECS):
         return []
-    others = sorted(set(pattern) - set(_HYBRID_LAYERS + "|/"))
+    others = sorted(set(letters) - set(_HYBRID_LAYERS + "|"))
     if others:
         has = f"layers {', '.join(_HYBRID_LAYERS)} alone, or give --spec with layers of your own"
-        _refuse(f"layer {others[0]} of --hybrid-layer-pattern {pattern}", f"use {has}")
+        _refuse(f"layer {others[0]} of --hybrid-layer-pattern {letters}", f"use {has}")
     args.spec = ["megatron_bfpp.integration.cpu.hybrid", "LAYERS"]
     return [f"--spec {' '.join(args.spec)}: Transformer Engine needs CUDA, and so do the kernels of Mamba layers"]
 

@@ -1,10 +1,10 @@
 """Refuse combinations of flags with --use-torch-fsdp2 and pipeline ranks."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from ...console.errors import UserError
+from ...schedule.model.pattern import letters_of
 from .settings import Settings, is_sharded
 
 _FLAG, _RESIDENT = "--use-torch-fsdp2", "--breadth-first-resident-chunks"
@@ -48,10 +48,10 @@ def refuse(args: Any, settings: Settings) -> None:
         )
     if not (getattr(args, "save", None) or getattr(args, "load", None)):
         return
-    for layers in _not_in_checkpoints(args):
+    if lost := _not_in_checkpoints(args):
         raise UserError(
-            f"{_FLAG} cannot save or load {layers}: Megatron's checkpoints do not take parts of their tensors.\n"
-            "  Use --use-distributed-optimizer, or leave out --save and --load."
+            f"{_FLAG} cannot save or load {' and '.join(lost)}: Megatron's checkpoints do not take parts of their "
+            "tensors.\n  Use --use-distributed-optimizer, or leave out --save and --load."
         )
     if getattr(args, "swiglu", False) and not _splits_gated_layers():
         raise UserError(
@@ -60,15 +60,15 @@ def refuse(args: Any, settings: Settings) -> None:
         )
 
 
-def _not_in_checkpoints(args: Any) -> Iterator[str]:
-    """Yield the kinds of layers whose sharded_state_dict fails, at the first save, where a replica holds a part."""
-    pattern = getattr(args, "hybrid_layer_pattern", None) or ""
-    if getattr(args, "num_experts", None) and ("E" in pattern or not pattern):
-        yield "experts"
-    if "M" in pattern:
-        yield "Mamba layers"
-    if "G" in pattern or getattr(args, "experimental_attention_variant", None) == "gated_delta_net":
-        yield "gated delta nets"
+def _not_in_checkpoints(args: Any) -> list[str]:
+    """Return the kinds of layers whose sharded_state_dict fails, at the first save, where a replica holds a part."""
+    kinds = {*letters_of(args)}
+    if not kinds and getattr(args, "num_experts", None):
+        kinds.add("E")
+    if getattr(args, "experimental_attention_variant", None) == "gated_delta_net":
+        kinds.add("G")
+    names = {"E": "experts", "M": "Mamba layers", "G": "gated delta nets"}
+    return [name for kind, name in names.items() if kind in kinds]
 
 
 def _splits_gated_layers() -> bool:

@@ -3,6 +3,7 @@
 import argparse
 
 from ...console.errors import UserError
+from ...schedule.model.layers import ffn_width
 from ...schedule.model.pattern import flag_of, is_hybrid, parts_of
 from ..model import GPT, Experts, GatedDelta, LatentAttention, Mamba
 from .layers import Hybrid, hybrid_of, marked
@@ -71,10 +72,7 @@ def _experts(args: argparse.Namespace) -> Experts | None:
     if chosen > args.num_experts:
         raise UserError(f"--moe-router-topk {chosen} is more than --num-experts {args.num_experts}.\n"
                         "  Change one of them.")  # fmt: skip
-    ffn = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    if ffn is None:
-        gated = args.swiglu
-        ffn = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if gated else 4 * args.hidden_size
+    ffn = args.moe_ffn_hidden_size or args.ffn_hidden_size or ffn_width(args.hidden_size, args.swiglu)
     return Experts(
         args.hidden_size, args.num_experts, chosen, ffn, args.swiglu or args.quick_geglu,
         not args.disable_bias_linear, args.moe_shared_expert_intermediate_size or 0, args.moe_shared_expert_gate,

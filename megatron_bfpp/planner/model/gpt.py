@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from ...console.errors import UserError
 from ...schedule.costs import Times, times_of
+from ...schedule.model.layers import ffn_width
 from .attention import Attention, Block, LatentAttention
 from .kinds import Kinds
 from .layers import Layer, Prediction
@@ -84,9 +85,7 @@ class GPT(Kinds):
 
     @property
     def ffn(self) -> int:
-        if self.ffn_hidden_size:
-            return self.ffn_hidden_size
-        return int(4 * self.hidden_size * 2 / 3 / 64) * 64 if self.swiglu else 4 * self.hidden_size
+        return self.ffn_hidden_size or ffn_width(self.hidden_size, self.swiglu)
 
     @property
     def norm(self) -> int:

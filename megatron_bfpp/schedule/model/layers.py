@@ -62,11 +62,15 @@ def _sparse_attention(args: Any) -> Flops:
     return linear, seen * heads * width + min(seen, _size(args, "dsa_indexer_topk", seen)) * pair
 
 
+def ffn_width(hidden_size: int, is_gated: bool) -> int:
+    """Return the width of an MLP where no flag gives it, as validate_args of megatron.training.arguments has it."""
+    return int(4 * hidden_size * 2 / 3 / 64) * 64 if is_gated else 4 * hidden_size
+
+
 def _ffn(args: Any) -> tuple[int, float]:
-    """Return the matrices of an MLP, and its width, by Megatron's default where none is given."""
+    """Return the matrices of an MLP, and its width."""
     is_gated = getattr(args, "swiglu", False)
-    width = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if is_gated else 4 * args.hidden_size
-    return 3 if is_gated else 2, _size(args, "ffn_hidden_size", width)
+    return 3 if is_gated else 2, _size(args, "ffn_hidden_size", ffn_width(args.hidden_size, is_gated))
 
 
 def _mlp(args: Any) -> Flops:

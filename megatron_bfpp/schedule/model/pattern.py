@@ -42,6 +42,18 @@ def flag_of(args: Any) -> str:
     return flags[0]
 
 
+def letters_of(args: Any) -> str:
+    """Return the letters of a hybrid model's layers, those of MTP too, with any |; "" for a GPT.
+
+    args: before or after Megatron validates them, which leaves a pattern under both names.
+    """
+    flags = given(args, _NAMES)
+    if not flags:
+        return ""
+    pattern, mtp = parts_of(args, flags[0])
+    return pattern + "".join(mtp)
+
+
 def place_pattern(args: Any, microbatches: int) -> list[str]:
     """Cut a pattern without | and return a line about it; check one with |. UserError if it cannot be placed.
 
